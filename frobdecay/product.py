@@ -1,0 +1,334 @@
+"""A product: which parameters are its factors, and what they multiply to.
+
+``Product`` is the noun that joins everything: the registry finds products, backends add the
+gradient of their penalty, the optimizer and the diagnostics read them. It is a record of *where*
+the factors live and *how* they are seen; ``chain.py`` has the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from frobdecay.chain import (
+    Coefficient,
+    accumulable,
+    chain_gradients,
+    chain_grams,
+    chain_materialize,
+    chain_squared_norm,
+)
+
+__all__ = [
+    "Factor",
+    "Product",
+    "as_products",
+    "check_coefficient",
+    "gradients",
+    "grams",
+    "penalty",
+    "product_norm",
+    "squared_norm",
+]
+
+
+class _Bare:
+    """The owner of a tensor that no module owns."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Where one factor lives and how it is seen.
+
+    Attributes:
+        owner: the module (or other object) that holds the parameter.
+        attribute: the parameter's name there; looked up anew at every use, because training
+            frameworks swap the ``Parameter`` objects of a prepared model.
+        pattern: einops pattern from the parameter to (*batch, *summed, rows, columns), or None
+            where the parameter already has that shape. It has to be a view: what is added to
+            the view of a ``.grad`` has to arrive in the ``.grad``.
+        axes: (name, length) pairs that the pattern needs.
+        index: takes one entry of the first axis after the pattern (the q of a packed q, k, v).
+    """
+
+    owner: Any
+    attribute: str
+    pattern: str | None = None
+    axes: tuple[tuple[str, int], ...] = ()
+    index: int | None = None
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter as it is now."""
+        tensor: Tensor = getattr(self.owner, self.attribute)
+        return tensor
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """See the parameter, or a tensor of its shape such as its gradient, as the factor.
+
+        Raises:
+            ValueError: with this memory layout the pattern would copy.
+        """
+        if self.pattern is None:
+            seen = tensor
+        else:
+            seen = rearrange(tensor, self.pattern, **dict(self.axes))
+            if seen.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                raise ValueError(
+                    f"expected the pattern {self.pattern!r} to be a view of {self.attribute!r}, "
+                    f"but with shape {tuple(tensor.shape)} and strides {tensor.stride()} it "
+                    "copies; keep axes apart instead of merging them, or make it contiguous"
+                )
+        return seen if self.index is None else seen[self.index]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A chain of factors that stands for one dense weight.
+
+    Attributes:
+        name: the dense weight's qualified name, for messages and tables.
+        factors: first U, then the inner M, last V.
+        scale: W = scale · U M Vᵀ (LoRA's α/r); enters the squared norm squared.
+        batch: how many leading axes of every factor keep products apart.
+
+    Example:
+        >>> import torch
+        >>> U, V = torch.randn(6, 2), torch.randn(5, 2)
+        >>> product = Product.of(U, V)
+        >>> product.shape, product.rank
+        ((6, 5), 2)
+        >>> torch.allclose(product_norm(product), torch.linalg.norm(U @ V.T))
+        True
+    """
+
+    name: str
+    factors: tuple[Factor, ...]
+    scale: float = 1.0
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def of(
+        cls,
+        *tensors: Tensor,
+        name: str = "product",
+        scale: float = 1.0,
+        patterns: Sequence[str | None] | None = None,
+        axes: Mapping[str, int] | None = None,
+        batch: int | None = None,
+    ) -> Product:
+        """Make a product of bare parameters.
+
+        Args:
+            tensors: U (*batch, m, r), any number of M (*batch, r, r'), V (*batch, n, r').
+            name: what messages call it.
+            scale: multiplies the product.
+            patterns: one einops pattern (or None) a tensor.
+            axes: lengths that the patterns need.
+            batch: number of leading batch axes; all but the last two unless given.
+
+        Raises:
+            TypeError: a factor that is not a real floating-point, strided tensor.
+            ValueError: fewer than two factors, or shapes that do not chain.
+        """
+        for k, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected factor {k} to be a tensor, got {type(tensor)}")
+        if patterns is None:
+            patterns = [None] * len(tensors)
+        elif len(patterns) != len(tensors):
+            raise ValueError(f"{name}: expected {len(tensors)} patterns, got {len(patterns)}")
+        factors = tuple(
+            Factor(_Bare(tensor), "tensor", pattern, _axes_of(pattern, axes))
+            for tensor, pattern in zip(tensors, patterns, strict=True)
+        )
+        if batch is None:
+            batch = min((f.view(f.param).ndim for f in factors), default=2) - 2
+        return cls(name, factors, scale, batch)
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """The parameters of the factors, resolved anew."""
+        return tuple(factor.param for factor in self.factors)
+
+    def views(self) -> tuple[Tensor, ...]:
+        """The factors, seen as (*batch, *summed, rows, columns)."""
+        return tuple(factor.view(factor.param) for factor in self.factors)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense product: (*batch, m, n); more axes where factors have them."""
+        views, batch = self.views(), self.batch
+        inner = [size for view in views[1:-1] for size in view.shape[batch:-2]]
+        return (*views[0].shape[:-1], *inner, *views[-1].shape[batch:-1])
+
+    @property
+    def rank(self) -> int:
+        """The smallest inner size of the chain."""
+        return min(view.shape[-1] for view in self.views())
+
+    def materialize(self) -> Tensor:
+        """Form the dense product, shape ``shape`` and the factors' dtype; differentiable."""
+        views = self.views()
+        return (self.scale * chain_materialize(views, self.batch)).to(views[0].dtype)
+
+
+def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple[str, int], ...]:
+    names = set((pattern or "").replace("(", " ").replace(")", " ").split())
+    return tuple((name, length) for name, length in (axes or {}).items() if name in names)
+
+
+def _check(product: Product) -> None:
+    """Refuse what is not a chain of real matrices, naming the product."""
+    name = product.name
+    if len(product.factors) < 2:
+        raise ValueError(f"{name}: expected two factors or more, got {len(product.factors)}")
+    for k, factor in enumerate(product.factors):
+        param = factor.param
+        if not param.is_floating_point() or param.layout != torch.strided or param.is_quantized:
+            raise TypeError(
+                f"{name}: expected factor {k} ({factor.attribute}) to be a dense real "
+                f"floating-point tensor, got {param.dtype}, {param.layout}; convert it first"
+            )
+    views = product.views()
+    shapes = [tuple(view.shape) for view in views]
+    batch = product.batch
+    if batch < 0 or any(len(shape) < batch + 2 for shape in shapes):
+        raise ValueError(
+            f"{name}: expected factors with {batch} batch axes and a matrix, got shapes {shapes}"
+        )
+    bonds = [shape[-1] for shape in shapes[:-1]]
+    entries = [shape[-2] for shape in shapes[1:-1]] + [shapes[-1][-1]]
+    if bonds != entries or len({shape[:batch] for shape in shapes}) > 1:
+        raise ValueError(
+            f"{name}: the shapes {shapes} do not chain; expected U (*batch, m, r), "
+            f"M (*batch, r, r'), V (*batch, n, r') with equal batch axes and both ends tall"
+        )
+    if len({view.device for view in views}) > 1:
+        raise ValueError(
+            f"{name}: expected all factors on one device, got {[str(v.device) for v in views]}"
+        )
+
+
+def _full_precision(product: Product) -> torch.autocast:
+    """Autocast off: it would compute the Grams in half precision."""
+    return torch.autocast(product.params[0].device.type, enabled=False)
+
+
+def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
+    """Form the left and the right Grams at every bond, scale left out.
+
+    Returns:
+        Two lists of tensors (*batch, r, r); for a pair: [UᵀU], [VᵀV].
+    """
+    with _full_precision(product):
+        return chain_grams(accumulable(product.views()), product.batch)
+
+
+def squared_norm(product: Product) -> Tensor:
+    """Compute ‖W‖_F² from the factors, summed over the batch; differentiable.
+
+    Returns:
+        A tensor without dimensions, at least float32.
+    """
+    with _full_precision(product):
+        return chain_squared_norm(product.views(), product.batch) * product.scale**2
+
+
+def product_norm(product: Product) -> Tensor:
+    """Compute the product norm ‖W‖_F from the factors.
+
+    Returns:
+        A tensor without dimensions, at least float32. Differentiable where W is not zero.
+
+    Example:
+        >>> import torch
+        >>> product_norm(Product.of(torch.ones(2, 1), torch.ones(8, 1))).item()
+        4.0
+    """
+    return squared_norm(product).clamp_min(0).sqrt()
+
+
+def gradients(product: Product) -> tuple[Tensor, ...]:
+    """Compute the gradient of ½‖W‖_F² for every parameter of a product, without autograd.
+
+    Returns:
+        Tensors of the parameters' shapes (float32 for half-precision parameters).
+    """
+    coefs = [product.scale**2] * len(product.factors)
+    with torch.no_grad(), _full_precision(product):
+        grads = chain_gradients(product.views(), product.batch, coefs)
+    out = []
+    for factor, grad in zip(product.factors, grads, strict=True):
+        assert grad is not None
+        full = torch.zeros_like(factor.param, dtype=grad.dtype)
+        factor.view(full).copy_(grad)  # through the view: no inverse of the pattern is needed
+        out.append(full)
+    return tuple(out)
+
+
+def as_products(products: Product | Iterable[Product]) -> list[Product]:
+    """A list of products from one or several, refusing anything else."""
+    found = [products] if isinstance(products, Product) else list(products)
+    for product in found:
+        if not isinstance(product, Product):
+            raise TypeError(
+                f"expected Product records, got {type(product).__name__}; "
+                "frobdecay.products(model) lists those of a model, Product.of(U, V) makes one"
+            )
+    return found
+
+
+def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
+    """Compute the penalty ½·λ·Σ‖W‖_F² of products, to be added to a loss.
+
+    Differentiable, also twice; factors in half precision are accumulated in float32, also under
+    autocast. ``FrobeniusDecay`` and ``add_penalty_grad_`` give the same gradient for less.
+
+    Args:
+        products: one product or several, on one device.
+        coef: λ, the weight decay of the dense recipe; a number or a tensor without dimensions.
+
+    Returns:
+        A tensor without dimensions.
+
+    Raises:
+        ValueError: no products, or a negative or NaN λ.
+
+    Example:
+        >>> import torch
+        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1)
+        >>> penalty(Product.of(U, V), 0.5).item()
+        4.0
+    """
+    found = as_products(products)
+    if not found:
+        raise ValueError("expected at least one product, got none: factorize the model first")
+    check_coefficient(coef, "coef")
+    total = squared_norm(found[0])
+    for product in found[1:]:
+        total = total + squared_norm(product)
+    return 0.5 * coef * total
+
+
+def check_coefficient(coef: Coefficient, what: str) -> None:
+    """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
+    if isinstance(coef, Tensor):
+        if coef.numel() != 1:
+            raise ValueError(f"expected {what} to be one number, got shape {tuple(coef.shape)}")
+        return
+    if isinstance(coef, bool) or not isinstance(coef, int | float):
+        raise TypeError(f"expected {what} to be a number or a tensor, got {coef!r}")
+    if not 0 <= coef < float("inf"):
+        raise ValueError(f"expected {what} to be finite and at least 0, got {coef}")

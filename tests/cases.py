@@ -1,0 +1,71 @@
+"""Products of every kind that the tests share: name -> a function that makes one in a dtype."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from frobdecay.product import Factor, Product
+
+Maker = Callable[[torch.dtype], Product]
+
+
+def bare(*shapes: tuple[int, ...], scale: float = 1.0, batch: int | None = None) -> Maker:
+    """A product of random parameters of the given shapes."""
+
+    def make(dtype: torch.dtype) -> Product:
+        tensors = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+        return Product.of(*tensors, scale=scale, batch=batch)
+
+    return make
+
+
+def grouped_queries(dtype: torch.dtype) -> Product:
+    """Query-key products with two query heads for each key head: row axes that are no one axis."""
+    query, key = nn.Parameter(torch.randn(12, 5)), nn.Parameter(torch.randn(6, 5))
+    return Product.of(
+        nn.Parameter(query.detach().to(dtype)),
+        nn.Parameter(key.detach().to(dtype)),
+        patterns=["(g q d) e -> g q e d", "(g d) e -> g e d"],
+        axes={"g": 2, "q": 2, "d": 3},
+        batch=1,
+    )
+
+
+def packed(dtype: torch.dtype) -> Product:
+    """Query-key products whose factors are parts of one packed parameter."""
+    owner = nn.Module()
+    owner.in_proj_weight = nn.Parameter(torch.randn(18, 5).to(dtype))
+    axes = (("t", 3), ("h", 2), ("d", 3))
+    query, key = (
+        Factor(owner, "in_proj_weight", "(t h d) e -> t h e d", axes, index) for index in (0, 1)
+    )
+    return Product("attention.query_key", (query, key), batch=1)
+
+
+def symmetric(dtype: torch.dtype) -> Product:
+    """W = U Uᵀ: one parameter is both factors."""
+    tensor = nn.Parameter(torch.randn(6, 2).to(dtype))
+    return Product.of(tensor, tensor)
+
+
+PRODUCTS: dict[str, Maker] = {
+    "pair": bare((7, 3), (5, 3)),
+    "scaled": bare((7, 3), (5, 3), scale=0.5),
+    "rank one": bare((7, 1), (5, 1)),
+    "full rank": bare((4, 4), (4, 4)),
+    "wide": bare((3, 9), (4, 9)),
+    "one row": bare((1, 2), (6, 2)),
+    "deep": bare((7, 3), (3, 3), (5, 3)),
+    "deep near full rank": bare((6, 5), (5, 5), (6, 5)),
+    "deep, two inner": bare((7, 3), (3, 4), (4, 2), (5, 2)),
+    "batched": bare((4, 7, 3), (4, 5, 3)),
+    "batched deep": bare((2, 7, 3), (2, 3, 3), (2, 5, 3)),
+    "batched full rank": bare((2, 4, 4), (2, 4, 4)),
+    "two batch axes": bare((2, 3, 5, 2), (2, 3, 4, 2)),
+    "train of cores": bare((4, 2), (3, 2, 3), (5, 3), batch=0),
+    "train with row axes": bare((2, 4, 2), (3, 2, 3), (2, 5, 3), batch=0),
+    "grouped queries": grouped_queries,
+    "packed heads": packed,
+    "symmetric": symmetric,
+}

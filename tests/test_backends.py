@@ -1,0 +1,191 @@
+"""Every backend gives the reference's gradient, adds it where told, and says what it does."""
+
+import pytest
+import torch
+from cases import PRODUCTS, bare
+from conftest import TOLERANCE
+from test_product import close, exact
+from torch import nn
+
+from frobdecay.backends import BACKENDS, Accumulator, add_penalty_grad_, explain
+from frobdecay.product import Factor, Product, gradients, penalty
+
+ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
+NAMES = pytest.mark.parametrize("backend", [*BACKENDS, None])
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def with_gradients(make, dtype, count=3):
+    """Some products of one kind, each factor with a gradient of ones."""
+    products = [make(dtype) for _ in range(count)]
+    for product in products:
+        for param in product.params:
+            param.grad = torch.ones_like(param)
+    return products
+
+
+@ALL
+@NAMES
+@DTYPES
+def test_every_backend_adds_the_exact_gradient(make, backend, dtype):
+    """coef·∇ arrives in every ``.grad``: every backend, kind of product and dtype."""
+    products = with_gradients(make, dtype)
+    add_penalty_grad_(products, 0.5, backend=backend)
+    for product in products:
+        _, expected = exact(product)
+        for param, gradient in zip(product.params, expected, strict=True):
+            assert close(param.grad - 1, 0.5 * gradient, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("shape", [(96, 5), (512, 16), (64, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_less_accurate_than_the_reference(backend, shape, dtype):
+    """Against float64, a fast path's error is at most 1.5 times the reference's."""
+    errors = {}
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        products = [bare(shape, shape)(dtype) for _ in range(4)]
+        targets = [[torch.zeros_like(p, dtype=torch.float32) for p in q.params] for q in products]
+        Accumulator(products, name).accumulate(targets, [[1.0, 1.0]] * 4)
+        pairs = [
+            (found.double(), wanted)
+            for product, target in zip(products, targets, strict=True)
+            for found, wanted in zip(target, exact(product)[1], strict=True)
+        ]
+        errors[name] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    assert errors[backend] <= 1.5 * errors["reference"] + 1e-12
+
+
+@NAMES
+def test_each_factor_has_its_own_coefficient(backend):
+    """Coefficients differ by product and factor, and may be tensors."""
+    products = [PRODUCTS["pair"](torch.float64) for _ in range(3)]
+    coefs = [[0.1, 0.2], [torch.tensor(0.3), 0.4], [0.0, torch.tensor(0.6)]]
+    targets = [[torch.zeros_like(p) for p in product.params] for product in products]
+    Accumulator(products, backend).accumulate(targets, coefs)
+    for product, target, coef in zip(products, targets, coefs, strict=True):
+        for found, gradient, c in zip(target, gradients(product), coef, strict=True):
+            assert close(found, float(c) * gradient, 1e-7)
+
+
+@NAMES
+@pytest.mark.parametrize("kind", ["pair", "deep", "batched", "full rank", "deep near full rank"])
+def test_updates_are_simultaneous(backend, kind):
+    """Added to the factors themselves, every gradient is that of the factors before."""
+    products = [PRODUCTS[kind](torch.float64) for _ in range(3)]
+    before = [[p.detach().clone() for p in product.params] for product in products]
+    expected = [gradients(product) for product in products]
+    targets = [list(product.params) for product in products]
+    coefs = [[-0.1] * len(target) for target in targets]
+    Accumulator(products, backend).accumulate(targets, coefs)
+    for product, old, gradient in zip(products, before, expected, strict=True):
+        for p, o, g in zip(product.params, old, gradient, strict=True):
+            assert close(p.detach(), o - 0.1 * g, 1e-12)
+
+
+@NAMES
+def test_a_shared_factor_gets_the_sum(backend):
+    """A parameter in several products gets each one's gradient, in any order of products."""
+    shared = nn.Parameter(torch.randn(6, 2, dtype=torch.float64))
+    others = [nn.Parameter(torch.randn(5, 2, dtype=torch.float64)) for _ in range(3)]
+    products = [Product.of(shared, other) for other in others]
+    total = sum(gradients(product)[0] for product in products)
+    for order in (products, products[::-1]):
+        for p in (shared, *others):
+            p.grad = torch.zeros_like(p)
+        add_penalty_grad_(order, 1.0, backend=backend)
+        assert close(shared.grad, total, 1e-12)
+
+
+@NAMES
+def test_none_and_frozen_are_left_alone(backend):
+    """No gradient, no decay; a frozen factor stays a constant in the product (D12)."""
+    products = with_gradients(PRODUCTS["pair"], torch.float64)
+    products[0].params[0].grad = None
+    products[1].params[1].requires_grad_(False)
+    expected = [gradients(product) for product in products]
+    add_penalty_grad_(products, 1.0, backend=backend)
+    assert products[0].params[0].grad is None
+    assert torch.equal(products[1].params[1].grad, torch.ones_like(products[1].params[1]))
+    assert close(products[0].params[1].grad - 1, expected[0][1], 1e-10)
+    assert close(products[1].params[0].grad - 1, expected[1][0], 1e-10)
+
+
+@NAMES
+def test_swapped_and_moved_parameters_are_followed(backend):
+    """A Parameter swapped in its module, or given new storage, is read anew (D20)."""
+    owner = nn.Module()
+    owner.U, owner.V = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(5, 2))
+    product = Product("w", (Factor(owner, "U"), Factor(owner, "V")))
+    accumulator = Accumulator(product, backend)
+    for change in (
+        lambda: setattr(owner, "U", nn.Parameter(torch.randn(6, 2))),
+        lambda: setattr(owner.U, "data", torch.randn(6, 2)),
+        lambda: owner.double(),
+    ):
+        change()
+        targets = [[torch.zeros_like(p) for p in product.params]]
+        accumulator.accumulate(targets, [[1.0, 1.0]])
+        assert close(targets[0][0], gradients(product)[0].double(), 1e-6)
+
+
+def test_autocast_does_not_reach_the_grams():
+    """Inside an autocast region the gradient is the same as outside."""
+    products = with_gradients(PRODUCTS["pair"], torch.float32)
+    add_penalty_grad_(products, 1.0)
+    plain = products[0].params[0].grad.clone()
+    products[0].params[0].grad.fill_(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        add_penalty_grad_(products, 1.0)
+    assert torch.equal(products[0].params[0].grad, plain)
+
+
+def test_small_products_share_calls_and_large_ones_do_not():
+    """The choice follows size and number, and ``explain`` states it."""
+    small = [bare((48, 5), (48, 5))(torch.float32) for _ in range(4)]
+    large = [bare((2048, 16), (2048, 16))(torch.float32) for _ in range(2)]
+    lone = bare((9, 3), (8, 3))(torch.float32)
+    accumulator = Accumulator([*small, *large, lone])
+    assert [b.backend.name for b in accumulator.buckets] == [
+        "bucketed",
+        "per_product",
+        "per_product",
+    ]
+    text = explain([*small, *large, lone])
+    assert "4 of one shape" in text
+    assert "a copy costs more than a call" in text
+    assert "the only one of its shape" in text
+
+
+def test_add_equals_backward_of_the_penalty():
+    """``add_penalty_grad_`` is ``penalty(...).backward()`` without the graph."""
+    product = PRODUCTS["scaled"](torch.float64)
+    penalty(product, 0.7).backward()
+    expected = [p.grad.clone() for p in product.params]
+    for p in product.params:
+        p.grad.zero_()
+    add_penalty_grad_(product, 0.7)
+    for p, e in zip(product.params, expected, strict=True):
+        assert close(p.grad, e, 1e-12)
+
+
+def test_an_unknown_backend_is_refused():
+    """The message lists the known ones."""
+    with pytest.raises(ValueError, match=r"\['bucketed', 'per_product', 'reference'\]"):
+        Accumulator(PRODUCTS["pair"](torch.float32), "fused")
+
+
+def test_what_cannot_run_says_why():
+    """Meta factors hold no numbers: refused by name before anything is computed."""
+    product = Product.of(*(torch.ones(3, 2, device="meta") for _ in range(2)), name="a.weight")
+    with pytest.raises(ValueError, match=r"a\.weight.*meta device"):
+        Accumulator(product)
+
+
+def test_sparse_gradients_are_refused():
+    """The penalty's gradient is dense; a sparse ``.grad`` cannot hold it (D29)."""
+    product = PRODUCTS["pair"](torch.float32)
+    product.params[0].grad = torch.ones(7, 3).to_sparse()
+    with pytest.raises(TypeError, match="expected a dense gradient for tensor"):
+        add_penalty_grad_(product, 0.1)

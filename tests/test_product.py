@@ -1,0 +1,288 @@
+"""Norm, gradient and dense form of products: against float64 autograd on the dense product."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from cases import PRODUCTS, bare
+from conftest import TOLERANCE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from frobdecay.chain import contraction_plan
+from frobdecay.product import Factor, Product, gradients, grams, penalty, product_norm, squared_norm
+
+sizes = st.integers(1, 8)
+ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def exact(product: Product) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The penalty's value and gradients in float64, by autograd through the dense product."""
+    wide = {id(p): p.detach().double().requires_grad_() for p in product.params}
+    factors = tuple(
+        Factor(_Owner(wide[id(f.param)]), "tensor", f.pattern, f.axes, f.index)
+        for f in product.factors
+    )
+    twin = Product(product.name, factors, product.scale, product.batch)
+    value = 0.5 * twin.materialize().square().sum()
+    found = torch.autograd.grad(value, list(wide.values()))
+    by_id = dict(zip(wide, found, strict=True))
+    return value.detach(), [by_id[id(p)] for p in product.params]
+
+
+class _Owner:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Equal up to a relative error in norm."""
+    return bool((found.double() - expected).norm() <= tolerance * (expected.norm() + 1e-30))
+
+
+@st.composite
+def chains(draw):
+    """A float64 product of 2 to 5 factors with any shapes, batch and scale."""
+    inner, batch = draw(st.integers(0, 3)), draw(st.lists(st.integers(1, 3), max_size=2))
+    bonds = draw(st.lists(sizes, min_size=inner + 1, max_size=inner + 1))
+    m, n, seed = draw(sizes), draw(sizes), draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    pairs = list(itertools.pairwise(bonds))
+    shapes = [(m, bonds[0]), *pairs, (n, bonds[-1])]
+    tensors = [
+        nn.Parameter(torch.randn(*batch, *shape, dtype=torch.float64, generator=generator))
+        for shape in shapes
+    ]
+    return Product.of(*tensors, scale=draw(st.sampled_from([1.0, 0.25, 2.0])))
+
+
+@ALL
+@DTYPES
+def test_value_equals_the_dense_norm(make, dtype):
+    """½‖W‖² from Grams is that of the dense product, whatever the dtype."""
+    product = make(dtype)
+    value, _ = exact(product)
+    assert close(0.5 * squared_norm(product), value, TOLERANCE[dtype])
+    assert close(product_norm(product).square(), 2 * value, TOLERANCE[dtype])
+
+
+@ALL
+@DTYPES
+def test_penalty_gradient_agrees_with_autograd(make, dtype):
+    """``gradients`` sums to autograd's gradient of the dense penalty, parameter by parameter."""
+    product = make(dtype)
+    _, expected = exact(product)
+    summed: dict[int, torch.Tensor] = {}
+    for param, gradient in zip(product.params, gradients(product), strict=True):
+        summed[id(param)] = summed.get(id(param), 0) + gradient
+    for param, gradient in zip(product.params, expected, strict=True):
+        assert close(summed[id(param)], gradient, TOLERANCE[dtype])
+
+
+@given(chains())
+def test_gradients_agree_with_autograd(product):
+    """The property in general: any chain, batch and scale, in float64 to 1e-10."""
+    value, expected = exact(product)
+    assert close(0.5 * squared_norm(product), value, 1e-10)
+    for gradient, autograd in zip(gradients(product), expected, strict=True):
+        assert close(gradient, autograd, 1e-10)
+
+
+@given(chains())
+def test_euler_identity(product):
+    """⟨C, ∇_C ½‖W‖²⟩ = ‖W‖² for every factor: W is linear in each."""
+    for param, gradient in zip(product.params, gradients(product), strict=True):
+        assert close((param * gradient).sum(), squared_norm(product), 1e-10)
+
+
+@given(chains(), st.integers(0, 1000))
+def test_value_does_not_depend_on_the_gauge(product, seed):
+    """U → UA, V → VA⁻ᵀ changes the factors and not ‖W‖ (T5); factor decay does change."""
+    first, *inner, last = product.params
+    if inner:
+        return
+    r = first.shape[-1]
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(r, r, dtype=torch.float64, generator=generator) + 4 * torch.eye(r)
+    moved = Product.of(first @ A, last @ torch.linalg.inv(A).mT, scale=product.scale)
+    assert close(product_norm(moved), product_norm(product), 1e-8)
+
+
+@given(chains())
+def test_value_is_the_inner_product_of_grams_at_every_bond(product):
+    """⟨L_k, R_k⟩ is the same number at every bond."""
+    for left, right in zip(*grams(product), strict=True):
+        assert close((left * right).sum() * product.scale**2, squared_norm(product), 1e-10)
+
+
+@given(chains())
+def test_a_batch_is_the_sum_of_its_products(product):
+    """Leading axes keep products apart: ‖W‖² is the sum over them."""
+    flat = [p.reshape(-1, *p.shape[-2:]) for p in product.params]
+    heads = [Product.of(*one, scale=product.scale) for one in zip(*flat, strict=True)]
+    total = sum(squared_norm(head) for head in heads)
+    assert close(total, squared_norm(product), 1e-10)
+
+
+@given(chains(), st.integers(1, 3))
+def test_zero_columns_change_nothing(product, more):
+    """Padding the rank with zeros leaves norm and gradient as they are."""
+    first, *inner, last = product.params
+    if inner:
+        return
+    pad = nn.functional.pad
+    padded = Product.of(pad(first, (0, more)), pad(last, (0, more)), scale=product.scale)
+    for gradient, wide in zip(gradients(product), gradients(padded), strict=True):
+        assert close(wide[..., : gradient.shape[-1]], gradient, 1e-10)
+
+
+def test_penalty_is_twice_differentiable():
+    """Second derivatives agree with finite differences (gradgradcheck)."""
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (4, 2))]
+
+    def value(*factors):
+        return penalty(Product.of(*factors), 0.3)
+
+    assert torch.autograd.gradcheck(value, tensors)
+    assert torch.autograd.gradgradcheck(value, tensors)
+
+
+def test_penalty_backward_is_the_gradient():
+    """``penalty(...).backward()`` gives coef times ``gradients``, over several products."""
+    products = [PRODUCTS["pair"](torch.float64), PRODUCTS["deep"](torch.float64)]
+    penalty(products, 0.2).backward()
+    for product in products:
+        for param, gradient in zip(product.params, gradients(product), strict=True):
+            assert close(param.grad, 0.2 * gradient, 1e-10)
+
+
+def test_half_precision_accumulates_in_float32():
+    """A sum of squares beyond float16's largest number is finite, also under autocast."""
+    product = bare((2048, 4), (2048, 4))(torch.float16)
+    expected, _ = exact(product)
+    assert float(expected) > 65504
+    assert close(0.5 * squared_norm(product), expected, 1e-5)
+    wide = bare((64, 4), (64, 4))(torch.float32)
+    plain = squared_norm(wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(squared_norm(wide), plain)
+
+
+def test_the_product_is_not_formed_at_low_rank_and_is_near_full_rank():
+    """The plan takes Grams up to r = 1.5·mn/(m+n) and the dense product beyond."""
+    routes = [contraction_plan(((64, r), (64, r))).gradient for r in (1, 47, 49, 64)]
+    assert routes == ["gram", "gram", "dense", "dense"]
+    values = [contraction_plan(((64, r), (64, r))).value for r in (31, 33)]
+    assert values == ["gram", "dense"]
+
+
+def test_no_tensor_of_the_dense_shape_is_allocated_at_low_rank():
+    """Value and gradient of a pair 3000×2000 at rank 2 form no m×n matrix."""
+    product = bare((3000, 2), (2000, 2))(torch.float32)
+    seen = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        gradients(product)
+        penalty(product, 0.1).backward()
+    assert max(seen) <= 6000
+
+
+def test_the_plan_prints():
+    """A plan reads as a table: shapes, routes, costs."""
+    text = str(contraction_plan(((64, 4), (32, 4))))
+    assert "64×4 · 32×4" in text
+    assert "gram" in text
+
+
+def test_factors_are_looked_up_anew():
+    """A swapped Parameter object is seen by the same product."""
+    owner = nn.Module()
+    owner.U, owner.V = nn.Parameter(torch.ones(2, 1)), nn.Parameter(torch.ones(8, 1))
+    product = Product("w", (Factor(owner, "U"), Factor(owner, "V")))
+    assert product_norm(product).item() == pytest.approx(4)
+    owner.U = nn.Parameter(torch.full((2, 1), 2.0))
+    assert product_norm(product).item() == pytest.approx(8)
+    assert product.params[0] is owner.U
+
+
+def test_products_copy_and_pickle():
+    """Deepcopy and pickle keep the value and let go of the original's parameters."""
+    product = PRODUCTS["packed heads"](torch.float32)
+    for twin in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+        assert torch.equal(product_norm(twin), product_norm(product))
+        assert twin.params[0] is not product.params[0]
+        assert twin.params[0] is twin.params[1]
+
+
+def test_shape_and_rank_are_those_of_the_dense_product():
+    """``shape`` is that of ``materialize``; ``rank`` the smallest inner size."""
+    for name, make in PRODUCTS.items():
+        product = make(torch.float32)
+        assert tuple(product.materialize().shape) == product.shape, name
+    assert PRODUCTS["deep, two inner"](torch.float32).rank == 2
+
+
+def test_a_pattern_that_copies_is_refused():
+    """What is added to a copy of a gradient would be lost: so the pattern is refused."""
+    U, V = torch.randn(12, 5), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match=r"to be a view.*keep axes apart"):
+        Product.of(U, V, patterns=["(g q d) e -> g (q e) d", None], axes={"g": 2, "q": 2, "d": 3})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ((torch.ones(3, 2),), ValueError, "two factors or more"),
+        ((torch.ones(3, 2), torch.ones(3, 4)), ValueError, "do not chain"),
+        ((torch.ones(3, 2), torch.ones(2, 3), torch.ones(5, 2)), ValueError, "do not chain"),
+        ((torch.ones(2, 3, 2), torch.ones(3, 3, 2)), ValueError, "do not chain"),
+        ((torch.ones(3), torch.ones(3, 2)), ValueError, "a matrix"),
+        ((torch.ones(3, 2).int(), torch.ones(3, 2)), TypeError, "floating-point"),
+        ((torch.ones(3, 2).to(torch.cfloat), torch.ones(3, 2)), TypeError, "floating-point"),
+        ((torch.ones(3, 2).to_sparse(), torch.ones(3, 2)), TypeError, "dense real"),
+        ((torch.ones(3, 2), torch.ones(3, 2, device="meta")), ValueError, "one device"),
+        (([[1.0]], torch.ones(3, 2)), TypeError, "to be a tensor"),
+    ],
+)
+def test_wrong_factors_are_refused(tensors, error, message):
+    """Factors that make no product are refused, and the message names the product."""
+    with pytest.raises(error, match=rf"layer\.weight.*{message}"):
+        Product.of(*tensors, name="layer.weight")
+
+
+@pytest.mark.parametrize(
+    ("coef", "error"),
+    [(-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("1", TypeError)],
+)
+def test_wrong_coefficients_are_refused(coef, error):
+    """λ has to be a finite number of at least 0."""
+    with pytest.raises(error, match="expected coef"):
+        penalty(PRODUCTS["pair"](torch.float32), coef)
+
+
+def test_no_products_are_refused():
+    """A penalty of nothing is a mistake, and so is one of tensors."""
+    with pytest.raises(ValueError, match="factorize the model first"):
+        penalty([], 0.1)
+    with pytest.raises(TypeError, match=r"Product\.of"):
+        penalty([torch.ones(2, 2)], 0.1)
+
+
+def test_coefficient_may_be_a_tensor():
+    """λ as a tensor gives the same value, and a gradient of its own."""
+    product = PRODUCTS["pair"](torch.float64)
+    coef = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    value = penalty(product, coef)
+    assert close(value, penalty(product, 0.3).detach(), 1e-12)
+    value.backward()
+    assert close(coef.grad, 0.5 * squared_norm(product).detach(), 1e-12)
