@@ -7,7 +7,8 @@ from conftest import TOLERANCE
 from test_product import close, exact
 from torch import nn
 
-from frobdecay.backends import BACKENDS, Accumulator, add_penalty_grad_, explain
+from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.backends import BACKENDS
 from frobdecay.product import Factor, Product, gradients, penalty
 
 ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)

@@ -1,0 +1,101 @@
+"""The package as a whole: its surface, its layers, its documents."""
+
+import ast
+import graphlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import frobdecay
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "frobdecay"
+
+# From the bottom up. A module imports from its own layer or from those below.
+LAYERS = [
+    {"matricize", "chain", "product", "init"},
+    {"backends", "factored"},
+    {"parametrizations"},
+    {"ranks", "registry"},
+    {"optimizer", "diagnostics"},
+    {"__init__"},
+]
+
+
+def imports(module: str) -> set[str]:
+    """Names of the package's modules that a module imports, at any depth of its code."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("frobdecay"):
+            _, _, name = (node.module or "").partition(".")
+            found |= {name} if name else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("frobdecay")}
+    return found & {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def test_every_module_has_a_layer():
+    """The table of layers names every file, and no other."""
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
+def test_imports_go_downward(module):
+    """No module imports from a layer above its own."""
+    level = {name: k for k, layer in enumerate(LAYERS) for name in layer}
+    upward = {name for name in imports(module) if level[name] > level[module]}
+    assert not upward
+
+
+def test_imports_have_no_cycle():
+    """Within a layer, too, there is an order."""
+    names = [path.stem for path in PACKAGE.glob("*.py")]
+    order = graphlib.TopologicalSorter({name: imports(name) for name in names})
+    assert len(list(order.static_order())) == len(names)
+
+
+def test_all_is_sorted_and_complete():
+    """``__all__`` is sorted, exists, and holds every public name that the package imports."""
+    assert frobdecay.__all__ == sorted(frobdecay.__all__)
+    public = {
+        name
+        for name, value in vars(frobdecay).items()
+        if not name.startswith("_") and not isinstance(value, type(sys))
+    }
+    assert public <= set(frobdecay.__all__) | {"annotations"}
+    assert all(hasattr(frobdecay, name) for name in frobdecay.__all__)
+
+
+def test_core_imports_torch_and_einops_only():
+    """A fresh interpreter that imports the package has loaded no optional dependency."""
+    optional = {"triton", "matplotlib", "rich", "sklearn", "tensorboard", "transformers", "peft"}
+    code = f"import sys, frobdecay; print(sorted({optional!r} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def readme_blocks() -> list[str]:
+    """The README's Python blocks, in order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_readme_has_examples():
+    """The search for blocks finds them."""
+    assert len(readme_blocks()) >= 3
+
+
+@pytest.mark.parametrize("k", range(len(readme_blocks())))
+def test_readme_examples_run(k):
+    """Every Python block of the README runs by itself, as printed."""
+    exec(compile(readme_blocks()[k], f"README block {k}", "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_files_can_be_read_in_one_sitting(path):
+    """No file of the package is longer than 400 lines."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
