@@ -7,6 +7,7 @@ are other tensors, or live in other memory than before, everything is planned an
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.backends import Work, select
+from frobdecay.backends import BACKENDS, select
+from frobdecay.bucketed import Job
 from frobdecay.chain import Coefficient, plan_of
 from frobdecay.product import Factor, Product, as_products, check_coefficient
 
-__all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain"]
+__all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain", "place_of"]
 
 
 class Accumulator:
@@ -39,22 +41,38 @@ class Accumulator:
 
     def _plan(self) -> None:
         products = self.products
-        self.buckets = select(products, self.backend)
-        self._views = [product.views() for product in products]
+        self.choices = select(products, self.backend)
+        jobs = [Job(product.views(), product.batch) for product in products]
+        self._routes = [plan_of(job.views, job.batch).gradient for job in jobs]
+        self._shapes = [[tuple(view.shape) for view in job.views] for job in jobs]
+        together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
+        for choice in self.choices:
+            for k in choice.members:
+                together[choice.backend, jobs[k].views[0].device].append(k)
+        self._runners = [
+            (members, BACKENDS[name].prepare([jobs[k] for k in members]))
+            for (name, _), members in together.items()
+        ]
+        self._device = jobs[0].views[0].device.type if jobs else "cpu"
         self._squared_scales = [product.scale**2 for product in products]
-        factors = [factor for product in products for factor in product.factors]
-        self._patterned = [any(map(_patterned, product.factors)) for product in products]
+        self._plain = all(
+            factor.pattern is None and factor.index is None
+            for product in products
+            for factor in product.factors
+        )
+        self._unscaled = all(scale == 1 for scale in self._squared_scales)
         self._watched = [
-            (*_place(factor), param, _address(param))
-            for factor, param in ((factor, factor.param) for factor in factors)
+            (*place_of(factor), factor.param, factor.param.data_ptr())
+            for product in products
+            for factor in product.factors
         ]
 
     def refresh(self) -> None:
         """Plan anew if a parameter is not the tensor, or not in the memory, that it was."""
         for attributes, name, param, address in self._watched:
-            if attributes.get(name) is not param or _address(param) != address:
-                return self._plan()
-        return None
+            if attributes.get(name) is not param or param.data_ptr() != address:
+                self._plan()
+                return
 
     @torch.no_grad()
     def accumulate(
@@ -72,42 +90,32 @@ class Accumulator:
             coefs: numbers or tensors without dimensions, nested like the targets.
         """
         self.refresh()
-        with _full_precision(self._views):
-            for bucket in self.buckets:
-                members = [k for k in bucket.members if any(t is not None for t in targets[k])]
-                if members:
-                    work = Work(
-                        [self._views[k] for k in members],
-                        self.products[members[0]].batch,
-                        [self._seen(k, targets[k]) for k in members],
-                        [self._scaled(k, coefs[k]) for k in members],
-                    )
-                    bucket.backend.run(work)
+        if not self._plain:
+            targets = [self._seen(k, one) for k, one in enumerate(targets)]
+        if not self._unscaled:
+            pairs = zip(coefs, self._squared_scales, strict=True)
+            coefs = [[coef * scale for coef in one] for one, scale in pairs]
+        with _full_precision(self._device):
+            for members, run in self._runners:
+                run([targets[k] for k in members], [coefs[k] for k in members])
 
     def _seen(self, k: int, targets: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The targets, seen as their factors."""
-        if not self._patterned[k]:
-            return targets
+        """The targets of a product, seen as its factors."""
         return [
             None if target is None else factor.view(target)
             for factor, target in zip(self.products[k].factors, targets, strict=True)
         ]
 
-    def _scaled(self, k: int, coefs: Sequence[Coefficient]) -> Sequence[Coefficient]:
-        scale = self._squared_scales[k]
-        return coefs if scale == 1 else [coef * scale for coef in coefs]
-
     def explain(self) -> str:
         """Say which products run on which backend, by which route, and why."""
         lines = []
-        for bucket in self.buckets:
-            names = [self.products[k].name for k in bucket.members]
+        for choice in self.choices:
+            names = [self.products[k].name for k in choice.members]
             shown = ", ".join(names[:2]) + (f", … ({len(names)})" if len(names) > 2 else "")
-            views = self._views[bucket.members[0]]
-            route = plan_of(views, self.products[bucket.members[0]].batch).gradient
-            shape = " · ".join("×".join(map(str, view.shape)) for view in views)
-            lines.append(f"{bucket.backend.name:<12} {route:<6} {shape:<24} {shown}")
-            lines.append(f"{'':<12} {bucket.reason}")
+            k = choice.members[0]
+            shape = " · ".join("×".join(map(str, shape)) for shape in self._shapes[k])
+            lines.append(f"{choice.backend:<12} {self._routes[k]:<6} {shape:<24} {shown}")
+            lines.append(f"{'':<12} {choice.reason}")
         return "\n".join(lines)
 
 
@@ -121,7 +129,7 @@ class _Attributes:
         return getattr(self.owner, name)
 
 
-def _place(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
+def place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
     """Where a parameter is looked up: the dictionary itself saves ``getattr`` at every step."""
     owner, name = factor.owner, factor.attribute
     if isinstance(owner, nn.Module) and name in owner._parameters:
@@ -129,17 +137,8 @@ def _place(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
     return (vars(owner), name) if name in vars(owner) else (_Attributes(owner), name)
 
 
-def _patterned(factor: Factor) -> bool:
-    return factor.pattern is not None or factor.index is not None
-
-
-def _address(param: Tensor) -> int:
-    return param.data_ptr()
-
-
-def _full_precision(views: Sequence[Sequence[Tensor]]) -> AbstractContextManager[object]:
+def _full_precision(device: str) -> AbstractContextManager[object]:
     """Autocast off: it would compute the Grams in half precision."""
-    device = views[0][0].device.type if views else "cpu"
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

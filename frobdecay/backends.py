@@ -7,60 +7,46 @@ before the call, and add it in place to given targets:
     bucketed      products of equal shapes stacked and multiplied together: many small products
     per_product   Grams and in-place ``addmm_`` product by product: large products, no copies
 
-A backend says why it cannot run some products (``why_not``); ``select`` takes the one that costs
-least for every bucket of equal products, which ``accumulate.explain`` prints. A new backend is one
-more entry in ``BACKENDS``.
+A backend says why it cannot run some products (``why_not``), and plans (``prepare``) what is then
+run at every step. ``select`` takes for every product the backend that costs least. A new backend
+is one more entry in ``BACKENDS``.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, accumulable, chain_gradients, chain_grams, plan_of
+from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
+from frobdecay.chain import Coefficient, accumulable, chain_gradients, chain_grams
 from frobdecay.product import Product
 
-__all__ = ["BACKENDS", "Backend", "Bucket", "Work", "select"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Runner", "select"]
 
 BUCKET_BYTES = 1 << 17
 """On a CPU, products whose factors take more bytes than this run one by one: copying them into a
 bucket then costs more than the calls it saves."""
 
-
-@dataclass
-class Work:
-    """Products of equal shapes in one call, each field indexed [product][factor].
-
-    Attributes:
-        views: the factors, (*batch, *summed, rows, columns).
-        batch: number of leading batch axes.
-        targets: tensors of the views' shapes to add to; None where nothing is to be added. A
-            target may be the factor itself.
-        coefs: numbers or tensors without dimensions.
-    """
-
-    views: Sequence[Sequence[Tensor]]
-    batch: int
-    targets: Sequence[Sequence[Tensor | None]]
-    coefs: Sequence[Sequence[Coefficient]]
+Runner = Callable[[Targets, Coefs], None]
+"""``run(targets, coefs)``, indexed [job][factor]: adds coef·∇ to each target that is not None.
+A target may be the factor itself."""
 
 
 class Backend(Protocol):
-    """An executor; ``run`` gets products of equal shapes, dtypes and devices."""
+    """An executor for products on one device."""
 
     name: str
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """List the reasons why these products cannot run here; empty where they can."""
 
-    def run(self, work: Work) -> None:
-        """Add all gradients to their targets."""
+    def prepare(self, jobs: Sequence[Job]) -> Runner:
+        """Plan the execution of these products as long as their memory stays where it is."""
 
 
 def _why_not(products: Sequence[Product]) -> list[str]:
@@ -74,15 +60,11 @@ def _why_not(products: Sequence[Product]) -> list[str]:
     return reasons
 
 
-def _add_formed(
-    views: Sequence[Tensor],
-    batch: int,
-    targets: Sequence[Tensor | None],
-    coefs: Sequence[Coefficient],
-) -> None:
+def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
     """Form all gradients of one product, then add them: right for every kind of product."""
     wanted = [None if t is None else coef for t, coef in zip(targets, coefs, strict=True)]
-    for target, gradient in zip(targets, chain_gradients(views, batch, wanted), strict=True):
+    found = chain_gradients(job.views, job.batch, wanted)
+    for target, gradient in zip(targets, found, strict=True):
         if target is not None and gradient is not None:
             target.add_(gradient)
 
@@ -96,10 +78,14 @@ class Reference:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
 
-    def run(self, work: Work) -> None:
-        """Add product by product."""
-        for views, targets, coefs in zip(work.views, work.targets, work.coefs, strict=True):
-            _add_formed(views, work.batch, targets, coefs)
+    def prepare(self, jobs: Sequence[Job]) -> Runner:
+        """Plan nothing."""
+
+        def run(targets: Targets, coefs: Coefs) -> None:
+            for one in zip(jobs, targets, coefs, strict=True):
+                _add_formed(*one)
+
+        return run
 
 
 class PerProduct:
@@ -111,39 +97,35 @@ class PerProduct:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
 
-    def run(self, work: Work) -> None:
-        """Add product by product; pairs of matrices in place."""
-        views, batch = work.views[0], work.batch
-        in_place = (
-            len(views) == 2
-            and all(view.ndim == batch + 2 <= 3 for view in views)
-            and plan_of(views, batch).gradient == "gram"
-            and accumulable(views)[0] is views[0]
-        )
-        for views, targets, coefs in zip(work.views, work.targets, work.coefs, strict=True):
-            # In place, a target that is the factor itself would be read while it is written.
-            if in_place and not any(
-                target is not None and target.data_ptr() == view.data_ptr()
-                for target, view in zip(targets, views, strict=True)
-            ):
-                _add_in_place(views, batch, targets, coefs)
-            else:
-                _add_formed(views, batch, targets, coefs)
+    def prepare(self, jobs: Sequence[Job]) -> Runner:
+        """Tell the pairs that can be added in place."""
+        in_place = [
+            job.is_gram_pair and job.batch <= 1 and accumulable(job.views)[0] is job.views[0]
+            for job in jobs
+        ]
+
+        def run(targets: Targets, coefs: Coefs) -> None:
+            for job, direct, into, coef in zip(jobs, in_place, targets, coefs, strict=True):
+                # In place, a target that is the factor itself would be read while it is written.
+                if direct and not any(
+                    target is not None and target.data_ptr() == view.data_ptr()
+                    for target, view in zip(into, job.views, strict=True)
+                ):
+                    _add_in_place(job, into, coef)
+                else:
+                    _add_formed(job, into, coef)
+
+        return run
 
 
-def _add_in_place(
-    views: Sequence[Tensor],
-    batch: int,
-    targets: Sequence[Tensor | None],
-    coefs: Sequence[Coefficient],
-) -> None:
-    (left,), (right,) = chain_grams(views, batch)
-    for view, gram, target, coef in zip(views, (right, left), targets, coefs, strict=True):
+def _add_in_place(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
+    (left,), (right,) = chain_grams(job.views, job.batch)
+    for view, gram, target, coef in zip(job.views, (right, left), targets, coefs, strict=True):
         if target is None:
             continue
         if target.dtype != view.dtype:
             target.add_(view @ (gram * coef))
-        elif batch:
+        elif job.batch:
             target.baddbmm_(view, gram * coef)
         elif isinstance(coef, Tensor):
             target.addmm_(view, gram * coef)
@@ -152,7 +134,7 @@ def _add_in_place(
 
 
 class Bucketed:
-    """Stack equal products along a new batch axis: the number of calls no longer grows."""
+    """Products of equal shapes together: see ``bucketed.py``."""
 
     name = "bucketed"
 
@@ -160,42 +142,9 @@ class Bucketed:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
 
-    def run(self, work: Work) -> None:
-        """Stack, multiply, and add everything in one call."""
-        stacks = [torch.stack(views) for views in zip(*work.views, strict=True)]
-        targets = list(zip(*work.targets, strict=True))
-        coefs = [
-            _together(coefs, stack, work.batch) if any(t is not None for t in wanted) else None
-            for coefs, stack, wanted in zip(
-                zip(*work.coefs, strict=True), stacks, targets, strict=True
-            )
-        ]
-        into: list[Tensor] = []
-        what: list[Tensor] = []
-        gradients = chain_gradients(stacks, work.batch + 1, coefs)
-        for wanted, gradient in zip(targets, gradients, strict=True):
-            if gradient is not None:
-                pairs = zip(wanted, gradient.unbind(), strict=True)
-                kept = [(target, g) for target, g in pairs if target is not None]
-                into += [target for target, _ in kept]
-                what += [g for _, g in kept]
-        if into:
-            torch._foreach_add_(into, what)
-
-
-def _together(coefs: Sequence[Coefficient], stack: Tensor, batch: int) -> Coefficient:
-    """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1)."""
-    first = coefs[0]
-    if not isinstance(first, Tensor) and all(coef is first for coef in coefs):
-        return first
-    if any(isinstance(coef, Tensor) for coef in coefs):
-        column = torch.stack(
-            [torch.as_tensor(coef, device=stack.device).reshape(()) for coef in coefs]
-        )
-    else:
-        column = torch.tensor(coefs, dtype=torch.float64)
-    dtype = torch.promote_types(stack.dtype, torch.float32)
-    return column.to(stack.device, dtype).reshape(-1, *(1 for _ in range(batch + 2)))
+    def prepare(self, jobs: Sequence[Job]) -> Runner:
+        """Make the stacks."""
+        return prepare_bucketed(jobs)
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
@@ -204,22 +153,22 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Choice:
     """Products of equal shapes, dtype and device: where they run, and why there.
 
     Attributes:
-        backend: the executor.
+        backend: name of the executor.
         members: positions in the list of products.
         reason: why this backend.
     """
 
-    backend: Backend
+    backend: str
     members: tuple[int, ...]
     reason: str
 
 
-def select(products: Sequence[Product], backend: str | None = None) -> list[Bucket]:
-    """Sort products into buckets and choose the cheapest backend for each.
+def select(products: Sequence[Product], backend: str | None = None) -> list[Choice]:
+    """Choose the cheapest backend for every kind of product.
 
     Args:
         products: the products.
@@ -232,28 +181,30 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Buck
         raise ValueError(f"expected backend to be one of {sorted(BACKENDS)}, got {backend!r}")
     times = Counter(id(param) for product in products for param in product.params)
     alike: dict[object, list[int]] = defaultdict(list)
+    repeated: dict[object, bool] = {}
     for k, product in enumerate(products):
         about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.views())
         shared = any(times[id(param)] > 1 for param in product.params)
         alike[about, product.batch, shared].append(k)
-    buckets = []
+        repeated[about, product.batch, shared] = shared
+    choices = []
     for key, members in alike.items():
-        name, reason = backend, "asked for"
-        if name is None:
-            name, reason = _cheapest(products[members[0]], len(members), key[2])  # type: ignore[index]
+        name, reason = (
+            (backend, "asked for")
+            if backend is not None
+            else _cheapest(products[members[0]], len(members), repeated[key])
+        )
         reasons = BACKENDS[name].why_not([products[k] for k in members])
         if reasons:
             raise ValueError(f"the backend {name!r} cannot run: " + "; ".join(reasons))
-        buckets.append(Bucket(BACKENDS[name], tuple(members), reason))
-    return buckets
+        choices.append(Choice(name, tuple(members), reason))
+    return choices
 
 
 def _cheapest(product: Product, count: int, shared: bool) -> tuple[str, str]:
     """The name of the cheapest backend for ``count`` such products, and the reason."""
     params = product.params
     size = sum(param.numel() * param.element_size() for param in params)
-    if count == 1:
-        return "per_product", "the only one of its shape"
     if shared:
         return "per_product", "a parameter is a factor more than once: added one after the other"
     if params[0].device.type == "cpu" and size > BUCKET_BYTES:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "frobdecay"
 # From the bottom up. A module imports from its own layer or from those below.
 LAYERS = [
     {"matricize", "chain", "product", "init"},
-    {"backends", "factored"},
+    {"bucketed", "backends", "accumulate", "factored"},
     {"parametrizations"},
     {"ranks", "registry"},
     {"optimizer", "diagnostics"},

@@ -1,0 +1,174 @@
+"""The bucketed executor: products of equal shapes are multiplied together.
+
+Many small products cost their calls, not their arithmetic. So factors are gathered by shape into
+stacks, Grams and updates of a stack are one ``bmm`` each, and one ``_foreach_add_`` scatters the
+result. In pairs U Vᵀ, the U and V of all products with as many rows and columns share a stack:
+each factor's update takes the Gram of its partner, wherever that is,
+
+    S = stack of all (rows×r),    G = SᵀS,    updates = S · G[partner],
+
+so that the number of calls is that of different factor shapes. Buffers live as long as the plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frobdecay.chain import Coefficient, chain_gradients, plan_of
+
+__all__ = ["Coefs", "Job", "Targets", "prepare_bucketed"]
+
+Targets = Sequence[Sequence[Tensor | None]]
+Coefs = Sequence[Sequence[Coefficient]]
+Runner = Callable[[Targets, Coefs], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One product to be planned: its factors' views and the number of leading batch axes."""
+
+    views: tuple[Tensor, ...]
+    batch: int
+
+    @property
+    def is_gram_pair(self) -> bool:
+        """Whether it is U Vᵀ, of plain matrices, cheaper through its Grams."""
+        return (
+            len(self.views) == 2
+            and all(view.ndim == self.batch + 2 for view in self.views)
+            and plan_of(self.views, self.batch).gradient == "gram"
+        )
+
+
+def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
+    """Plan the execution of jobs on one device.
+
+    Returns:
+        ``run(targets, coefs)``, both indexed [job][factor].
+    """
+    pairs, others = defaultdict(list), defaultdict(list)
+    for k, job in enumerate(jobs):
+        if job.is_gram_pair:
+            pairs[job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
+        else:
+            others[tuple(view.shape for view in job.views), job.batch].append(k)
+    runners: list[Runner] = [_Pairs(jobs, members) for members in pairs.values()]
+    runners += [_Chains(jobs, members) for members in others.values()]
+
+    def run(targets: Targets, coefs: Coefs) -> None:
+        for runner in runners:
+            runner(targets, coefs)
+
+    return run
+
+
+class _Stack:
+    """Factors of one shape, gathered into one buffer, and a buffer for their updates."""
+
+    def __init__(self, slots: list[tuple[int, int]], views: list[Tensor]) -> None:
+        self.slots, self.views = slots, views
+        shape, like = (len(views), *views[0].shape), views[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.stack = torch.empty(shape, dtype=dtype, device=like.device)
+        self.update = torch.empty_like(self.stack)
+        self.parts = list(self.update.unbind())
+        self.gathered = list(self.stack.unbind()) if dtype != like.dtype else None
+
+    def gather(self) -> Tensor:
+        """Copy the factors as they are now."""
+        if self.gathered is None:
+            return torch.stack(self.views, out=self.stack)
+        torch._foreach_copy_(self.gathered, self.views)  # half precision becomes float32
+        return self.stack
+
+    def scatter(self, targets: Targets) -> None:
+        """Add the updates to their targets."""
+        into = [targets[k][j] for k, j in self.slots]
+        if all([target is not None for target in into]):
+            torch._foreach_add_(into, self.parts)  # type: ignore[arg-type]
+            return
+        wanted = [(t, part) for t, part in zip(into, self.parts, strict=True) if t is not None]
+        if wanted:
+            torch._foreach_add_([t for t, _ in wanted], [part for _, part in wanted])
+
+
+class _Pairs:
+    """Products U Vᵀ of one rank: a stack for each number of rows, one buffer of Grams."""
+
+    def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
+        slots = defaultdict(list)
+        for k in members:
+            for j, view in enumerate(jobs[k].views):
+                slots[tuple(view.shape), view.dtype].append((k, j))
+        self.stacks = [
+            _Stack(found, [jobs[k].views[j] for k, j in found]) for found in slots.values()
+        ]
+        self.order = [slot for stack in self.stacks for slot in stack.slots]
+        place = {slot: i for i, slot in enumerate(self.order)}
+        first = self.stacks[0].stack
+        shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.grams = torch.empty(shape, dtype=dtype, device=first.device)
+        self.partners = torch.empty_like(self.grams)
+        self.partner = torch.tensor([place[k, 1 - j] for k, j in self.order], device=first.device)
+        sizes = [len(stack.slots) for stack in self.stacks]
+        self.gram_parts, self.partner_parts = (
+            torch.split(self.grams, sizes),
+            torch.split(self.partners, sizes),
+        )
+
+    def __call__(self, targets: Targets, coefs: Coefs) -> None:
+        for stack, gram in zip(self.stacks, self.gram_parts, strict=True):
+            gathered = stack.gather()
+            torch.matmul(gathered.mT, gathered, out=gram)
+        torch.index_select(self.grams, 0, self.partner, out=self.partners)
+        self.partners.mul_(_together([coefs[k][j] for k, j in self.order], self.partners))
+        for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
+            torch.matmul(stack.stack, gram, out=stack.update)
+            stack.scatter(targets)
+
+
+class _Chains:
+    """Products of equal shapes of any other kind, by the formulas for one, a batch axis more."""
+
+    def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
+        first = jobs[members[0]]
+        self.batch = first.batch + 1
+        self.stacks = [
+            _Stack([(k, j) for k in members], [jobs[k].views[j] for k in members])
+            for j in range(len(first.views))
+        ]
+
+    def __call__(self, targets: Targets, coefs: Coefs) -> None:
+        wanted: list[Coefficient | None] = [
+            _together([coefs[k][j] for k, j in stack.slots], stack.stack, self.batch + 2)
+            if any(targets[k][j] is not None for k, j in stack.slots)
+            else None
+            for stack in self.stacks
+        ]
+        gathered = [stack.gather() for stack in self.stacks]
+        found = chain_gradients(gathered, self.batch, wanted)
+        for stack, gradient in zip(self.stacks, found, strict=True):
+            if gradient is not None:
+                stack.update.copy_(gradient)
+                stack.scatter(targets)
+
+
+def _together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
+    """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1)."""
+    first = coefs[0]
+    if not isinstance(first, Tensor) and all(coef is first for coef in coefs):
+        return first
+    if any(isinstance(coef, Tensor) for coef in coefs):
+        column = torch.stack(
+            [torch.as_tensor(coef, device=like.device).reshape(()) for coef in coefs]
+        )
+    else:
+        column = torch.tensor(coefs, dtype=torch.float64)
+    ndim = like.ndim if ndim is None else ndim
+    return column.to(like.device, like.dtype).reshape(-1, *(1 for _ in range(ndim - 1)))
