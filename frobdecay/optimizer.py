@@ -1,0 +1,364 @@
+"""FrobeniusDecay: any ``torch.optim`` optimizer, decaying products instead of factors.
+
+coupled      p.grad += λ · ∇_p ½‖W‖_F²        SGD, Adam, RMSprop, …   (Khodak et al., 2021)
+decoupled    p −= lr · λ · ∇_p ½‖W‖_F²        AdamW, Muon, Adafactor, …
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from frobdecay.chain import Coefficient
+from frobdecay.decay import Decay, Increments, PenalizedClosure
+from frobdecay.param_groups import adapt_plain, is_plain
+from frobdecay.parametrizations import VERSION
+from frobdecay.product import Product
+from frobdecay.proxy import OptimizerProxy
+from frobdecay.rates import Group, Rate, is_zero, rate_of
+from frobdecay.registry import products as products_of
+from frobdecay.rounding import StochasticRounder
+from frobdecay.wrapping import (
+    check_arguments,
+    check_membership,
+    convention,
+    find_products,
+    ignores_the_loss,
+    plan_groups,
+    plan_wrapping,
+    reads_the_parameter,
+)
+
+__all__ = ["FrobeniusDecay"]
+
+Mode = Literal["coupled", "decoupled", "auto"]
+
+_KEY = "frobdecay"  # ours in the state dict
+_AMP = ("grad_scale", "found_inf")  # what GradScaler sets on an optimizer that unscales itself
+
+
+class _Step(NamedTuple):
+    """What one step hands to the base's update, and what is left to do after it."""
+
+    args: tuple[Any, ...]
+    late: Increments | None
+
+
+class FrobeniusDecay(OptimizerProxy):
+    r"""Wrap an optimizer so that it decays the products of factors instead of each factor.
+
+    Adds λ·∇½‖W‖_F² for every product W where the base optimizer would add its weight decay:
+    after accumulation, unscaling and clipping, to those factors that have a gradient. With λ = 0
+    it is the base optimizer, bit for bit.
+
+    **The coefficient** is the one you had: with ``decay=None`` the factors' ``weight_decay`` is
+    taken over. They get param groups of their own, with ``weight_decay=0`` and the value under
+    the key ``"frobenius_decay"``, where it can be scheduled like any option. Wrap first, build
+    the learning-rate scheduler on the wrapper.
+
+    **Precision**: Grams of half-precision factors are accumulated in float32 (TF32 follows
+    torch's own global setting). Decoupled decay of half-precision parameters is computed in
+    float32 and rounded stochastically, so that it acts in expectation although single steps are
+    far below the parameters' resolution; from generators of the wrapper's own, whose state is in
+    ``state_dict()`` under ``"frobdecay"``.
+
+    **Closures** are evaluated as the base pleases; the penalty's gradient is added after every
+    evaluation, and a base that reads the loss (a line search) reads loss + penalty. The caller
+    gets his own loss. **Hooks** of the wrapper run before the decay is added (clip there); those
+    of the base optimizer and the global ones run after it, inside the base's step.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``, built after the model was factorized.
+        model_or_products: the factorized model, or the products that this optimizer trains.
+        decay: λ for all factors, a number or a tensor without dimensions; None takes over their
+            weight decay.
+        mode: ``"coupled"``, ``"decoupled"``, or ``"auto"`` for what the base does itself.
+        backend: a name in ``frobdecay.backends.BACKENDS``; None chooses by cost.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, or λ no number.
+        ValueError: λ negative or not finite; a wrapper inside; a scheduler attached already; a
+            model without products; a trainable factor in no param group or in two; no weight
+            decay to take over, or a convention that cannot be known. Nothing was changed then.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        >>> optimizer = FrobeniusDecay(base, model)
+        >>> [(g["weight_decay"], g["frobenius_decay"]) for g in optimizer.param_groups]
+        [(0.0001, 0.0), (0.0, 0.0001)]
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model_or_products: nn.Module | Product | Iterable[Product],
+        *,
+        decay: Coefficient | None = None,
+        mode: Mode = "auto",
+        backend: str | None = None,
+    ) -> None:
+        check_arguments(optimizer, decay, mode)
+        model = model_or_products if isinstance(model_or_products, nn.Module) else None
+        version = VERSION.value
+        engine = Decay(find_products(model_or_products), backend)
+        layout = plan_wrapping(optimizer, engine.products, model, decay, mode)
+        optimizer.param_groups[:] = [
+            group
+            for division, whole in zip(layout, optimizer.param_groups, strict=True)
+            for group in division.commit(whole)
+        ]
+        super().__init__(optimizer)
+        self._engine = engine
+        self._mode: Mode = mode
+        self._decay = decay
+        self._backend = backend
+        self._layout = layout
+        self._rounder = StochasticRounder()
+        self._model = None if model is None else weakref.ref(model)
+        self._version = version
+
+    @property
+    def products(self) -> list[Product]:
+        """The products that decay."""
+        return list(self._engine.products)
+
+    def __repr__(self) -> str:
+        factors = {id(param) for product in self._engine.products for param in product.params}
+        kinds = {
+            "decoupled" if self._is_decoupled(group) else "coupled"
+            for group in self.param_groups
+            if any(id(param) in factors for param in group["params"])
+        }
+        mode = f"auto ({', '.join(sorted(kinds))})" if self._mode == "auto" else self._mode
+        count = len(self._engine.products)
+        return f"{type(self).__name__} (\nmode: {mode}\nproducts: {count}\n{self._base!r}\n)"
+
+    # --- the step -------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Decay the products and perform a step of the base optimizer.
+
+        Args:
+            closure: reevaluates the model and returns the loss; the base decides how often.
+
+        Returns:
+            What the base optimizer returns; of a closure, the caller's own loss.
+
+        Raises:
+            RuntimeError: factors that the optimizer does not hold, or that also have a weight
+                decay.
+            ValueError: λ negative or NaN; weights factorized or merged after wrapping.
+            TypeError: sparse gradients.
+        """
+        return super().step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        step = self._before(closure)
+        try:
+            result = self._base.step(*step.args)
+        finally:
+            self._withdraw_amp()
+        return self._after(step, result)
+
+    @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
+    def _before(self, closure: Callable[[], Any] | None) -> _Step:
+        self._notice_late_factorization()
+        rates = self._rates()
+        step = _Step(() if closure is None else (closure,), None)
+        if any(rate is not None for rate in rates):
+            step = self._add_decay(closure, rates)
+        for name in _AMP:  # hand on what GradScaler said
+            if name in self.__dict__:
+                setattr(self._base, name, self.__dict__[name])
+        return step
+
+    @torch.no_grad()
+    def _add_decay(self, closure: Callable[[], Any] | None, rates: list[Rate | None]) -> _Step:
+        engine, late = self._engine, None
+        if closure is not None or reads_the_parameter(self._base):
+            late = engine.increments(rates)
+            rates = [None if rate is None or rate.decoupled else rate for rate in rates]
+        if closure is None:
+            engine.add(rates, self._rounder)
+            return _Step((), late)
+        value = not ignores_the_loss(self._base)
+
+        def add() -> Tensor | None:
+            return engine.add_coupled(rates, value=value)
+
+        return _Step((PenalizedClosure(closure, add),), late)
+
+    @_disable_dynamo
+    def _after(self, step: _Step, result: Any) -> Any:
+        if step.late is not None:
+            step.late.apply(self._rounder)
+        for closure in step.args:
+            if isinstance(closure, PenalizedClosure):
+                result = closure.users_loss(result)
+        return result
+
+    def _withdraw_amp(self) -> None:
+        for name in _AMP:
+            if name in self.__dict__:
+                delattr(self._base, name)
+
+    def _rates(self) -> list[Rate | None]:
+        """What every group's options ask for in this step; all None where nothing does."""
+        groups = self.param_groups
+        if self._is_dummy_step():
+            return [None] * len(groups)
+        holding = self._engine.find(groups)
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
+        return [
+            rate_of(
+                group,
+                f"param group {g}",
+                decoupled=self._is_decoupled(group),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+            if g in holding
+            else None
+            for g, group in enumerate(groups)
+        ]
+
+    def _is_decoupled(self, group: Group) -> bool:
+        kind = convention(self._base, group) if self._mode == "auto" else self._mode
+        return kind == "decoupled"
+
+    def _is_dummy_step(self) -> bool:
+        """Whether torch.distributed.checkpoint only wants the state to be initialized.
+
+        It steps with zero gradients and lr 0, and expects the moments to stay zero.
+        """
+        if self.state or any(not is_zero(group.get("lr", 1.0)) for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        return not any(p.grad is not None and bool(p.grad.any()) for p in params)
+
+    def _notice_late_factorization(self) -> None:
+        """Look at the model again if anything was factorized since the last time."""
+        if VERSION.value == self._version:
+            return
+        version, products = VERSION.value, self._products_now()
+        model = None if self._model is None else self._model()
+        check_membership(products, self.param_groups, model)
+        lost = {p.name for p in self.products} - {p.name for p in products}
+        if lost:
+            raise ValueError(
+                f"expected {min(lost)!r} to be a product, as when the optimizer was wrapped, but "
+                "it was merged or unrolled: nothing would decay it; build a new optimizer"
+            )
+        self._adopt(products, version)
+
+    def _products_now(self) -> list[Product]:
+        model = None if self._model is None else self._model()
+        if model is None or VERSION.value == self._version:
+            return self.products
+        return products_of(model)
+
+    def _adopt(self, products: list[Product], version: int) -> None:
+        if _addresses(products) != _addresses(self._engine.products):
+            self._engine = Decay(products, self._backend)
+        self._version = version
+
+    # --- groups, checkpoints, copies ------------------------------------------------------------
+
+    @_disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, or two: factors get their own where there is a weight decay.
+
+        Args:
+            param_group: as for the base optimizer. λ of its factors is its
+                ``"frobenius_decay"``, else the ``decay`` given at construction, else its weight
+                decay.
+
+        Raises:
+            ValueError: λ negative or not finite, or what the base refuses.
+        """
+        version, products = VERSION.value, self._products_now()
+        index = len(self.param_groups)
+        probe = {**self.defaults, **param_group, "params": _tensors(param_group)}
+        (division,) = plan_groups(
+            self._base,
+            [probe],
+            products,
+            self._decay,
+            self._mode,
+            first=index,
+            own_first=True,
+        )
+        self._base.add_param_group(param_group)
+        self.param_groups[index:] = division.commit(self.param_groups[index])
+        self._layout.append(division)
+        self._adopt(products, version)
+
+    def _state_dict(self) -> dict[str, Any]:
+        return {**self._base.state_dict(), _KEY: self._rounder.state_dict()}
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the wrapper, or of the base optimizer before it was wrapped.
+
+        Of a plain base checkpoint, the groups are divided as the base's were, and a weight decay
+        that was taken over becomes λ again.
+
+        Args:
+            state_dict: what ``state_dict()`` returned; is not changed.
+
+        Raises:
+            ValueError: of another model, or of another version of frobdecay. Nothing was changed.
+        """
+        super().load_state_dict(state_dict)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rounder = self._rounder
+        if _KEY in state_dict:
+            rounder = StochasticRounder()
+            rounder.load_state_dict(state_dict.pop(_KEY))
+        saved = state_dict["param_groups"]
+        if is_plain(saved):
+            state_dict["param_groups"] = adapt_plain(saved, self._layout, self.param_groups)
+        self._base.load_state_dict(state_dict)
+        self._rounder = rounder
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As with torch's optimizers, hooks and what a scheduler attached here stay behind. So
+        # does the model: a copy of the optimizer should not carry one along.
+        names = ("_base", "_mode", "_decay", "_backend", "_layout", "_rounder")
+        return {"products": self.products, **{name: self.__dict__[name] for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        products = state.pop("products")
+        super().__init__(state["_base"])
+        self.__dict__.update(state)
+        self._engine = Decay(products, self._backend)
+        self._model = None
+        self._version = VERSION.value
+
+
+def _addresses(products: Iterable[Product]) -> list[tuple[int, str]]:
+    return [(id(f.owner), f.attribute) for product in products for f in product.factors]
+
+
+def _tensors(param_group: Group) -> list[Any]:
+    """The tensors of a group as the user wrote it, its iterator made a list as torch does."""
+    params = param_group["params"]
+    if isinstance(params, set):
+        return []  # the base refuses it
+    params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]

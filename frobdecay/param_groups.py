@@ -1,0 +1,155 @@
+"""Param groups: weight decay of factors becomes Frobenius decay, and checkpoints follow.
+
+A group with a weight decay that holds factors beside other parameters is divided in two, the
+second right behind the first:
+
+    {others + factors, weight_decay: λ}  →  {others, weight_decay: λ, frobenius_decay: 0}
+                                            {factors, weight_decay: 0, frobenius_decay: λ}
+
+so that ``weight_decay`` goes on meaning what it says and λ is an option of a group like any other,
+open to schedules. All other groups stay whole. What was done is recorded as a ``Layout``, by which
+a checkpoint of the plain base optimizer is rearranged alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from frobdecay.chain import Coefficient
+from frobdecay.product import check_coefficient
+from frobdecay.rates import DECAY, Group, has_weight_decay, known_value
+
+__all__ = [
+    "Division",
+    "adapt_plain",
+    "is_plain",
+    "plan_division",
+]
+
+_PER_PARAMETER = ("params", "param_names")
+
+
+@dataclass(frozen=True)
+class Division:
+    """What becomes of one param group.
+
+    Attributes:
+        flags: for every parameter of the group as it was, whether it is a factor.
+        split: whether the factors get a group of their own.
+        coef: λ of the group that holds the factors; 0 without factors.
+        taken: whether λ was the group's weight decay.
+    """
+
+    flags: tuple[bool, ...]
+    split: bool
+    coef: Coefficient
+    taken: bool
+
+    def commit(self, group: Group) -> list[Group]:
+        """Change the group, and return it with what was split off."""
+        if not self.split:
+            group[DECAY] = self.coef
+            if any(self.flags) and "weight_decay" in group:
+                group["weight_decay"] = 0.0
+            return [group]
+        # Schedules write into tensor options in place: two groups must not share one.
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+        factors = self._pick(own, wanted=True)
+        factors.update({"weight_decay": 0.0, DECAY: self.coef})
+        group.update(self._pick(group, wanted=False), **{DECAY: 0.0})
+        return [group, factors]
+
+    def _pick(self, group: Group, *, wanted: bool) -> Group:
+        picked = {
+            key: [
+                entry for entry, flag in zip(group[key], self.flags, strict=True) if flag == wanted
+            ]
+            for key in _PER_PARAMETER
+            if key in group
+        }
+        return {**group, **picked}
+
+
+def plan_division(
+    group: Group,
+    is_factor: Callable[[Tensor], bool],
+    decay: Coefficient | None,
+    where: str,
+    *,
+    own_first: bool = False,
+) -> Division:
+    """Say what has to become of a param group, changing nothing.
+
+    Args:
+        group: a complete param group.
+        is_factor: tells factors from other parameters.
+        decay: λ for the factors; None takes over the group's own ``frobenius_decay`` or, failing
+            that, its ``weight_decay``.
+        where: what messages call the group.
+        own_first: whether the group's own ``frobenius_decay`` goes before ``decay``.
+
+    Raises:
+        ValueError, TypeError: the λ to take over is negative or no number; names the group.
+    """
+    flags = tuple(is_factor(param) for param in group["params"])
+    if not any(flags):
+        return Division(flags, False, group.get(DECAY, 0.0), False)
+    if DECAY in group and (decay is None or own_first):
+        coef, taken, what = group[DECAY], False, DECAY
+    elif decay is not None:
+        coef, taken, what = decay, False, "decay"
+    else:
+        coef, taken, what = group.get("weight_decay", 0.0), True, "weight_decay"
+    check_coefficient(known_value(coef), f"{what} of {where}")
+    split = bool(group.get("weight_decay", 0) != 0) and not all(flags)
+    return Division(flags, split, coef, taken)
+
+
+def is_plain(saved: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether saved param groups come from an optimizer that was not wrapped."""
+    return not any(DECAY in group for group in saved)
+
+
+def adapt_plain(
+    saved: Sequence[Mapping[str, Any]], layout: Sequence[Division], groups: Sequence[Group]
+) -> list[Group]:
+    """Rearrange the saved param groups of a plain base optimizer as the wrapper's are.
+
+    Args:
+        saved: ``state_dict["param_groups"]`` of the base optimizer before it was wrapped.
+        layout: how the base's groups were divided.
+        groups: the param groups now.
+
+    Returns:
+        New groups; the ids of parameters are the saved ones.
+
+    Raises:
+        ValueError: the groups are not those that were divided.
+    """
+    sizes, expected = [len(g["params"]) for g in saved], [len(d.flags) for d in layout]
+    if sizes != expected:
+        raise ValueError(
+            f"expected a checkpoint with param groups of {expected} parameters, got {sizes}; it is "
+            "of another model or of this model before it was factorized"
+        )
+    now, out = iter(groups), []
+    for k, (group, division) in enumerate(zip(saved, layout, strict=True)):
+        held = [next(now) for _ in range(1 + division.split)]
+        coef = group.get("weight_decay", 0.0) if division.taken else held[-1].get(DECAY, 0.0)
+        if not division.split and any(division.flags) and not all(division.flags):
+            _refuse_mixed(k, group)
+        out += Division(division.flags, division.split, coef, division.taken).commit(dict(group))
+    return out
+
+
+def _refuse_mixed(k: int, group: Mapping[str, Any]) -> None:
+    if has_weight_decay(group):
+        raise ValueError(
+            f"expected weight_decay=0 in param group {k} of the checkpoint, as when this optimizer "
+            f"was wrapped, got {group['weight_decay']}: its factors share the group with other "
+            "parameters; build the base optimizer with that weight decay and wrap it again"
+        )

@@ -1,0 +1,164 @@
+"""OptimizerProxy: an ``Optimizer`` in front of another, without groups or state of its own.
+
+``param_groups``, ``state`` and ``defaults`` are the other optimizer's own objects, looked up at
+every access because ``load_state_dict`` replaces them. Hooks registered on the proxy run once
+around its methods and are given the proxy; those of the other optimizer, and the global ones, run
+once inside that optimizer's methods.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+__all__ = ["OptimizerProxy"]
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class OptimizerProxy(Optimizer):
+    """Stand in front of an optimizer.
+
+    A subclass says what it does by ``_step``, ``_state_dict`` and ``_load_state_dict``.
+
+    Args:
+        optimizer: the optimizer behind.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        # Optimizer.__init__ is not called: it would make groups and state of its own, and patch a
+        # second chain of hooks around the one in the other optimizer's step.
+        self._base = optimizer
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        raise NotImplementedError
+
+    def _state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    # --- the other optimizer's own objects ------------------------------------------------------
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer behind."""
+        return self._base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer behind."""
+        return self._base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """That of the optimizer behind."""
+        return self._base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the optimizer behind."""
+        return self._base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._base.defaults = defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``GradScaler`` leaves unscaling to the step, as for torch's fused optimizers."""
+        return bool(getattr(self._base, "_step_supports_amp_scaling", False))
+
+    def __getattr__(self, name: str) -> Any:
+        # Schedule-free optimizers have train() and eval(); callers ask with hasattr.
+        if name in ("train", "eval") and "_base" in self.__dict__:
+            return getattr(self._base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _patch_step_function(self) -> None:
+        """Do nothing: the step behind has torch's chain of hooks, a second would double it."""
+
+    # --- hooks ----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the optimizer behind returns.
+        """
+        if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
+            return self._step(closure)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(
+                        f"expected a step pre-hook to return None or (args, kwargs), got {changed}"
+                    )
+                args, kwargs = changed
+        result = self._step(*args[1:], **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return result
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a dict of plain containers, numbers and tensors."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Args:
+            state_dict: is not changed.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        self._load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters.
+
+        Args:
+            set_to_none: drop them instead of filling them with zeros.
+        """
+        self._base.zero_grad(set_to_none)

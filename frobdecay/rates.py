@@ -1,0 +1,116 @@
+"""What a param group's options ask for in one step: a multiple of ∇½‖W‖².
+
+    coupled      +λ, or −λ for ``maximize``; times the loss scale while gradients carry one
+    decoupled    −lr·λ; zero in a step that ``GradScaler`` has skipped
+
+Numbers that live on an accelerator are computed with but never read: reading would wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from frobdecay.chain import Coefficient
+from frobdecay.product import check_coefficient
+
+__all__ = ["DECAY", "Group", "Rate", "has_weight_decay", "is_zero", "known_value", "rate_of"]
+
+DECAY = "frobenius_decay"
+"""The option of a param group that holds λ."""
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a param group's options make of ∇½‖W‖² in one step.
+
+    Attributes:
+        decoupled: whether it goes to the parameter instead of its gradient.
+        coef: the multiple that is added there; never known to be zero.
+        scaled: whether the gradients carry a loss scale, and ``coef`` with them.
+    """
+
+    decoupled: bool
+    coef: Coefficient
+    scaled: bool = False
+
+
+def rate_of(
+    group: Group,
+    where: str,
+    *,
+    decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Rate | None:
+    """Read λ, lr and ``maximize`` of a group of factors; None where nothing has to be done.
+
+    Args:
+        group: a param group that holds factors.
+        where: what messages call it.
+        decoupled: the kind of decay.
+        grad_scale: what ``GradScaler`` multiplied the gradients with, if they still are.
+        found_inf: not zero if ``GradScaler`` makes the base optimizer skip this step.
+
+    Raises:
+        RuntimeError: the group decays its factors otherwise, too, or has lost its λ.
+        ValueError: λ is negative or NaN, or the group is differentiable.
+    """
+    _check_options(group, where)
+    coef = known_value(group[DECAY])
+    if is_zero(coef):
+        return None
+    if group.get("differentiable"):
+        raise ValueError(
+            f"expected differentiable=False in {where} with {DECAY}={coef}: the decay is not "
+            "recorded by autograd; add frobdecay.penalty(products, coef) to the loss instead"
+        )
+    if decoupled:
+        coef = -known_value(group["lr"]) * coef
+        if found_inf is not None:
+            keep = known_value(found_inf) == 0
+            coef = coef * keep
+    else:
+        coef = -coef if group.get("maximize") else coef
+        if grad_scale is not None:
+            coef = coef * known_value(grad_scale)
+    return None if is_zero(coef) else Rate(decoupled, coef, grad_scale is not None)
+
+
+def _check_options(group: Group, where: str) -> None:
+    """Refuse options that a checkpoint or a schedule may have brought."""
+    if DECAY not in group:
+        raise RuntimeError(
+            f"expected a {DECAY!r} in {where}, got {sorted(group)}; load checkpoints and add "
+            "groups through FrobeniusDecay, not through the optimizer that it wraps"
+        )
+    if has_weight_decay(group):
+        raise RuntimeError(
+            f"expected weight_decay=0 in {where}, which holds factors, got "
+            f"{group['weight_decay']}: they would decay twice; schedule {DECAY!r} instead"
+        )
+    check_coefficient(known_value(group[DECAY]), f"{DECAY} of {where}")
+
+
+def known_value(number: Coefficient) -> Coefficient:
+    """A Python number where it can be had without waiting for an accelerator."""
+    if not isinstance(number, Tensor):
+        return number
+    return float(number) if number.device.type == "cpu" else number.reshape(())
+
+
+def has_weight_decay(group: Mapping[str, Any]) -> bool:
+    """Whether a group has a non-zero weight decay, as far as can be told without waiting."""
+    value = known_value(group.get("weight_decay", 0.0))
+    return not isinstance(value, Tensor) and value != 0
+
+
+def is_zero(number: Coefficient) -> bool:
+    """Whether a coefficient is known to be zero."""
+    number = known_value(number)
+    return not isinstance(number, Tensor) and number == 0

@@ -1,0 +1,143 @@
+"""Stochastic rounding: half-precision parameters take steps far below their resolution.
+
+A bf16 parameter of size 1 has a resolution of 2⁻⁷, a decoupled decay step moves it by lr·λ ≈ 1e-5:
+rounding to nearest never moves it at all. Rounding up with the probability that equals the
+remainder, round(x) = ⌊x/ulp + u⌋·ulp with u uniform in [0, 1), has the expectation x.
+
+The random numbers come from generators that belong to the rounder alone, one a device. All start
+from one constant: replicas of a model, each with its own global seed, have to round alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["StochasticRounder", "round_stochastically"]
+
+_SEED = 2105_01029  # any constant does: the arXiv number of the paper
+_VERSION = 1  # of the state dict
+_BATCH = 1 << 22  # entries rounded at once: bounds the temporaries to about 100 MB
+
+
+def round_stochastically(
+    exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> Tensor:
+    """Round to a half-precision dtype, up or down at random, so that the expectation is exact.
+
+    Args:
+        exact: float32, any shape.
+        dtype: ``torch.bfloat16`` or ``torch.float16``; its numbers are returned unchanged.
+        generator: source of the randomness, on the device of ``exact``.
+
+    Returns:
+        A tensor of the shape of ``exact`` and of ``dtype``; NaN and infinities stay.
+
+    Example:
+        >>> import torch
+        >>> x = torch.full((1000,), 1 + 2**-10)  # an eighth of bf16's step above 1
+        >>> x.bfloat16().mean().item(), torch.tensor([1.0, 1.0078]).bfloat16().float().tolist()
+        (1.0, [1.0, 1.0078125])
+        >>> rounded = round_stochastically(x, torch.bfloat16, torch.Generator().manual_seed(0))
+        >>> abs(rounded.float().mean().item() - x[0].item()) < 3e-4
+        True
+    """
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact)  # |exact| = mantissa · 2^exponent, mantissa in [½, 1)
+    lowest = torch.frexp(torch.tensor(info.smallest_normal)).exponent.item()
+    ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent.clamp_(min=int(lowest)) - 1)
+    # As many random bits as float32 has below one ulp: the sum is exact, and what dtype can
+    # represent is never moved.
+    below = round(info.eps / torch.finfo(torch.float32).eps)
+    noise = torch.randint(0, below, exact.shape, generator=generator, device=exact.device)
+    return (exact / ulp).add_(noise.to(exact.dtype), alpha=1 / below).floor_().mul_(ulp).to(dtype)
+
+
+class StochasticRounder:
+    """Adds float32 increments to half-precision tensors, exactly in expectation.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(3, dtype=torch.bfloat16)
+        >>> StochasticRounder().add_([weight], [torch.full((3,), 2.0**-7)])
+        >>> weight.tolist()
+        [1.0078125, 1.0078125, 1.0078125]
+    """
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, tuple[str, torch.Generator]] = {}
+        self._saved: dict[str, Tensor] = {}
+
+    def add_(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
+        """Add to every tensor its increment, in place.
+
+        Args:
+            tensors: of a half-precision dtype.
+            increments: float32, of the same shapes.
+        """
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for k, tensor in enumerate(tensors):
+            batch = alike.setdefault((tensor.device, tensor.dtype), [])
+            batch.append(k)
+            if sum(tensors[i].numel() for i in batch) > _BATCH:
+                self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
+                batch.clear()
+        for batch in alike.values():
+            self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
+
+    def _add_alike(self, tensors: list[Tensor], increments: list[Tensor]) -> None:
+        if not tensors:
+            return
+        first = tensors[0]
+        sums = [add.add_(t).reshape(-1) for t, add in zip(tensors, increments, strict=True)]
+        generator = self._generator(first.device)
+        rounded = round_stochastically(torch.cat(sums), first.dtype, generator)
+        pieces = torch.split(rounded, [exact.numel() for exact in sums])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view(tensor.shape))
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            # Numbered by first use, not by index: a checkpoint of cuda:0 resumes on cuda:1.
+            number = sum(known.type == device.type for known in self._generators)
+            name = f"{device.type}:{number}"
+            generator = torch.Generator(device).manual_seed(_SEED)
+            if name in self._saved:
+                generator.set_state(self._saved[name])
+            self._generators[device] = (name, generator)
+        return self._generators[device][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the generators' states by device type and order of use: ``{"cpu:0": …}``."""
+        now = {name: generator.get_state() for name, generator in self._generators.values()}
+        return {"version": _VERSION, "generators": {**self._saved, **now}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue the random streams from saved states.
+
+        Raises:
+            ValueError: another version, or something that is not a generator's state.
+        """
+        if state_dict.get("version") != _VERSION:
+            raise ValueError(
+                f"expected version {_VERSION} of frobdecay's part of a checkpoint, got "
+                f"{state_dict.get('version')!r}; load it with the frobdecay that wrote it"
+            )
+        states = state_dict["generators"]
+        for name, state in states.items():
+            if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+                raise ValueError(
+                    f"expected the state of a random generator for {name!r}, got {state!r}; "
+                    "the checkpoint is damaged"
+                )
+        self._saved = {name: state.cpu().clone() for name, state in states.items()}
+        self._generators = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def __setstate__(self, state_dict: dict[str, Any]) -> None:
+        self.load_state_dict(state_dict)
