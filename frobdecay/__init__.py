@@ -1,3 +1,47 @@
-"""Factorized training that works as well as dense training."""
+"""frobdecay: factorized layers that train as well as dense ones.
+
+A factorized weight is a product, W = U Vᵀ. Two things about it go wrong by default, and two
+replace them (Khodak et al., ICLR 2021, arXiv:2105.01029):
+
+    spectral initialization    U = P √S, V = Q √S      from the dense weight, W ≈ P S Qᵀ
+    Frobenius decay            ½·λ·‖U Vᵀ‖_F²           decays the product and not each factor,
+
+    frobdecay.factorize(model, ratio=0.1)
+    optimizer = frobdecay.FrobeniusDecay(torch.optim.SGD(model.parameters(), …), model)
+
+where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), ∇_V = V (UᵀU).
+"""
+
+from frobdecay import diagnostics
+from frobdecay.accumulate import add_penalty_grad_, explain
+from frobdecay.factored import FactoredTensor
+from frobdecay.init import balance_, spectral_init
+from frobdecay.merging import merge, unroll
+from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.parametrizations import LowRank
+from frobdecay.product import Factor, Product, penalty, product_norm
+from frobdecay.ranks import plan_ranks
+from frobdecay.registry import factorize, products, register_products
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Factor",
+    "FactoredTensor",
+    "FrobeniusDecay",
+    "LowRank",
+    "Product",
+    "add_penalty_grad_",
+    "balance_",
+    "diagnostics",
+    "explain",
+    "factorize",
+    "merge",
+    "penalty",
+    "plan_ranks",
+    "product_norm",
+    "products",
+    "register_products",
+    "spectral_init",
+    "unroll",
+]

@@ -16,11 +16,15 @@ PACKAGE = ROOT / "frobdecay"
 
 # From the bottom up. A module imports from its own layer or from those below.
 LAYERS = [
-    {"matricize", "chain", "product", "init"},
-    {"bucketed", "backends", "accumulate", "factored"},
-    {"parametrizations"},
-    {"ranks", "registry"},
-    {"optimizer", "diagnostics"},
+    {"matricize", "chain", "product", "init", "rounding"},
+    {"bucketed", "backends", "accumulate"},
+    {"factored", "_attention_form", "_cost", "_dense", "_forms", "_matrix", "_shape_forms"}
+    | {"_tensor_forms", "_wrapper"},
+    {"layouts", "parametrizations"},
+    {"plan", "selection", "support", "candidates", "ranks", "surgery", "registry"}
+    | {"unrolling", "merging"},
+    {"proxy", "rates", "param_groups", "decay", "wrapping", "optimizer"},
+    {"measurement", "diagnostics"},
     {"__init__"},
 ]
 

@@ -1,0 +1,186 @@
+"""Candidates: the chosen weights, each with its parametrization, or with the reason against it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from frobdecay.init import matched_init, resolve_rank, spectral_init
+from frobdecay.layouts import NAMED_PATTERNS, default_layout, dimensions
+from frobdecay.matricize import Matricization
+from frobdecay.plan import PlanRow
+from frobdecay.selection import Selector, Weight, select
+from frobdecay.support import check_values, reasons_against
+
+__all__ = ["Entry", "candidates", "check_any"]
+
+_PROTOCOL = ("forward", "right_inverse", "matricize", "factor_shapes", "product", "materialized")
+
+
+@dataclass
+class Entry:
+    """A weight on its way into the plan: either it gets a rank or a reason.
+
+    Attributes:
+        weight: which one.
+        make: rank -> its parametrization.
+        view: how it is read as a matrix.
+        rank: r, once decided.
+        reason: why it stays dense.
+        shape, dense: the weight's shape and number of parameters.
+    """
+
+    weight: Weight
+    make: Callable[[int | float], Any] | None = None
+    view: Matricization | None = None
+    rank: int | None = None
+    reason: str | None = None
+    shape: tuple[int, ...] = ()
+    dense: int = 0
+
+    def __post_init__(self) -> None:
+        # Noted now: the weight itself is gone once it is factorized.
+        if self.weight.tensor is not None:
+            self.shape, self.dense = tuple(self.weight.tensor.shape), self.weight.tensor.numel()
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing is decided yet."""
+        return self.reason is None and self.rank is None
+
+    def rank_at(self, scale: int | float) -> int:
+        """An int is the rank; a float is a fraction of min(m, n)."""
+        assert self.view is not None
+        return resolve_rank(scale, self.view.rows, self.view.columns)
+
+    def size(self, rank: int) -> int:
+        """Parameters of the factors."""
+        assert self.make is not None
+        assert self.view is not None
+        return sum(map(prod, self.make(rank).factor_shapes(self.view.shape)))
+
+    def settle(self, rank: int) -> None:
+        """Take the rank if it pays, else say that it does not."""
+        if self.size(rank) < self.dense:
+            self.rank = rank
+        else:
+            self.reason = f"does not pay: {self.size(rank):,} parameters at rank {rank}"
+
+    def row(self, error: float | None = None) -> PlanRow:
+        """The entry as a row of the plan."""
+        name, shape, dense = self.weight.name, self.shape, self.dense
+        if self.rank is None:
+            return PlanRow(name, shape, None, None, dense, dense, None, self.reason)
+        assert self.view is not None
+        matrix, after = self.view.matrix_shape, self.size(self.rank)
+        return PlanRow(name, shape, matrix, self.rank, dense, after, error)
+
+
+def candidates(
+    model: nn.Module,
+    include: Selector | None,
+    exclude: Selector | None,
+    parametrization: Callable[..., nn.Module],
+    options: Mapping[str, Any],
+) -> list[Entry]:
+    """All chosen weights, with their matricization or the reason against them."""
+    reason = reasons_against(model)
+    found = [Entry(weight, reason=reason(weight)) for weight in select(model, include, exclude)]
+    for entry in found:
+        if entry.weight.excluded:
+            entry.reason = "excluded"
+            continue
+        if entry.reason is None:
+            _fit(entry, parametrization, options)
+        if entry.reason is not None and entry.weight.named:
+            raise ValueError(f"{entry.weight.name} cannot be factorized: {entry.reason}")
+    check_any(model, found, [entry.open for entry in found])
+    _check_pattern_used([entry for entry in found if entry.open], parametrization)
+    return found
+
+
+def check_any(model: nn.Module, found: list[Entry], taken: list[bool]) -> None:
+    """Refuse to do nothing."""
+    if not any(taken):
+        listed = "".join(f"\n  {entry.weight.name}: {entry.reason}" for entry in found[:10])
+        raise ValueError(f"found no weight to factorize in {type(model).__name__}{listed}")
+
+
+def _fit(
+    entry: Entry, parametrization: Callable[..., nn.Module], options: Mapping[str, Any]
+) -> None:
+    """Fill in how the weight is read and parametrized, or the reason why it cannot be."""
+    tensor = entry.weight.tensor
+    assert tensor is not None
+    given = dict(getattr(parametrization, "keywords", {}))
+    layout = entry.weight.layout or (default_layout(2) if tensor.ndim == 2 else None)
+    pattern, axes = given.get("pattern"), given.get("axes")
+    if pattern == "channel" and layout is not None:
+        pattern, axes = layout.channel or layout.pattern, layout.axes
+    elif pattern is None or pattern in NAMED_PATTERNS or dimensions(pattern) != tensor.ndim:
+        if layout is None:
+            entry.reason = (
+                f"of {tensor.ndim} dimensions in a module type without a default; give "
+                "parametrization=functools.partial(LowRank, pattern=...) with as many"
+            )
+            return
+        pattern, axes = layout.pattern, layout.axes
+    own = {name: value for name, value in options.items() if name not in given}
+    settings = {"pattern": pattern, "axes": axes, **own}
+    entry.make = functools.partial(_make, parametrization, settings)
+    try:
+        entry.view = entry.make(1).matricize(tuple(tensor.shape))
+    except ValueError as error:
+        entry.reason = str(error)
+        return
+    _check_numbers(entry)
+
+
+def _make(
+    parametrization: Callable[..., nn.Module], options: Mapping[str, Any], rank: int | float
+) -> Any:
+    """One parametrization; refuses factories that make something else."""
+    if isinstance(parametrization, nn.Module) or not callable(parametrization):
+        raise TypeError(
+            "expected parametrization to be a class or a factory, such as LowRank or "
+            f"functools.partial(LowRank, depth=1), got {parametrization!r}"
+        )
+    try:
+        made = parametrization(rank, **options)
+    except TypeError as error:
+        raise TypeError(
+            "expected parametrization to be called as parametrization(rank, "
+            f"{'=, '.join(options)}=), but: {error}"
+        ) from error
+    missing = [name for name in _PROTOCOL if not hasattr(made, name)]
+    if missing:
+        raise TypeError(f"expected a parametrization like LowRank, got {made!r} without {missing}")
+    return made
+
+
+def _check_numbers(entry: Entry) -> None:
+    """Refuse NaN; leave zeros dense, whose factors would be zero and never train."""
+    assert entry.weight.tensor is not None
+    assert entry.make is not None
+    if entry.weight.tensor.is_meta:
+        return
+    check_values(entry.weight)
+    derived = getattr(entry.make(1), "init", None) in (spectral_init, matched_init)
+    if derived and not bool(entry.weight.tensor.any()):
+        entry.reason = "zero, and its factors would be zero and never train; initialize it first"
+
+
+def _check_pattern_used(found: list[Entry], parametrization: Callable[..., nn.Module]) -> None:
+    pattern = getattr(parametrization, "keywords", {}).get("pattern")
+    if pattern in (None, *NAMED_PATTERNS):
+        return
+    if not any(entry.view is not None and entry.view.pattern == pattern for entry in found):
+        raise ValueError(
+            f"the pattern {pattern!r} reads tensors of {dimensions(pattern)} dimensions, but no "
+            f"chosen weight has as many: {[entry.weight.name for entry in found][:5]}"
+        )

@@ -1,0 +1,139 @@
+"""Which weights a module type has, and how each is read as a matrix: one table.
+
+    Linear, Embedding, recurrent      "o i -> o i"                            one matrix
+    Conv2d                            "o i kh kw -> (o kh) (i kw)"            spatial (the paper's)
+    Conv2d, pattern="channel"         "o i kh kw -> o (i kh kw)"
+    Conv2d, groups=g                  "(g o) i kh kw -> g (o kh) (i kw)"      one matrix a group
+    ConvTranspose2d                   "i o kh kw -> (o kh) (i kw)"
+    MultiheadAttention.in_proj_weight "(b o) i -> b o i" with b = 3           queries, keys, values
+
+Convolutions of one and three dimensions likewise. A recurrent layer's stacked gates stay one
+matrix: every gate has its own rows of U, and V, what they read, is shared, as is usual for
+low-rank recurrent layers (Kuchaiev & Ginsburg 2017, arXiv:1703.10722).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+__all__ = ["NAMED_PATTERNS", "Layout", "default_layout", "dimensions", "layouts", "refusal"]
+
+NAMED_PATTERNS = ("spatial", "channel")
+
+_KERNEL = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight is read as a matrix (or as a batch of matrices).
+
+    Attributes:
+        pattern: the default einops pattern.
+        axes: lengths that the pattern needs.
+        channel: the channel matricization of a convolution.
+        depthwise: whether every matrix of the weight has a single channel on one side.
+    """
+
+    pattern: str
+    axes: Mapping[str, int] = field(default_factory=dict)
+    channel: str | None = None
+    depthwise: bool = False
+
+
+def _convolution(kernel: tuple[str, ...], groups: int, transposed: bool) -> Layout:
+    """Rows are the output channels and the kernel's first axis, columns are the rest."""
+    batch, axes = ("g ", {"g": groups}) if groups > 1 else ("", {})
+    first, second = ("i", "o") if transposed else ("o", "i")
+    left = f"({batch}{first})" if groups > 1 else first
+    down, across = (kernel[:1], kernel[1:]) if len(kernel) > 1 else ((), kernel)
+    rows = f"(o {' '.join(down)})" if down else "o"
+    tensor = f"{left} {second} {' '.join(kernel)}"
+    return Layout(
+        f"{tensor} -> {batch}{rows} (i {' '.join(across)})",
+        MappingProxyType(axes),
+        f"{tensor} -> {batch}o (i {' '.join(kernel)})",
+    )
+
+
+def _conv_layouts(module: nn.Module) -> dict[str, Layout]:
+    assert isinstance(module, _ConvNd)
+    transposed = isinstance(module, _ConvTransposeNd)
+    layout = _convolution(_KERNEL[len(module.kernel_size)], module.groups, transposed)
+    depthwise = module.groups > 1 and module.groups in (module.in_channels, module.out_channels)
+    return {"weight": Layout(layout.pattern, layout.axes, layout.channel, depthwise)}
+
+
+def _attention_layouts(module: nn.Module) -> dict[str, Layout]:
+    # out_proj is a module of its own, found as a Linear.
+    blocks = Layout("(b o) i -> b o i", MappingProxyType({"b": 3}))
+    single = {f"{part}_proj_weight": Layout("o i -> o i") for part in "qkv"}
+    return {"in_proj_weight": blocks, **single}
+
+
+def _recurrent_layouts(module: nn.Module) -> dict[str, Layout]:
+    names: list[str] = getattr(module, "_flat_weights_names", ["weight_ih", "weight_hh"])
+    return {name: Layout("o i -> o i") for name in names if name.startswith("weight_")}
+
+
+def _matrix_layouts(module: nn.Module) -> dict[str, Layout]:
+    return {"weight": Layout("o i -> o i")}
+
+
+def _bilinear_layouts(module: nn.Module) -> dict[str, Layout]:
+    return {"weight": Layout("o i j -> o (i j)")}
+
+
+_TABLE: tuple[tuple[type[nn.Module], Callable[[nn.Module], dict[str, Layout]]], ...] = (
+    (nn.Linear, _matrix_layouts),
+    (nn.Embedding, _matrix_layouts),
+    (nn.EmbeddingBag, _matrix_layouts),
+    (_ConvNd, _conv_layouts),
+    (nn.Bilinear, _bilinear_layouts),
+    (nn.MultiheadAttention, _attention_layouts),
+    (nn.RNNBase, _recurrent_layouts),
+    (nn.RNNCellBase, _recurrent_layouts),
+)
+
+
+def layouts(module: nn.Module) -> dict[str, Layout]:
+    """List the weights of a module that are factorized by default.
+
+    Returns:
+        Attribute name -> layout, in the order of the table; empty for an unknown module type. Not
+        every name has to exist in this instance (``q_proj_weight`` of a packed attention).
+    """
+    for kind, rows in _TABLE:
+        if isinstance(module, kind):
+            return rows(module)
+    return {}
+
+
+def default_layout(dims: int) -> Layout | None:
+    """The layout of a tensor of which only the number of dimensions is known, 2 to 5."""
+    if dims == 2:
+        return Layout("o i -> o i")
+    return _convolution(_KERNEL[dims - 2], 1, False) if dims - 2 in _KERNEL else None
+
+
+def dimensions(pattern: str) -> int:
+    """Count the dimensions of the tensors that an einops pattern reads."""
+    left, _, _ = pattern.partition("->")
+    return len(re.sub(r"\([^()]*\)", "x", left).split())
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Say why the weights of this module cannot be replaced by a product, if so."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if module.max_norm is not None:
+            return "max_norm writes into the weight in every forward; set max_norm=None"
+        if module.sparse:
+            return "sparse=True asks for sparse gradients, but a product's are dense; unset it"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq rescales rows of a gradient that a product lacks; unset it"
+    return None

@@ -1,0 +1,166 @@
+"""Back to plain torch: ``merge`` to dense weights, ``unroll`` to chains of plain layers."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from frobdecay.layouts import layouts
+from frobdecay.selection import Selector, Weight, modules, select, weights
+from frobdecay.support import check_unwrapped
+from frobdecay.surgery import factorized, reorder, settle_recurrent, transaction
+from frobdecay.unrolling import unrolled, why_not_unrolled
+
+__all__ = ["merge", "unroll"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def merge(model: M, *, include: Selector | None = None, exclude: Selector | None = None) -> M:
+    """Multiply the factors out again, in place: dense modules of their original class.
+
+    The ``state_dict`` has the keys and the order that it had before ``factorize``, and the weights
+    keep dtype, device and training mode; a weight requires a gradient if one of its factors does.
+
+    Args:
+        model: any module; nothing happens if it has no factorized weights.
+        include: selectors of what to merge, as for ``factorize``; everything by default.
+        exclude: selectors of what stays factorized.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: selectors that match no factorized weight; sharded factors; data-parallel
+            wrappers. Nothing was changed then.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = frobdecay.factorize(model, rank=2)
+        >>> list(merge(model).state_dict())
+        ['0.weight', '0.bias']
+    """
+    check_unwrapped(model, "merge")
+    chosen = _chosen(model, include, exclude)
+    with torch.no_grad():
+        dense = [_dense(weight) for weight in chosen]  # all before any is put in place
+    touched = [weight.module for weight in chosen]
+    with transaction(touched):
+        for weight, (tensor, requires_grad) in zip(chosen, dense, strict=True):
+            _put_back(weight, nn.Parameter(tensor, requires_grad))
+        settle_recurrent(touched)
+    return model
+
+
+def _chosen(model: nn.Module, include: Selector | None, exclude: Selector | None) -> list[Weight]:
+    """The factorized weights that are meant, none of them sharded."""
+    if include is None and exclude is None:
+        found = [w for w in weights(model) if w.attribute in factorized(w.module)]
+    else:
+        picked = [w for w in select(model, include, exclude) if not w.excluded]
+        found = [w for w in picked if w.attribute in factorized(w.module)]
+        if include is not None and not found:
+            raise ValueError(
+                f"include={include!r} matches no factorized weight; factorized are "
+                f"{[w.name for w in weights(model) if w.attribute in factorized(w.module)][:8]}"
+            )
+    for weight in found:
+        for factor in factorized(weight.module)[weight.attribute].parameters():
+            if type(factor) is not nn.Parameter or factor.is_meta:
+                raise ValueError(
+                    f"{weight.name} has factors of type {type(factor).__name__} on "
+                    f"{factor.device}; gather (or materialize) them before merging"
+                )
+    return found
+
+
+def _dense(weight: Weight) -> tuple[Tensor, bool]:
+    """The dense weight, and whether it is to be trained."""
+    held = factorized(weight.module)[weight.attribute]
+    formed = held()
+    tensor = formed.materialize() if hasattr(formed, "materialize") else formed
+    return tensor.detach(), any(p.requires_grad for p in held.parameters())
+
+
+def _put_back(weight: Weight, dense: nn.Parameter) -> None:
+    """Undo a registration.
+
+    ``remove_parametrizations`` would multiply once more, and makes a buffer of a frozen weight.
+    """
+    module, attribute = weight.module, weight.attribute
+    held: Any = module.parametrizations
+    order = getattr(held[attribute][0], "order", ()) or _usual_order(module)
+    delattr(type(module), attribute)  # its own class, since the transaction began
+    del held[attribute]
+    module.register_parameter(attribute, dense)
+    if not is_parametrized(module):
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    reorder(module, order)
+
+
+def _usual_order(module: nn.Module) -> tuple[str, ...]:
+    """Weights first, for what ``factorize`` did not register."""
+    return tuple(getattr(module, "_flat_weights_names", layouts(module)))
+
+
+def unroll(model: nn.Module) -> nn.Module:
+    """Replace layers with factorized weights by chains of plain torch layers, in place.
+
+    The chains are ``nn.Sequential`` of Linear, Conv and Embedding layers that need no frobdecay and
+    hold the factors' numbers, no more. Device, dtype, training mode, ``requires_grad``, forward and
+    backward hooks are kept; a hook then gets the ``Sequential``. Outputs agree to rounding.
+
+    Args:
+        model: any module; nothing happens if it has no factorized weights.
+
+    Returns:
+        The model, or the chain where the model itself is one factorized layer.
+
+    Raises:
+        ValueError: layers that cannot be a chain (attention, recurrent and bilinear layers,
+            subclasses with a forward of their own, patterns that split neither way), all named;
+            nothing was changed then.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> _ = frobdecay.factorize(layer, rank=2)
+        >>> unroll(layer)
+        Sequential(
+          (0): Linear(in_features=8, out_features=2, bias=False)
+          (1): Linear(in_features=2, out_features=8, bias=True)
+        )
+    """
+    check_unwrapped(model, "unroll")
+    chosen = _chosen(model, None, None)
+    against = {weight.name: _why_not(model, weight) for weight in chosen}
+    listed = [f"\n  {name}: {reason}" for name, reason in against.items() if reason]
+    if listed:
+        raise ValueError(
+            f"cannot unroll{''.join(listed)}\nmerge these first: merge(model, include=[...])"
+        )
+    chains = {id(weight.module): unrolled(weight.module) for weight in chosen}
+    parents = [
+        parent
+        for parent in model.modules()
+        if any(id(child) in chains for child in parent._modules.values())
+    ]
+    with transaction(parents):
+        for parent in parents:
+            for name, child in parent._modules.items():
+                parent._modules[name] = chains.get(id(child), child)
+    return chains.get(id(model), model)
+
+
+def _why_not(model: nn.Module, weight: Weight) -> str | None:
+    tree = modules(model)
+    for path in weight.paths:
+        parent = tree[path.rpartition(".")[0]] if path else None
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            return "its TransformerEncoderLayer reads the weights of its linear layers itself"
+    return why_not_unrolled(weight.module)

@@ -1,0 +1,185 @@
+"""Parametrizations: a dense weight is replaced by factors whose product it is.
+
+``LowRank`` plugs into ``torch.nn.utils.parametrize``: ``right_inverse`` turns the dense weight
+into the factors (U, M.., V), which become the module's parameters ``original0``, ``original1``, …,
+and ``forward`` turns them into a ``FactoredTensor``, the weight that is never formed where its
+factors can be applied one after the other.
+
+Any parametrization that ``factorize`` takes has, besides these two methods, ``factor_shapes``
+(what the planner counts), ``product`` (the record that decay and diagnostics read) and the flag
+``materialized`` (what ``merge`` sets to get the dense weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.factored import FactoredTensor
+from frobdecay.init import Init, resolve_init, resolve_rank
+from frobdecay.layouts import NAMED_PATTERNS, default_layout
+from frobdecay.matricize import Matricization
+from frobdecay.product import Factor, Product
+
+__all__ = ["VERSION", "LowRank", "Version"]
+
+
+class Version:
+    """A counter that moves whenever a weight is factorized, merged or unrolled.
+
+    It lets an optimizer that was built earlier notice cheaply that it may hold stale parameters.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def bump(self) -> None:
+        """Count one change."""
+        self.value += 1
+
+
+VERSION = Version()
+
+
+class LowRank(nn.Module):
+    """Parametrize a weight as W = U M₁ … M_d Vᵀ, spectrally initialized from the dense weight.
+
+    U (m×r) and V (n×r) are both stored tall and contiguous; a weight that is read as a batch of
+    matrices (groups of a convolution, blocks of an attention) has a leading batch axis.
+    Assigning to the weight factorizes the new value at the same rank.
+
+    Args:
+        rank: r, an int or a float fraction of min(m, n); more than min(m, n) is overcomplete.
+        pattern: how the weight is read as a matrix, an einops pattern such as
+            ``"o i kh kw -> o (i kh kw)"``; by default by the number of dimensions, convolutions
+            spatially (``"o i kh kw -> (o kh) (i kw)"``). "channel" is that first pattern in as
+            many dimensions as needed, "spatial" the default.
+        axes: lengths that the pattern needs, such as ``{"g": 4}`` for ``"(g o) i -> g o i"``.
+        depth: number d of inner factors M (r×r), the identity at first.
+        init: "spectral", or another initialization of ``frobdecay.init``, or a callable.
+
+    Raises:
+        TypeError, ValueError: a rank, depth or initialization that is none.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> layer = torch.nn.Linear(12, 8)
+        >>> _ = parametrize.register_parametrization(layer, "weight", LowRank(2))
+        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
+        [(8, 2), (12, 2)]
+    """
+
+    def __init__(
+        self,
+        rank: int | float,
+        *,
+        pattern: str | None = None,
+        axes: Mapping[str, int] | None = None,
+        depth: int = 0,
+        init: str | Init = "spectral",
+    ) -> None:
+        super().__init__()
+        resolve_rank(rank, 1, 1)
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise TypeError(f"expected depth to be a number of inner factors, got {depth!r}")
+        if depth < 0:
+            raise ValueError(f"expected depth to be at least 0, got {depth}")
+        self.rank, self.depth = rank, depth
+        self.pattern, self.axes = pattern, dict(axes or {})
+        self.init = resolve_init(init)
+        self.matricization: Matricization | None = None
+        self.materialized = False
+        self.order: tuple[str, ...] = ()  # the module's parameters while dense, for merge
+
+    def matricize(self, shape: tuple[int, ...]) -> Matricization:
+        """Fit the pattern to a weight's shape.
+
+        Raises:
+            ValueError: the pattern does not fit, or the shape needs one.
+        """
+        pattern = self.pattern
+        if pattern is None or pattern in NAMED_PATTERNS:
+            layout = default_layout(len(shape))
+            if layout is None:
+                raise ValueError(
+                    f"expected a weight with 2 to 5 dimensions, got shape {tuple(shape)}; "
+                    "give LowRank a pattern that reads it as a matrix"
+                )
+            channel = pattern == "channel" and layout.channel is not None
+            pattern = layout.channel if channel else layout.pattern
+        assert pattern is not None
+        return Matricization.of(pattern, tuple(shape), self.axes)
+
+    def factor_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of U, M.., V for a weight of this shape, from the shape alone."""
+        view = self.matricize(shape)
+        r = resolve_rank(self.rank, view.rows, view.columns)
+        inner = [(*view.batch, r, r)] * self.depth
+        return ((*view.batch, view.rows, r), *inner, (*view.batch, view.columns, r))
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Factorize a dense weight: (U, M.., V), contiguous, with its dtype and device.
+
+        Raises:
+            TypeError, ValueError: a weight that cannot be factorized.
+        """
+        known = self.matricization
+        if known is not None and known.shape != tuple(weight.shape):
+            raise ValueError(
+                f"expected a weight of shape {known.shape}, got {tuple(weight.shape)}; "
+                "merge first to change the shape of a factorized weight"
+            )
+        view = known or self.matricize(tuple(weight.shape))
+        rank = resolve_rank(self.rank, view.rows, view.columns)
+        try:
+            factors = self.init(view.matrix(weight.detach()), rank, depth=self.depth)
+        except NotImplementedError as error:
+            # parametrize would take it for "has no right_inverse" and fail obscurely later.
+            raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error
+        self._check(factors, weight)
+        if known is None:
+            self.matricization = view
+            VERSION.bump()
+        return factors
+
+    def _check(self, factors: tuple[Tensor, ...], weight: Tensor) -> None:
+        """Refuse factors of somebody's initialization that are not those of this weight."""
+        expected = self.factor_shapes(tuple(weight.shape))
+        got = tuple(tuple(factor.shape) for factor in factors)
+        if got != expected:
+            raise ValueError(f"expected the initialization to return {expected}, got {got}")
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        """Multiply the factors, as late as possible."""
+        view = self.matricization
+        if view is None:
+            raise RuntimeError("LowRank knows no shape yet; register it on a weight first")
+        weight = FactoredTensor(factors, view)
+        return weight.materialize() if self.materialized else weight
+
+    def product(self, name: str, parameters: nn.Module) -> Product:
+        """Record the product of the factors that a ``ParametrizationList`` holds.
+
+        Args:
+            name: the dense weight's qualified name.
+            parameters: the list, ``module.parametrizations[tensor_name]``.
+        """
+        view = self.matricization
+        if view is None:
+            raise RuntimeError(f"{name}: LowRank knows no shape yet; register it on a weight first")
+        factors = (Factor(parameters, f"original{i}") for i in range(self.depth + 2))
+        return Product(name, tuple(factors), batch=len(view.batch))
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        view = self.matricization
+        if view is None:
+            return f"rank={self.rank}, depth={self.depth}"
+        shapes = self.factor_shapes(view.shape)
+        factors = " · ".join("×".join(map(str, shape)) for shape in shapes)
+        return f"{view.pattern!r}, {factors}, kept {sum(map(prod, shapes)) / prod(view.shape):.3g}"

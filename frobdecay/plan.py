@@ -1,0 +1,103 @@
+"""The plan of a factorization: one row a weight, printed as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PlanRow", "RankPlan"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one weight.
+
+    Attributes:
+        name: the weight's qualified name.
+        shape: its shape.
+        matrix: how it is read, (*batch, m, n); None where it stays dense.
+        rank: r; None where it stays dense.
+        before, after: numbers of parameters.
+        error: ‖W − UVᵀ‖_F / ‖W‖_F of the initialization; None in a dry run.
+        reason: why it stays dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matrix: tuple[int, ...] | None
+    rank: int | None
+    before: int
+    after: int
+    error: float | None = None
+    reason: str | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as it is printed."""
+        *batch, m, n = self.matrix or (0, 0)
+        blocks = "·".join(map(str, batch))
+        return (
+            self.name,
+            "×".join(map(str, self.shape)),
+            f"{blocks + ' of ' if batch else ''}{m}×{n}" if self.matrix else "",
+            "dense" if self.rank is None else str(self.rank),
+            f"{self.before:,}",
+            f"{self.after:,}",
+            "" if self.error is None else f"{self.error:.3f}",
+            self.reason or "",
+        )
+
+
+_HEAD = ("weight", "shape", "matrix", "rank", "before", "after", "error", "left dense because")
+_RIGHT = {3, 4, 5, 6}  # columns of numbers
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Which weights get which rank, and what the model then counts.
+
+    Attributes:
+        rows: one a weight that was looked at, in module order.
+        before, after: parameters of the whole model, factorized or not.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+        >>> plan = frobdecay.plan_ranks(model, ratio=0.25, exclude="1")
+        >>> plan.ranks, round(plan.ratio, 3)
+        ({'0.weight': 7}, 0.254)
+        >>> print(plan)
+        weight          shape  matrix   rank  before  after  error  left dense because
+        0.weight        64×64  64×64       7   4,096    896
+        1.weight        2×64           dense     128    128         excluded
+        all parameters                         4,290  1,090         ratio 0.254
+    """
+
+    rows: tuple[PlanRow, ...]
+    before: int
+    after: int
+
+    @property
+    def ratio(self) -> float:
+        """Parameters after ÷ before, all of the model's."""
+        return self.after / self.before
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Weight name -> rank of everything factorized: plain numbers, fit for JSON.
+
+        ``factorize(model, rank=plan.ranks)`` repeats the plan on another copy of the model.
+        """
+        return {row.name: row.rank for row in self.rows if row.rank is not None}
+
+    def __str__(self) -> str:
+        total = ("all parameters", "", "", "", f"{self.before:,}", f"{self.after:,}", "")
+        lines = [_HEAD, *(row.cells() for row in self.rows), (*total, f"ratio {self.ratio:.3f}")]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if k in _RIGHT else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__

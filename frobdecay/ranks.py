@@ -1,0 +1,212 @@
+"""Which rank where: explicit, for a share of the parameters, or for a share of the energy.
+
+A plan is made without touching the model and without copies; a search over parameter counts needs
+no decomposition either. For ``ratio=`` one scale s sets every rank, r = round(s · min(m, n)), at
+least 1, and a layer stays dense where its factors would not be smaller. The parameter count is a
+rising step function of s; bisection down to neighbouring floats finds the step that crosses the
+target, and the nearer of its two sides is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.candidates import Entry, candidates, check_any
+from frobdecay.init import resolve_rank
+from frobdecay.parametrizations import LowRank
+from frobdecay.plan import RankPlan
+from frobdecay.selection import (
+    One,
+    Selector,
+    Weight,
+    check_met,
+    matches,
+    modules,
+    names_exactly,
+    weights,
+)
+from frobdecay.support import check_initialized, check_values
+
+__all__ = ["RankRule", "plan_entries", "plan_ranks"]
+
+RankRule = int | float | Mapping[Any, int | float] | RankPlan
+
+
+def plan_ranks(
+    model: nn.Module,
+    *,
+    ratio: float | None = None,
+    rank: RankRule | None = None,
+    energy: float | None = None,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    parametrization: Callable[..., nn.Module] = LowRank,
+) -> RankPlan:
+    """Plan a factorization: a dry run of ``factorize`` that changes nothing.
+
+    Give one of ``ratio``, ``rank`` and ``energy``. Works on the meta device, except for ``energy``.
+
+    Args:
+        model: any module.
+        ratio: parameters to keep ÷ all parameters of the model, between 0 and 1; the nearest that
+            ranks r = round(s · min(m, n)) of one common scale s attain. Where factors would not be
+            smaller than the weight, it stays dense.
+        rank: as for ``factorize``; obeyed also where it does not pay.
+        energy: the smallest rank that keeps this share of each ‖W‖_F², above 0 and at most 1.
+            Where that does not pay, the weight stays dense.
+        include: what to factorize, see ``factorize``.
+        exclude: what not to.
+        parametrization: as for ``factorize``.
+
+    Returns:
+        The plan; print it. ``factorize(model, rank=plan)`` executes it.
+
+    Raises:
+        TypeError, ValueError: selectors that match nothing, weights that were named and cannot be
+            factorized, a ratio that cannot be attained (says what can), ranks that are none.
+
+    Example:
+        >>> import torch
+        >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
+        {'weight': 10}
+    """
+    return _plan(
+        model, plan_entries(model, ratio, rank, energy, include, exclude, parametrization, {})
+    )
+
+
+def _plan(model: nn.Module, found: list[Entry]) -> RankPlan:
+    rows = tuple(entry.row() for entry in found)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    return RankPlan(rows, before, before + sum(row.after - row.before for row in rows))
+
+
+def plan_entries(
+    model: nn.Module,
+    ratio: float | None,
+    rank: RankRule | None,
+    energy: float | None,
+    include: Selector | None,
+    exclude: Selector | None,
+    parametrization: Callable[..., nn.Module],
+    options: Mapping[str, Any],
+) -> list[Entry]:
+    """The work of ``plan_ranks`` and the first half of ``factorize``.
+
+    Returns:
+        The weights looked at, in module order, each with a rank or a reason.
+    """
+    given = {"ratio": ratio, "rank": rank, "energy": energy}
+    if sum(value is not None for value in given.values()) != 1:
+        names = [name for name, value in given.items() if value is not None]
+        raise ValueError(
+            f"expected exactly one of rank=, ratio= and energy=, got {names or 'none'}"
+        )
+    _check_share("ratio", ratio, below=True)
+    _check_share("energy", energy, below=False)
+    rule = rank.ranks if isinstance(rank, RankPlan) else rank
+    check_initialized(model)
+    if isinstance(rule, Mapping) and include is None:
+        include = list(rule)
+    found = candidates(model, include, exclude, parametrization, options)
+    if rule is not None:
+        _explicit(model, found, rule)
+    elif ratio is not None:
+        _by_ratio(model, found, ratio)
+    else:
+        assert energy is not None
+        _by_energy(found, energy)
+    return found
+
+
+def _check_share(name: str, value: float | None, below: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {name} as a float, got {value!r}")
+    if not isfinite(value) or not 0 < value <= 1 or (below and value == 1):
+        hint = "; rank= makes a model wider or leaves its size" if below else ""
+        bound = "below 1" if below else "at most 1"
+        raise ValueError(f"expected {name} above 0 and {bound}, got {value}{hint}")
+
+
+def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
+    """The ranks that were asked for."""
+    if not isinstance(rule, Mapping):
+        resolve_rank(rule, 1, 1)
+        rule = {nn.Module: rule}
+    tree, every = modules(model), weights(model)
+    for key, value in rule.items():
+        check_met(tree, every, key, "rank")
+        _check_rank(key, value)
+    for entry in found:
+        if entry.open:
+            taken = _first(tree, entry.weight, rule)
+            if taken is None:
+                entry.reason = "no rank given for it"
+            else:
+                entry.rank = entry.rank_at(rule[taken])
+    check_any(model, found, [entry.rank is not None for entry in found])
+
+
+def _check_rank(key: object, value: Any) -> None:
+    try:
+        resolve_rank(value, 1, 1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rank[{key!r}]: {error}") from None
+
+
+def _first(tree: dict[str, nn.Module], weight: Weight, rule: Mapping[Any, Any]) -> One | None:
+    """The key for a weight: its exact name before any pattern, then the first that matches."""
+    exact = [key for key in rule if names_exactly(weight, key)]
+    return next((key for key in (*exact, *rule) if matches(tree, weight, key)), None)
+
+
+def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
+    """The common scale whose parameter count comes nearest to the target."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    candidates = [entry for entry in found if entry.open]
+    fixed = total - sum(entry.dense for entry in candidates)
+    sizes = [functools.cache(entry.size) for entry in candidates]
+
+    def count(scale: float) -> int:
+        pairs = zip(candidates, sizes, strict=True)
+        return fixed + sum(min(entry.dense, size(entry.rank_at(scale))) for entry, size in pairs)
+
+    low, high = 5e-324, 1.0  # all ranks 1; and all dense, since r (m + n) ≥ mn at r = min(m, n)
+    if count(low) > ratio * total:
+        raise ValueError(
+            f"ratio={ratio} cannot be attained: with every rank 1, {count(low):,} of "
+            f"{total:,} parameters remain; attainable are {count(low) / total:.4g} to 1. Take a "
+            "larger ratio, or include more weights"
+        )
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if count(middle) <= ratio * total else (low, middle)
+    nearest = min(low, high, key=lambda scale: abs(count(scale) - ratio * total))
+    for entry in candidates:
+        entry.settle(entry.rank_at(nearest))
+
+
+def _by_energy(found: list[Entry], energy: float) -> None:
+    """The smallest rank that keeps a share of each weight's squared norm."""
+    for entry in (entry for entry in found if entry.open):
+        assert entry.weight.tensor is not None
+        assert entry.view is not None
+        check_values(entry.weight)
+        squares = _squared_singular_values(entry.view.matrix(entry.weight.tensor.detach()))
+        kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
+        entry.settle(1 + int((kept < energy * kept[-1]).sum()))
+
+
+def _squared_singular_values(matrix: Tensor) -> Tensor:
+    """σ², largest first, from the smaller Gram; in float64 where there is one."""
+    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    tall = wide if wide.shape[-2] >= wide.shape[-1] else wide.mT
+    squares: Tensor = torch.linalg.eigvalsh(tall.mT @ tall).flip(-1).clamp_min(0)
+    return squares

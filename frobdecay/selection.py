@@ -1,0 +1,286 @@
+r"""Which weights of a model are meant, and which of those can be factorized.
+
+``include`` and ``exclude`` take one selector or a list of them:
+
+    "layer1.0.conv1"          the exact name of a module (with all below it) or of a parameter
+    "layer?.*.conv1"          a glob on either; ``*`` also crosses dots
+    re.compile(r"fc\d")        a compiled regular expression that matches either from end to end
+    nn.Conv2d                 a module type (with all below it)
+    lambda name, module: …    a predicate on a weight's name and the module that holds it
+
+A weight of a module type that is not in the table of ``layouts.py`` is taken only where it is
+asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"``, not ``"*"``),
+or by the exact name or the type of the very module that holds it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from frobdecay.layouts import Layout, layouts
+
+__all__ = [
+    "One",
+    "Selector",
+    "Weight",
+    "check_met",
+    "matches",
+    "modules",
+    "names_exactly",
+    "select",
+    "weights",
+]
+
+One = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
+Selector = One | Sequence[One]
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_GLOB = re.compile(r"[*?\[]")
+_NONSENSE = "\0"  # an attribute that no pattern spells
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a model, factorized or not.
+
+    Attributes:
+        paths: qualified names of the module that holds it; several where the module is shared.
+        module: that module.
+        attribute: the weight's name there.
+        known: whether it is factorized by default: the module's type is in the table.
+        named: whether a selector gave exactly this weight's or this module's name.
+        excluded: whether it was taken and then left out again.
+    """
+
+    paths: tuple[str, ...]
+    module: nn.Module
+    attribute: str
+    known: bool
+    named: bool = False
+    excluded: bool = False
+
+    @property
+    def name(self) -> str:
+        """The qualified name, as in the dense model's ``state_dict``."""
+        return self.names[0]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All qualified names."""
+        return tuple(f"{path}.{self.attribute}" if path else self.attribute for path in self.paths)
+
+    @cached_property
+    def above(self) -> tuple[str, ...]:
+        """Qualified names of the module that holds it and of all around it; the root's is ""."""
+        parts = [path.split(".") for path in self.paths if path]
+        ups = [".".join(names[:k]) for names in parts for k in range(1, len(names) + 1)]
+        return ("", *dict.fromkeys(ups))
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The parameter, unless it is none."""
+        return self.module._parameters.get(self.attribute)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How its module type's weight is read as a matrix, if the type is known."""
+        return layouts(self.module).get(self.attribute)
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """List all modules by qualified name, shared ones under every name.
+
+    The segments that wrappers add (``torch.compile``, checkpointing, data parallel) are left out,
+    and so are the modules inside parametrizations.
+    """
+    return dict(_walk(model, ""))
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    for name, child in module._modules.items():
+        if child is None or (name == "parametrizations" and is_parametrized(module)):
+            continue
+        transparent = name in _WRAPPERS or (parallel and name == "module")
+        yield from _walk(child, path if transparent else f"{path}.{name}".lstrip("."))
+
+
+def weights(model: nn.Module) -> list[Weight]:
+    """List the parameters of a model once each, in module order, factorized ones too."""
+    paths: dict[int, list[str]] = {}
+    found: dict[int, nn.Module] = {}
+    for path, module in modules(model).items():
+        paths.setdefault(id(module), []).append(path)
+        found[id(module)] = module
+    return [
+        Weight(tuple(paths[key]), module, attribute, known)
+        for key, module in found.items()
+        for attribute, known in _attributes(module).items()
+    ]
+
+
+def _attributes(module: nn.Module) -> dict[str, bool]:
+    """Weights by the table, factorized ones and packed ones -> True, other parameters -> False."""
+    table = layouts(module)
+    present = [name for name, parameter in module._parameters.items() if parameter is not None]
+    # Hooks such as weight_norm's write plain attributes; quantized modules have methods.
+    held = {*present, *_parametrized(module), *module._buffers, *module.__dict__}
+    packed = ["weight"] if callable(getattr(type(module), "weight", None)) else []
+    known = [name for name in table if name in held] + _parametrized(module) + packed
+    return {**dict.fromkeys(known, True), **{name: name in known for name in present}}
+
+
+def _parametrized(module: nn.Module) -> list[str]:
+    return list(module.parametrizations) if is_parametrized(module) else []  # type: ignore[arg-type]
+
+
+def select(
+    model: nn.Module, include: Selector | None = None, exclude: Selector | None = None
+) -> list[Weight]:
+    """Choose weights.
+
+    Args:
+        model: the root; names are relative to it.
+        include: what to take; by default all weights of the module types in the table.
+        exclude: what to leave out of that.
+
+    Returns:
+        Everything included, in module order, with what was left out again marked.
+
+    Raises:
+        TypeError: a selector of an unknown kind.
+        ValueError: a selector that matches nothing.
+    """
+    tree = modules(model)
+    found = weights(model)
+    if include is None:
+        chosen = [weight for weight in found if weight.known]
+    else:
+        chosen = _union(found, [_included(tree, found, one) for one in _each(include, "include")])
+    out = _each(exclude, "exclude") if exclude is not None else []
+    for one in out:
+        check_met(tree, found, one, "exclude")
+    return [
+        replace(weight, excluded=any(matches(tree, weight, one, loose=True) for one in out))
+        for weight in chosen
+    ]
+
+
+def _each(selector: Selector, what: str) -> list[One]:
+    """The selectors as a list, each of a known kind."""
+    several = isinstance(selector, list | tuple | set | frozenset)
+    listed: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
+    for one in listed:
+        if not (isinstance(one, str | re.Pattern | type) or callable(one)):
+            raise TypeError(
+                f"expected {what} to be a name, a glob, a compiled regular expression, a module "
+                f"type, a predicate(name, module), or a list of those, got {one!r}"
+            )
+    return [_strip(one) if isinstance(one, str) else one for one in listed]
+
+
+def _union(found: list[Weight], parts: Iterable[dict[int, bool]]) -> list[Weight]:
+    named: dict[int, bool] = {}
+    for part in parts:
+        for i, exactly in part.items():
+            named[i] = named.get(i, False) or exactly
+    return [replace(found[i], named=named[i]) for i in sorted(named)]
+
+
+def _included(tree: dict[str, nn.Module], found: list[Weight], one: One) -> dict[int, bool]:
+    """Index of every weight that one selector takes -> whether it was named exactly."""
+    plain = isinstance(one, str) and not _GLOB.search(one)
+    met = {
+        i: names_exactly(weight, one)
+        for i, weight in enumerate(found)
+        if (not plain or one in weight.names or one in weight.above) and matches(tree, weight, one)
+    }
+    if not met:
+        check_met(tree, found, one, "include")
+        raise ValueError(
+            f"include={_show(one)} matches no weight that can be factorized: what it matches has "
+            "only vectors, or is of a module type without a known layout; name a parameter with "
+            "two or more dimensions"
+        )
+    return met
+
+
+def names_exactly(weight: Weight, one: One) -> bool:
+    """Whether a selector is the name of this very weight or of the module that holds it."""
+    return isinstance(one, str) and one in (*weight.names, *weight.paths)
+
+
+def _strip(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def matches(tree: dict[str, nn.Module], weight: Weight, one: One, loose: bool = False) -> bool:
+    """Whether a selector takes a weight; loosely (to exclude), unknown types as known ones."""
+    known = loose or weight.known
+    if isinstance(one, type):
+        if known:
+            return any(isinstance(tree[up], one) for up in weight.above)
+        return isinstance(weight.module, one) and _is_matrix(weight)
+    if isinstance(one, str | re.Pattern):
+        if known:
+            return any(_fits(one, name) for name in (*weight.names, *weight.above[1:]))
+        if names_exactly(weight, one):
+            return one in weight.names or _is_matrix(weight)
+        return any(_spells(one, weight, i) for i in range(len(weight.paths)))
+    return known and any(bool(one(name, weight.module)) for name in weight.names)
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return weight.tensor is not None and weight.tensor.ndim >= 2
+
+
+def _fits(one: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(one, re.Pattern):
+        return one.fullmatch(name) is not None
+    return one == name or (bool(_GLOB.search(one)) and fnmatchcase(name, one))
+
+
+def _spells(one: str | re.Pattern[str], weight: Weight, i: int) -> bool:
+    """Whether a pattern matches this parameter, but not just anything in its module."""
+    path = weight.paths[i]
+    nonsense = f"{path}.{_NONSENSE}" if path else _NONSENSE
+    return _is_matrix(weight) and _fits(one, weight.names[i]) and not _fits(one, nonsense)
+
+
+def check_met(tree: dict[str, nn.Module], found: list[Weight], one: One, what: str) -> None:
+    """Refuse a selector that matches neither a module nor a parameter."""
+    names = [*filter(None, tree), *(name for weight in found for name in weight.names)]
+    if isinstance(one, type):
+        if not any(isinstance(module, one) for module in tree.values()):
+            kinds = sorted({type(module).__name__ for module in tree.values()})
+            raise ValueError(f"{what}={_show(one)} matches no module; the model has {kinds}")
+    elif isinstance(one, str | re.Pattern):
+        if not any(_fits(one, name) for name in names):
+            raise ValueError(f"{what}={_show(one)} matches nothing; {_near(one, names)}")
+    elif not any(matches(tree, weight, one, loose=True) for weight in found):
+        raise ValueError(
+            f"{what}={_show(one)} is true for no weight; it is called with names such as "
+            f"{[weight.name for weight in found if weight.known][:5]} and the module"
+        )
+
+
+def _show(one: One) -> str:
+    return one.__name__ if isinstance(one, type) else repr(one)
+
+
+def _near(one: str | re.Pattern[str], names: list[str]) -> str:
+    text = one if isinstance(one, str) else one.pattern
+    near = get_close_matches(text, names, n=3, cutoff=0.5)
+    if near:
+        return f"near matches: {', '.join(near)}"
+    return f"the model's names are {names[:8]}{' …' if len(names) > 8 else ''}"

@@ -1,0 +1,212 @@
+"""Which of the chosen weights can be factorized, and for the others, why not.
+
+A weight with a reason against it is left dense and listed where a default or a pattern swept it
+in, and is an error where it was named. (A depthwise convolution is factorized where it was named.)
+What makes the whole model unfit (lazy parameters, weights without numbers) is an error always.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from frobdecay.layouts import refusal
+from frobdecay.selection import Weight, modules, weights
+
+__all__ = ["Reasons", "check_initialized", "check_unwrapped", "check_values", "reasons_against"]
+
+Reasons = Callable[[Weight], str | None]
+
+
+def check_unwrapped(model: nn.Module, act: str) -> None:
+    """Refuse models that hold on to their parameters from outside.
+
+    Raises:
+        ValueError: a data-parallel wrapper is in the model.
+    """
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.parallel.DistributedDataParallel) or kind in (
+            "FullyShardedDataParallel",
+            "DeepSpeedEngine",
+        ):
+            raise ValueError(
+                f"{path or 'the model'} is wrapped in {kind}, which would go on with the present "
+                f"parameters; {act} before wrapping"
+            )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Refuse lazy parameters: neither they nor the model can be counted.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet (a lazy module); run the model once on an example "
+                "input before factorizing it"
+            )
+
+
+def check_values(weight: Weight) -> None:
+    """Refuse a weight whose numbers cannot be read or are none.
+
+    Raises:
+        ValueError: on the meta device, or NaN or infinity in it.
+    """
+    tensor = weight.tensor
+    assert tensor is not None
+    if tensor.is_meta:
+        raise ValueError(
+            f"{weight.name} is on the meta device and holds no numbers; materialize it "
+            "(to_empty) and initialize or load it, then factorize"
+        )
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise ValueError(
+            f"{weight.name} holds NaN or infinity; initialize or repair it before factorizing"
+        )
+
+
+def reasons_against(model: nn.Module) -> Reasons:
+    """Prepare the question why a weight cannot be factorized, for all weights of a model.
+
+    Returns:
+        A function from a weight to the reason with the remedy, or to None where it can be.
+    """
+    tied = _ties(model)
+
+    def reason(weight: Weight) -> str | None:
+        for question in (_not_a_parameter, _not_plain, _not_a_matrix, _hooked):
+            if found := question(weight):
+                return found
+        assert weight.tensor is not None
+        if id(weight.tensor) in tied:
+            others = [name for name in tied[id(weight.tensor)] if name not in weight.names]
+            return (
+                f"tied to {', '.join(others)}, which would go on with the dense weight; "
+                "untie them first"
+            )
+        if found := refusal(weight.module):
+            return found
+        if not weight.named and weight.layout is not None and weight.layout.depthwise:
+            return "depthwise convolution: its matrices are single channels; name it to factorize"
+        return None
+
+    return reason
+
+
+def _not_a_parameter(weight: Weight) -> str | None:
+    module, attribute = weight.module, weight.attribute
+    if is_parametrized(module, attribute):
+        kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[index]
+        if hasattr(module.parametrizations[attribute][0], "product"):  # type: ignore[index]
+            return "already factorized; merge it first to change its rank"
+        return f"already parametrized by {', '.join(kinds)}; remove that parametrization first"
+    if weight.tensor is not None:
+        return _normed(weight)
+    if callable(getattr(module, attribute, None)):
+        return "quantized: its weight is packed; factorize before quantizing"
+    if attribute in module._buffers:
+        return "a buffer, not a parameter; register it as a parameter first"
+    return _normed(weight) or "not a parameter of its module (computed by a hook?)"
+
+
+def _normed(weight: Weight) -> str | None:
+    """Hooks of weight_norm, spectral_norm and pruning, which overwrite the weight."""
+    for hook in weight.module._forward_pre_hooks.values():
+        kind = type(hook)
+        if kind.__module__.startswith("torch.nn.utils."):
+            name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+            if name and weight.attribute.startswith(str(name)):
+                return f"computed by a {kind.__name__} hook in every forward; remove that first"
+    return None
+
+
+def _not_plain(weight: Weight) -> str | None:
+    """Tensors that only look like a matrix of numbers."""
+    tensor = weight.tensor
+    assert tensor is not None
+    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+        return "sharded (DTensor); factorize before fully_shard or parallelize_module"
+    if type(tensor) is not nn.Parameter:
+        return f"a {type(tensor).__name__}, not a plain Parameter; factorize before converting it"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"not dense ({tensor.layout}); convert it to a dense floating-point tensor first"
+    if not tensor.is_floating_point():
+        return f"of dtype {tensor.dtype}; convert it to a real floating-point dtype first"
+    return None
+
+
+def _not_a_matrix(weight: Weight) -> str | None:
+    tensor = weight.tensor
+    assert tensor is not None
+    if tensor.numel() == 0:
+        return f"empty, of shape {tuple(tensor.shape)}; there is nothing to factorize"
+    if tensor.ndim < 2:
+        return f"of shape {tuple(tensor.shape)}; expected at least two dimensions"
+    return None
+
+
+def _hooked(weight: Weight) -> str | None:
+    """Hooks on the parameter would stay behind on the dense one."""
+    tensor = weight.tensor
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if any(getattr(tensor, name, None) for name in hooks):
+        return "has gradient hooks, which would be lost; register them after factorizing"
+    return None
+
+
+def _ties(model: nn.Module) -> dict[int, list[str]]:
+    """The id of every parameter whose memory another one uses too -> the names of all of those."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    tensors: dict[int, Tensor] = {}
+    for weight in weights(model):
+        if weight.tensor is not None:
+            owners[id(weight.tensor)].extend(weight.names[:1])
+            tensors[id(weight.tensor)] = weight.tensor
+    for path, module in modules(model).items():
+        for name, held in _parametrized_parameters(module):
+            owners[id(held)].append(f"{path}.{name}".lstrip("."))
+            tensors[id(held)] = held
+    ties = {key: names for key, names in owners.items() if len(names) > 1}
+    for one, other in _overlaps(tensors):
+        both = [*owners[one], *owners[other]]
+        for key in (one, other):
+            ties[key] = list(dict.fromkeys([*ties.get(key, []), *both]))
+    return ties
+
+
+def _parametrized_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.Module)
+        for name, held in module.parametrizations.named_parameters():
+            yield f"parametrizations.{name}", held
+
+
+def _overlaps(tensors: dict[int, Tensor]) -> Iterator[tuple[int, int]]:
+    """Pairs of different parameters that use the same bytes (one is a view of the other)."""
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), _extent(tensor), key)
+        for key, tensor in tensors.items()
+        if type(tensor) is nn.Parameter
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and tensor.numel()
+    )
+    for before, after in pairwise(spans):
+        if before[0] == after[0] and after[1] < before[1] + before[2]:
+            yield before[3], after[3]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first to behind its last entry."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -1,0 +1,108 @@
+"""Changes to modules that hold together: all or nothing, and nothing left stale.
+
+torch gives a parametrized module a class of its own, which a deep copy of the module shares; to
+parametrize or merge one would then break the other. ``own_class`` parts them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from frobdecay.factored import FactoredTensor
+from frobdecay.parametrizations import VERSION
+
+__all__ = ["factorized", "own_class", "reorder", "settle_recurrent", "transaction"]
+
+
+@contextmanager
+def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undo every change to the attributes and classes of these modules if an error escapes."""
+    touched = list({id(module): module for module in modules}.values())
+    touched += [m.parametrizations for m in touched if is_parametrized(m)]  # type: ignore[misc]
+    saved = [(module, module.__class__, _snapshot(module)) for module in touched]
+    for module in touched:
+        own_class(module)
+    try:
+        yield
+    except BaseException:
+        for module, kind, (attributes, tables) in saved:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
+        raise
+    finally:
+        VERSION.bump()
+
+
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
+    tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
+    return dict(module.__dict__), [(table, dict(table)) for table in tables]
+
+
+def factorized(module: nn.Module) -> dict[str, Any]:
+    """Attribute -> ``ParametrizationList`` of the weights of a module that are products."""
+    if not is_parametrized(module):
+        return {}
+    held: Any = module.parametrizations
+    return {name: held[name] for name in held if hasattr(held[name][0], "factor_shapes")}
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a copy of its injected class, so that no other one shares it."""
+    if is_parametrized(module):
+        kind = type(module)
+        content = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, content)
+
+
+def reorder(module: nn.Module, order: Sequence[str]) -> None:
+    """Put the parameters of a module in this order; those not listed stay behind, as they are."""
+    table = module._parameters
+    names = [name for name in order if name in table]
+    names += [name for name in table if name not in names]
+    content = {name: table[name] for name in names}
+    table.clear()
+    table.update(content)
+
+
+# Note [flat weights]
+# A recurrent layer hands cuDNN and the CPU kernels a list of its parameters, `_flat_weights`, that
+# it keeps as an attribute. After a parametrization the list would go on with the dense weights
+# (or with the tensors of an old graph, which also breaks deepcopy). The parametrized class
+# therefore computes the list at every access, from the factors as they are then. Refreshing and
+# cuDNN's flattening, which write to the list, have nothing to do.
+
+
+def _flat_weights(module: Any) -> list[Tensor | None]:
+    held = (getattr(module, name, None) for name in module._flat_weights_names)
+    return [w.materialize() if isinstance(w, FactoredTensor) else w for w in held]
+
+
+def _ignore(module: nn.Module, *_: object) -> None:
+    """Nothing to keep up to date, see Note [flat weights]."""
+
+
+def settle_recurrent(modules: Iterable[nn.Module]) -> None:
+    """Make recurrent layers read their weights anew, or as ever once they are dense again."""
+    for module in modules:
+        if not isinstance(module, nn.RNNBase):
+            continue
+        if is_parametrized(module):
+            kind: Any = type(module)
+            # Formed outside of compiled code: torch.compile leaves recurrent layers alone, but
+            # compiles what they call, and there a product from outside has no factors.
+            formed: Any = torch.compiler.disable(_flat_weights)  # type: ignore[no-untyped-call]
+            kind._flat_weights = property(formed, _ignore)
+            kind.flatten_parameters = kind._update_flat_weights = _ignore
+            module.__dict__.pop("_flat_weights", None)
+        else:
+            module._init_flat_weights()

@@ -1,0 +1,242 @@
+"""A layer whose weight is a product, as a chain of plain layers.
+
+    Linear      x → Linear(Vᵀ) → Linear(M) … → Linear(U, bias)
+    Conv        x → Conv(V, its kernel axes) → 1×1 Conv(M) … → Conv(U, its kernel axes, bias)
+    Embedding   ids → Embedding(U) → Linear(M) … → Linear(V)
+
+A convolution's stride, padding and dilation go, axis by axis, to the link that has that kernel
+axis; all links keep the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from frobdecay.matricize import Matricization
+from frobdecay.parametrizations import LowRank
+
+__all__ = ["unrolled", "why_not_unrolled"]
+
+_POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def why_not_unrolled(module: nn.Module) -> str | None:
+    """Say why this parametrized layer cannot be a chain of plain layers, if so."""
+    kind = type_before_parametrizations(module)
+    held: Any = module.parametrizations
+    if kind not in _CHAINS:
+        return f"a {kind.__name__} reads its weight itself"
+    if list(held) != ["weight"] or len(held["weight"]) > 1:
+        return "it has other parametrizations too"
+    if not isinstance(held["weight"][0], LowRank):
+        return f"a {type(held['weight'][0]).__name__} is not a chain"
+    others = {*module._parameters, *module._buffers, *module._modules}
+    if others - {"weight", "bias", "parametrizations"}:
+        return f"it holds {sorted(others - {'weight', 'bias', 'parametrizations'})} besides"
+    view: Any = held["weight"][0].matricization
+    if isinstance(module, _ConvNd):
+        fits = _Axes.of(module, view) is not None
+    else:
+        fits = not view.batch and (view.row_axes, view.column_axes) == view.tensor_axes
+    return None if fits else f"the pattern {view.pattern!r} does not give two layers"
+
+
+def unrolled(module: nn.Module) -> nn.Sequential:
+    """Build the chain; it holds the bias and the numbers of the factors, and the hooks.
+
+    Call it only where ``why_not_unrolled`` has nothing against it.
+    """
+    held: Any = module.parametrizations
+    weight = held["weight"]
+    factors = tuple(getattr(weight, f"original{i}") for i in range(weight.ntensors))
+    build = _CHAINS[type_before_parametrizations(module)]
+    layers = build(module, weight[0].matricization, factors)
+    built = nn.Sequential(*layers).train(module.training)
+    for name, value in vars(module).items():
+        # The very dictionaries: handles that were given out can still remove their hooks.
+        if name in _HOOKS:
+            built.__dict__[name] = value
+    return built
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _fill(layer: nn.Module, weight: Tensor, source: Tensor, bias: Any = None) -> nn.Module:
+    """Give a layer that was built on the meta device its numbers: no copy where none is needed."""
+    layer.weight = nn.Parameter(weight.detach().contiguous(), source.requires_grad)
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+def _linear(weight: Tensor, source: Tensor, bias: Any = None) -> nn.Module:
+    m, n = weight.shape
+    return _fill(nn.Linear(n, m, bias=False, device="meta"), weight, source, bias)
+
+
+def _linear_chain(
+    module: nn.Module, view: Matricization, factors: tuple[Tensor, ...]
+) -> list[nn.Module]:
+    U, *inner, V = factors
+    middle = [_linear(M, M) for M in reversed(inner)]
+    return [_linear(V.mT, V), *middle, _linear(U, U, module.bias)]
+
+
+def _embedding_chain(
+    module: nn.Module, view: Matricization, factors: tuple[Tensor, ...]
+) -> list[nn.Module]:
+    U, *inner, V = factors
+    table = nn.Embedding(U.shape[0], U.shape[1], device="meta")
+    table.padding_idx = module.padding_idx  # type: ignore[assignment]
+    return [_fill(table, U, U), *(_linear(M.mT, M) for M in inner), _linear(V, V)]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The axes of a convolution's weight by what they are for, as einops writes them.
+
+    Attributes:
+        groups: the batch axis, or nothing.
+        outs, ins: output and input channels of one group.
+        kernel: one item a kernel dimension.
+        rows: whether that dimension is in the rows, in U.
+    """
+
+    groups: str
+    outs: str
+    ins: str
+    kernel: tuple[str, ...]
+    rows: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, module: _ConvNd, view: Matricization) -> _Axes | None:
+        """Sort the axes, or None where U has not the outputs and V the inputs."""
+        batch = view.batch_axes
+        first, second, *kernel = view.tensor_axes
+        if first[: len(batch)] != batch or view.batch != (module.groups,) * (module.groups > 1):
+            return None
+        outs, ins = first[len(batch) :], second
+        if isinstance(module, _ConvTransposeNd):
+            outs, ins = ins, outs
+        rows = [set(item) <= set(view.row_axes) for item in kernel]
+        columns = [set(item) <= set(view.column_axes) for item in kernel]
+        if not (set(outs) <= set(view.row_axes) and set(ins) <= set(view.column_axes)):
+            return None
+        if any(row == column for row, column in zip(rows, columns, strict=True)):
+            return None
+        return cls(
+            " ".join(batch), " ".join(outs), " ".join(ins), tuple(map(_item, kernel)), tuple(rows)
+        )
+
+    def left(self, axes: Sequence[str]) -> str:
+        """How a factor is stored."""
+        return f"{self.groups} ({' '.join(axes)}) r"
+
+    def right(self, first: str, second: str, mine: Sequence[bool]) -> str:
+        """How a link's weight is stored: kernel dimensions of others are 1."""
+        kernel = (axes if own else "1" for axes, own in zip(self.kernel, mine, strict=True))
+        return f"({self.groups} {first}) ({second}) {' '.join(kernel)}"
+
+
+def _item(axes: tuple[str, ...]) -> str:
+    return f"({' '.join(axes)})"
+
+
+def _conv_chain(
+    module: nn.Module, view: Matricization, factors: tuple[Tensor, ...]
+) -> list[nn.Module]:
+    assert isinstance(module, _ConvNd)
+    axes = _Axes.of(module, view)
+    assert axes is not None
+    U, *inner, V = factors
+    columns = tuple(not row for row in axes.rows)
+    ends = [(axes.ins, "r", columns), ("r", axes.outs, axes.rows)]  # inputs -> outputs
+    if not isinstance(module, _ConvTransposeNd):
+        ends = [(out, into, mine) for into, out, mine in ends]
+    stored = [axes.left(view.column_axes), axes.left(view.row_axes)]
+    weights = [
+        rearrange(factor, f"{left} -> {axes.right(*end)}", **_known(view, left))
+        for factor, left, end in zip((V, U), stored, ends, strict=True)
+    ]
+    first = _link(module, weights[0], V, columns)
+    middle = [_pointwise(M, module.groups, len(axes.rows)) for M in reversed(inner)]
+    return [first, *middle, _link(module, weights[1], U, axes.rows, module.bias)]
+
+
+def _known(view: Matricization, left: str) -> dict[str, int]:
+    """The lengths of the axes of a pattern."""
+    names = left.replace("(", " ").replace(")", " ").split()
+    return {name: view.sizes[name] for name in names if name in view.sizes}
+
+
+def _link(
+    module: _ConvNd, weight: Tensor, source: Tensor, mine: tuple[bool, ...], bias: Any = None
+) -> nn.Module:
+    """A convolution with the module's settings along its own kernel dimensions."""
+    kind: Any = type_before_parametrizations(module)
+
+    def own(setting: Any, other: int) -> Any:
+        if isinstance(setting, str):  # "same" and "valid" hold for a kernel of 1 too
+            return setting
+        return tuple(s if is_mine else other for s, is_mine in zip(setting, mine, strict=True))
+
+    into, out, settings = weight.shape[1] * module.groups, weight.shape[0], {}
+    if isinstance(module, _ConvTransposeNd):
+        into, out = out, into
+        settings = {"output_padding": own(module.output_padding, 0)}
+    layer = kind(
+        into,
+        out,
+        tuple(weight.shape[2:]),
+        stride=own(module.stride, 1),
+        padding=own(module.padding, 0),
+        dilation=own(module.dilation, 1),
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        bias=False,
+        device="meta",
+        **settings,
+    )
+    return _fill(layer, weight, source, bias)
+
+
+def _pointwise(M: Tensor, groups: int, dims: int) -> nn.Module:
+    """An inner factor, as a 1×1 convolution."""
+    r, s = M.shape[-2:]
+    kind = _POINTWISE[dims]
+    layer = kind(s * groups, r * groups, 1, groups=groups, bias=False, device="meta")
+    return _fill(layer, M.reshape(-1, s, *[1] * dims), M)
+
+
+_CHAINS: dict[type, Callable[..., list[nn.Module]]] = {
+    nn.Linear: _linear_chain,
+    nn.Embedding: _embedding_chain,
+    **dict.fromkeys(
+        (
+            nn.Conv1d,
+            nn.Conv2d,
+            nn.Conv3d,
+            nn.ConvTranspose1d,
+            nn.ConvTranspose2d,
+            nn.ConvTranspose3d,
+        ),
+        _conv_chain,
+    ),
+}

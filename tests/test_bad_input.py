@@ -1,0 +1,445 @@
+"""A table of wrong inputs: what is raised, that it names the culprit, that nothing changed."""
+
+import copy
+import functools
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from frobdecay.merging import merge, unroll
+from frobdecay.parametrizations import LowRank
+from frobdecay.ranks import plan_ranks
+from frobdecay.registry import factorize, products, register_products
+
+
+class Net(nn.Module):
+    """Where every wrong thing is put: ``bad`` beside two layers with nothing wrong."""
+
+    def __init__(self, bad=None):
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.bad = bad if bad is not None else nn.Linear(6, 6)
+        self.last = nn.Conv2d(6, 4, 3)
+
+
+def _with_weight(weight, requires_grad=True):
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(weight, requires_grad)
+    return layer
+
+
+def _tied():
+    net = Net()
+    net.bad.weight = nn.Parameter(torch.randn(6, 8))
+    net.first.weight = net.bad.weight
+    return net
+
+
+def _hooked(name):
+    net = Net()
+    getattr(net.bad.weight, name)(lambda _: None)
+    return net
+
+
+def _pruned():
+    layer = nn.Linear(6, 6)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def _buffer():
+    layer = nn.Linear(6, 6)
+    del layer.weight
+    layer.register_buffer("weight", torch.randn(6, 6))
+    return layer
+
+
+def _old_norm(norm):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return norm(nn.Linear(6, 6))
+
+
+def _quantized():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.nn.quantized.dynamic.Linear(6, 6)
+
+
+class Subclass(torch.Tensor):
+    """A weight format of somebody else."""
+
+
+def _experts():
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(2, 6, 6))
+    return module
+
+
+NAN, INF = torch.full((6, 6), float("nan")), torch.ones(6, 6) / 0
+
+# What is wrong -> (the model, a part of the reason). ``bad`` is named: an error. Swept in by
+# default, it is listed in the plan, and the others are factorized; unless the error is for all.
+REFUSED = {
+    "tied": (_tied, "tied to first.weight"),
+    "max_norm": (lambda: Net(nn.Embedding(9, 6, max_norm=1.0)), "max_norm"),
+    "sparse gradients": (lambda: Net(nn.Embedding(9, 6, sparse=True)), "sparse=True"),
+    "bag with sparse gradients": (lambda: Net(nn.EmbeddingBag(9, 6, sparse=True)), "sparse=True"),
+    "scale_grad_by_freq": (
+        lambda: Net(nn.Embedding(9, 6, scale_grad_by_freq=True)), "scale_grad_by_freq"),
+    "old weight_norm": (lambda: Net(_old_norm(nn.utils.weight_norm)), "WeightNorm"),
+    "old spectral_norm": (lambda: Net(_old_norm(nn.utils.spectral_norm)), "SpectralNorm"),
+    "spectral_norm": (
+        lambda: Net(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))),
+        "already parametrized by _SpectralNorm"),
+    "pruned": (lambda: Net(_pruned()), "RandomUnstructured"),
+    "buffer": (lambda: Net(_buffer()), "a buffer"),
+    "quantized": (lambda: Net(_quantized()), "quantized"),
+    "integer": (lambda: Net(_with_weight(torch.ones(6, 6, dtype=torch.int8), False)), "torch.int8"),
+    "complex": (lambda: Net(_with_weight(torch.ones(6, 6) + 0j)), "torch.complex64"),
+    "sparse": (lambda: Net(_with_weight(torch.eye(6).to_sparse())), "torch.sparse_coo"),
+    "subclass": (lambda: Net(_with_weight(torch.ones(6, 6).as_subclass(Subclass))), "Subclass"),
+    "empty": (lambda: Net(_with_weight(torch.empty(0, 6))), "empty"),
+    "zero": (lambda: Net(_with_weight(torch.zeros(6, 6))), "zero"),
+    "gradient hook": (lambda: _hooked("register_hook"), "gradient hooks"),
+    "accumulation hook": (
+        lambda: _hooked("register_post_accumulate_grad_hook"), "gradient hooks"),
+}  # fmt: skip
+
+# Wrong whatever was selected.
+FATAL = {
+    "NaN": (lambda: Net(_with_weight(NAN)), "bad.weight holds NaN"),
+    "infinity": (lambda: Net(_with_weight(INF)), "bad.weight holds NaN or infinity"),
+    "lazy": (lambda: Net(nn.LazyLinear(6)), "bad.weight has no shape yet.*run the model once"),
+    "meta": (lambda: Net(nn.Linear(6, 6, device="meta")), "bad.weight is on the meta device"),
+}
+
+# Wrong arguments -> (keyword arguments, error, message).
+ARGUMENTS = {
+    "no rank": ({}, ValueError, "exactly one of"),
+    "rank and ratio": ({"rank": 2, "ratio": 0.5}, ValueError, "exactly one of"),
+    "rank 0": ({"rank": 0}, ValueError, "rank above 0, got 0"),
+    "rank negative": ({"rank": -3}, ValueError, "rank above 0, got -3"),
+    "rank NaN": ({"rank": float("nan")}, ValueError, "rank above 0, got nan"),
+    "rank infinite": ({"rank": float("inf")}, ValueError, "rank above 0, got inf"),
+    "rank bool": ({"rank": True}, TypeError, "rank as int"),
+    "rank text": ({"rank": "8"}, TypeError, "rank as int"),
+    "rank of a layer 0": ({"rank": {"bad": 0}}, ValueError, r"rank\['bad'\].*above 0"),
+    "rank of no layer": ({"rank": {"bda": 2}}, ValueError, "'bda' matches nothing.*bad"),
+    "rank of no included layer": (
+        {"rank": {"bda": 2}, "include": "bad"}, ValueError, "rank='bda' matches nothing"),
+    "rank for another layer": (
+        {"rank": {"first": 2}, "include": "bad"}, ValueError, "no weight to factorize"),
+    "rank of nothing": ({"rank": {}}, ValueError, "no weight to factorize"),
+    "ratio 0": ({"ratio": 0.0}, ValueError, "ratio above 0"),
+    "ratio negative": ({"ratio": -0.1}, ValueError, "ratio above 0"),
+    "ratio NaN": ({"ratio": float("nan")}, ValueError, "ratio above 0"),
+    "ratio 1": ({"ratio": 1.0}, ValueError, "below 1.*rank="),
+    "ratio above 1": ({"ratio": 3.0}, ValueError, "below 1.*rank="),
+    "ratio text": ({"ratio": "0.1"}, TypeError, "ratio as a float"),
+    "ratio too small": ({"ratio": 0.01}, ValueError, r"attainable are 0\.\d+ to 1"),
+    "include typo": ({"rank": 2, "include": "frist"}, ValueError, "near matches: first"),
+    "include nothing like it": ({"rank": 2, "include": "xyz"}, ValueError, "names are.*first"),
+    "include glob": ({"rank": 2, "include": "conv*"}, ValueError, "'conv\\*' matches nothing"),
+    "include regex": (
+        {"rank": 2, "include": re.compile("fir")}, ValueError, "matches nothing.*first"),
+    "include type": ({"rank": 2, "include": nn.LSTM}, ValueError, "LSTM matches no module"),
+    "include predicate": (
+        {"rank": 2, "include": lambda name, module: False}, ValueError, "true for no weight"),
+    "include number": ({"rank": 2, "include": 3}, TypeError, "expected include"),
+    "include list": ({"rank": 2, "include": ["bad", 3]}, TypeError, "got 3"),
+    "include empty": ({"rank": 2, "include": []}, ValueError, "no weight to factorize"),
+    "include vector": ({"rank": 2, "include": "bad.bias"}, ValueError, "bad.bias.*two dimensions"),
+    "one of a list": ({"rank": 2, "include": ["bad", "nope"]}, ValueError, "'nope'"),
+    "exclude typo": ({"rank": 2, "exclude": "lsat"}, ValueError, "exclude='lsat'.*last"),
+    "exclude everything": ({"rank": 2, "exclude": "*"}, ValueError, "no weight to factorize"),
+    "exclude number": ({"rank": 2, "exclude": 3}, TypeError, "expected exclude"),
+    "init": ({"rank": 2, "init": "he"}, ValueError, "spectral"),
+    "instance": ({"rank": 2, "parametrization": LowRank(2)}, TypeError, "functools.partial"),
+    "not a parametrization": (
+        {"rank": 2, "parametrization": lambda rank, **_: nn.ReLU()}, TypeError, "right_inverse"),
+    "factory without options": (
+        {"rank": 2, "parametrization": lambda rank: LowRank(rank)}, TypeError, "pattern=, axes="),
+    "depth": (
+        {"rank": 2, "parametrization": functools.partial(LowRank, depth=-1)}, ValueError, "depth"),
+    "pattern for no weight": (
+        {"rank": 2, "parametrization": functools.partial(LowRank, pattern="a b c -> a (b c)")},
+        ValueError, "3 dimensions.*no chosen weight"),
+    "pattern that is none": (
+        {"rank": 2, "parametrization": functools.partial(LowRank, pattern="o i -> (o i)"),
+         "include": "bad"}, ValueError, "bad.weight.*pattern"),
+    "pattern that does not fit": (
+        {"rank": 2, "include": "bad", "parametrization": functools.partial(
+            LowRank, pattern="(g o) i -> g o i", axes={"g": 4})},
+        ValueError, "bad.weight.*does not fit"),
+}  # fmt: skip
+
+
+def _fingerprint(model):
+    """Everything that must not change: objects, classes, order, attributes."""
+    return [
+        (path, id(module), type(module), sorted(vars(module)),
+         [(name, id(p)) for name, p in module._parameters.items()],
+         list(module._buffers), [(name, id(m)) for name, m in module._modules.items()])
+        for path, module in model.named_modules()
+    ]  # fmt: skip
+
+
+def _bytes(model):
+    return {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and not _unreadable(value)
+    }
+
+
+def _unreadable(value):
+    return value.is_meta or nn.parameter.is_lazy(value) or value.layout != torch.strided
+
+
+def _raw(value):
+    return value.reshape(-1).view(torch.uint8)  # NaN equals itself
+
+
+def _assert_raises_and_changes_nothing(act, model, error, message):
+    before, values = _fingerprint(model), _bytes(model)
+    with pytest.raises(error, match=f"(?s){message}"):
+        act(model)
+    assert _fingerprint(model) == before
+    after = _bytes(model)
+    assert list(after) == list(values)
+    for name, value in values.items():
+        assert torch.equal(_raw(after[name]), _raw(value))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_named_weight_that_cannot_be_factorized_is_an_error(case):
+    """The message names the module and the reason, and no other weight was touched."""
+    make, reason = REFUSED[case]
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, include=["first", "bad"] if case != "tied" else "bad"),
+        make(), ValueError, f"bad.weight cannot be factorized.*{reason}")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weight_that_cannot_be_factorized_is_listed_by_default(case):
+    """The rest of the model is factorized; the plan says why this one is not."""
+    make, reason = REFUSED[case]
+    plan = factorize(make(), 2)
+    assert "last.weight" in plan.ranks
+    listed = {row.name: row.reason for row in plan.rows}
+    assert reason in listed["bad.weight"]
+    assert reason in str(plan)
+
+
+@pytest.mark.parametrize("case", FATAL)
+@pytest.mark.parametrize("include", [None, "bad", "*"])
+def test_weights_without_numbers_are_an_error(case, include):
+    """Swept in or named: such a model is not ready."""
+    make, message = FATAL[case]
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, include=include), make(), ValueError, message
+    )
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_wrong_arguments(case):
+    """Each is refused at once, says what was expected, and leaves the model alone."""
+    arguments, error, message = ARGUMENTS[case]
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, **arguments), Net(), error, message
+    )
+
+
+@pytest.mark.parametrize("case", [k for k, v in ARGUMENTS.items() if "init" not in v[0]])
+def test_wrong_arguments_of_a_plan(case):
+    """The dry run refuses what the run refuses."""
+    arguments, error, message = ARGUMENTS[case]
+    _assert_raises_and_changes_nothing(
+        lambda model: plan_ranks(model, **arguments), Net(), error, message
+    )
+
+
+@pytest.mark.parametrize("energy", [0.0, -1.0, 1.1, float("nan")])
+def test_wrong_energy(energy):
+    """A share is above 0 and at most 1."""
+    with pytest.raises(ValueError, match="energy above 0"):
+        plan_ranks(Net(), energy=energy)
+
+
+def test_a_stack_of_matrices_needs_a_pattern():
+    """Three dimensions of an unknown module can be read in many ways."""
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, include="bad.up"),
+        Net(_experts()), ValueError, "bad.up.*3 dimensions.*pattern")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.MultiheadAttention])
+def test_an_error_half_way_leaves_everything_as_it_was(kind):
+    """The first weights are already factors when the last one fails."""
+    module = kind(6, 6) if kind is not nn.MultiheadAttention else kind(6, 2)
+    model = Net(module)
+    calls = []
+
+    def init(weight, rank, *, depth):
+        calls.append(weight.shape)
+        if len(calls) == 3:
+            raise ValueError("no more")
+        return weight.new_ones(*weight.shape[:-1], rank), weight.new_ones(weight.shape[-1], rank)
+
+    if kind is nn.MultiheadAttention:
+        factorize(model, 2, include="first")
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, init=init), model, ValueError,
+        "(last|bad).*: (no more|expected the initialization)")  # fmt: skip
+    assert calls
+
+
+def test_an_error_half_way_leaves_other_products_as_they_were():
+    """A module of which one weight is factorized already keeps that one, and its class."""
+    model = nn.LSTM(6, 6)
+    factorize(model, 2, include="weight_ih_l0")
+    clone = copy.deepcopy(model)
+
+    def init(weight, rank, *, depth):
+        raise ValueError("no")
+
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, init=init), model, ValueError, "weight_hh_l0: no"
+    )
+    x = torch.randn(3, 1, 6)
+    torch.testing.assert_close(model(x)[0], clone(x)[0])
+
+
+def test_interrupts_are_rolled_back_too():
+    """Ctrl-C in a long decomposition leaves a model that works."""
+
+    def init(weight, rank, *, depth):
+        raise KeyboardInterrupt
+
+    _assert_raises_and_changes_nothing(
+        lambda model: factorize(model, 2, init=init), Net(), KeyboardInterrupt, ""
+    )
+
+
+def test_data_parallel_wrappers_are_refused(tmp_path):
+    """They would go on reducing the gradients of parameters that are gone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = Net()
+        factorize(model, 2, include="first")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for act in (lambda m: factorize(m, 2), merge, unroll):
+            _assert_raises_and_changes_nothing(
+                act, wrapped, ValueError, "DistributedDataParallel.*before wrapping"
+            )
+        assert [p.name for p in products(wrapped)] == ["first.weight"]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    """DTensor weights are factorized before sharding; sharded factors are not merged."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = Net()
+        model.bad.weight = nn.Parameter(distribute_tensor(model.bad.weight.detach(), mesh))
+        with pytest.raises(ValueError, match=r"bad.weight.*DTensor.*before fully_shard"):
+            factorize(model, 2, include="bad")
+        assert "DTensor" in str(factorize(model, 2))
+        held = model.first.parametrizations.weight
+        held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
+        with pytest.raises(ValueError, match=r"first.weight.*DTensor.*before merging"):
+            merge(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("act", [merge, unroll])
+def test_factors_on_the_meta_device_are_refused_on_the_way_back(act):
+    """There is nothing to multiply."""
+    model = Net()
+    factorize(model, 2)
+    _assert_raises_and_changes_nothing(act, model.to("meta"), ValueError, "first.weight.*meta")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"include": "lst"}, "last"), ({"include": "last"}, "no factorized weight.*first.weight"),
+     ({"exclude": "nope"}, "matches nothing")],
+)  # fmt: skip
+def test_wrong_arguments_of_merge(arguments, message):
+    """Selectors that match nothing, or nothing factorized."""
+    model = Net()
+    factorize(model, 2, include="first")
+    _assert_raises_and_changes_nothing(
+        lambda model: merge(model, **arguments), model, ValueError, message
+    )
+
+
+class Doubled(nn.Module):
+    """Another parametrization, on top."""
+
+    def forward(self, weight):
+        """Parametrize."""
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        """Invert that."""
+        return weight / 2
+
+
+def test_a_parametrization_on_top_of_a_product_is_refused():
+    """The weight is then not the product, and its decay would not be the weight's."""
+    model = Net()
+    factorize(model, 2, include="bad")
+    parametrize.register_parametrization(model.bad, "weight", Doubled(), unsafe=True)
+    for act in (products, unroll):
+        _assert_raises_and_changes_nothing(act, model, ValueError, "bad.weight.*other|on top")
+
+
+@pytest.mark.parametrize("pattern", ["o i -> i o", "(b o) i -> b o i"])
+def test_patterns_that_are_no_chain_are_named_by_unroll(pattern):
+    """Every such layer is listed before anything was changed."""
+    model = Net()
+    axes = {"b": 2} if "b" in pattern else None
+    factorize(model, 2, parametrization=functools.partial(LowRank, pattern=pattern, axes=axes))
+    _assert_raises_and_changes_nothing(unroll, model, ValueError, "first.weight.*bad.weight.*merge")
+
+
+@pytest.mark.parametrize("rank", [0, -1, float("nan")])
+def test_wrong_ranks_of_a_parametrization(rank):
+    """Refused when it is made, not when it is registered."""
+    with pytest.raises(ValueError, match="rank above 0"):
+        LowRank(rank)
+
+
+@pytest.mark.parametrize("key", [3, "Linear", None])
+def test_wrong_keys_of_a_provider(key):
+    """A class, or its full name."""
+    with pytest.raises(TypeError, match="class or 'package"):
+        register_products(key)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1)])
+def test_sizes_of_one_work(shape):
+    """They are matrices like others."""
+    model = nn.Linear(*shape)
+    dense = model.weight.detach().clone()
+    factorize(model, 1)
+    torch.testing.assert_close(merge(model).weight.detach(), dense)
