@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from frobdecay.layouts import layouts
-from frobdecay.selection import Selector, Weight, modules, select, weights
-from frobdecay.support import check_unwrapped
-from frobdecay.surgery import factorized, reorder, settle_recurrent, transaction
-from frobdecay.unrolling import unrolled, why_not_unrolled
+from frobdecay.modules.layouts import layouts
+from frobdecay.modules.selection import Selector, Weight, modules, select, weights
+from frobdecay.modules.support import check_unwrapped
+from frobdecay.modules.surgery import factorized, reorder, settle_recurrent, transaction
+from frobdecay.modules.unrolling import unrolled, why_not_unrolled
 
 __all__ = ["merge", "unroll"]
 

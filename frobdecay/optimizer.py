@@ -16,15 +16,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frobdecay.chain import Coefficient
-from frobdecay.decay import Decay, Increments, PenalizedClosure
-from frobdecay.param_groups import adapt_plain, is_plain
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import Product
-from frobdecay.proxy import OptimizerProxy
-from frobdecay.rates import Group, Rate, is_zero, rate_of
 from frobdecay.registry import products as products_of
-from frobdecay.rounding import StochasticRounder
-from frobdecay.wrapping import (
+from frobdecay.wrapper.checks import (
     check_arguments,
     check_membership,
     convention,
@@ -34,6 +29,11 @@ from frobdecay.wrapping import (
     plan_wrapping,
     reads_the_parameter,
 )
+from frobdecay.wrapper.decay import Decay, Increments, PenalizedClosure
+from frobdecay.wrapper.param_groups import adapt_plain, is_plain
+from frobdecay.wrapper.proxy import OptimizerProxy
+from frobdecay.wrapper.rates import Group, Rate, is_zero, rate_of
+from frobdecay.wrapper.rounding import StochasticRounder
 
 __all__ = ["FrobeniusDecay"]
 

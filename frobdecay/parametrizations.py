@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from frobdecay.factored import FactoredTensor
 from frobdecay.init import Init, resolve_init, resolve_rank
-from frobdecay.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.matricize import Matricization
+from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.product import Factor, Product
 
 __all__ = ["VERSION", "LowRank", "Version"]

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.candidates import Entry, candidates, check_any
 from frobdecay.init import resolve_rank
-from frobdecay.parametrizations import LowRank
-from frobdecay.plan import RankPlan
-from frobdecay.selection import (
+from frobdecay.modules.candidates import Entry, candidates, check_any
+from frobdecay.modules.selection import (
     One,
     Selector,
     Weight,
@@ -31,7 +29,9 @@ from frobdecay.selection import (
     names_exactly,
     weights,
 )
-from frobdecay.support import check_initialized, check_values
+from frobdecay.modules.support import check_initialized, check_values
+from frobdecay.parametrizations import LowRank
+from frobdecay.plan import RankPlan
 
 __all__ = ["RankRule", "plan_entries", "plan_ranks"]
 

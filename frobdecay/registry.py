@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from frobdecay.candidates import Entry
 from frobdecay.init import Init
+from frobdecay.modules.candidates import Entry
+from frobdecay.modules.selection import Selector, modules
+from frobdecay.modules.support import check_unwrapped, check_values
+from frobdecay.modules.surgery import factorized, settle_recurrent, transaction
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product import Product
 from frobdecay.ranks import RankRule, plan_entries
-from frobdecay.selection import Selector, modules
-from frobdecay.support import check_unwrapped, check_values
-from frobdecay.surgery import factorized, settle_recurrent, transaction
 
 __all__ = ["Provider", "factorize", "products", "register_products"]
 
@@ -56,7 +56,7 @@ def factorize(
         ratio: parameters to keep ÷ all parameters of the model; see ``plan_ranks``.
         include: selectors: exact names of modules or parameters, globs, compiled regular
             expressions, module types, predicates(name, module), or a list of those. Other
-            modules' parameters have to be spelled; see ``selection.py``.
+            modules' parameters have to be spelled; see ``modules/selection.py``.
         exclude: selectors of what stays dense.
         parametrization: called as ``parametrization(rank, pattern=…, axes=…, init=…)``. Settings
             of your own go in a ``functools.partial``, and win: ``partial(LowRank, depth=1)``, or

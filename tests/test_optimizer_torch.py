@@ -106,7 +106,7 @@ def device(request, monkeypatch):
         def unknown(number):
             return number.reshape(()) if isinstance(number, torch.Tensor) else number
 
-        monkeypatch.setattr("frobdecay.rates.known_value", unknown)
+        monkeypatch.setattr("frobdecay.wrapper.rates.known_value", unknown)
 
 
 @pytest.mark.usefixtures("device")

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from frobdecay.layouts import Layout, layouts
+from frobdecay.modules.layouts import Layout, layouts
 
 __all__ = [
     "One",

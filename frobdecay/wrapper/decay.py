@@ -21,8 +21,8 @@ from torch import Tensor
 from frobdecay.accumulate import Accumulator, place_of
 from frobdecay.chain import Coefficient
 from frobdecay.product import Product, squared_norm
-from frobdecay.rates import DECAY, Group, Rate
-from frobdecay.rounding import StochasticRounder
+from frobdecay.wrapper.rates import DECAY, Group, Rate
+from frobdecay.wrapper.rounding import StochasticRounder
 
 __all__ = ["Decay", "Increments", "PenalizedClosure", "factor_name"]
 

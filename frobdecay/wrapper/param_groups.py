@@ -21,7 +21,7 @@ from torch import Tensor
 
 from frobdecay.chain import Coefficient
 from frobdecay.product import check_coefficient
-from frobdecay.rates import DECAY, Group, has_weight_decay, known_value
+from frobdecay.wrapper.rates import DECAY, Group, has_weight_decay, known_value
 
 __all__ = [
     "Division",

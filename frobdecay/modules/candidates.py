@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from frobdecay.init import matched_init, resolve_rank, spectral_init
-from frobdecay.layouts import NAMED_PATTERNS, default_layout, dimensions
 from frobdecay.matricize import Matricization
+from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
+from frobdecay.modules.selection import Selector, Weight, select
+from frobdecay.modules.support import check_values, reasons_against
 from frobdecay.plan import PlanRow
-from frobdecay.selection import Selector, Weight, select
-from frobdecay.support import check_values, reasons_against
 
 __all__ = ["Entry", "candidates", "check_any"]
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from frobdecay.chain import Coefficient
-from frobdecay.decay import factor_name
-from frobdecay.param_groups import Division, plan_division
 from frobdecay.product import Product, as_products, check_coefficient
-from frobdecay.proxy import OptimizerProxy
-from frobdecay.rates import Group, has_weight_decay, is_zero, known_value
 from frobdecay.registry import products as products_of
+from frobdecay.wrapper.decay import factor_name
+from frobdecay.wrapper.param_groups import Division, plan_division
+from frobdecay.wrapper.proxy import OptimizerProxy
+from frobdecay.wrapper.rates import Group, has_weight_decay, is_zero, known_value
 
 __all__ = [
     "check_arguments",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from frobdecay.layouts import refusal
-from frobdecay.selection import Weight, modules, weights
+from frobdecay.modules.layouts import refusal
+from frobdecay.modules.selection import Weight, modules, weights
 
 __all__ = ["Reasons", "check_initialized", "check_unwrapped", "check_values", "reasons_against"]
 
