@@ -1,0 +1,329 @@
+"""The numbers that say what decay does to a product, from r×r matrices.
+
+For a product W = U M Vᵀ with singular values σ:
+
+    norm            ‖W‖_F  = (Σσ²)^½     what Frobenius decay acts on
+    nuclear         ‖W‖_*  = Σσ          what weight decay on each of two factors acts on
+    bound           (‖U‖² + ‖V‖²) / 2    ≥ nuclear, equal exactly where the factors are balanced
+    imbalance       ‖UᵀU − VᵀV‖_F relative to ‖UᵀU‖_F + ‖VᵀV‖_F, from 0 to 1
+    stable_rank     ‖W‖_F² / σ₁²         directions in use
+    rank            directions above rounding
+    effective_step  lr / ‖W‖_F²          the step on W/‖W‖_F, if a normalization follows the layer
+
+(Khodak et al., ICLR 2021, arXiv:2105.01029, section 3.) W itself is never formed, see
+Note [spectrum].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp, inf, log, nan, prod
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from frobdecay.product import Product, as_products
+
+__all__ = ["QUANTITIES", "LearningRate", "Measurement", "ProductMeasurement", "measure", "total"]
+
+LearningRate = float | Tensor | Optimizer
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest; NaN if there is one, wherever it stands."""
+    return nan if any(value != value for value in values) else max(values)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean of numbers of at least 0, infinity included."""
+    logs = (log(v) if v > 0 else -inf if v == 0 else nan for v in values)
+    return exp(sum(logs) / len(values))
+
+
+# Name of each quantity, in the order of tables, and what it is over a whole model.
+_TOTALS: dict[str, Callable[[Sequence[float]], float]] = {
+    "norm": lambda values: sum(value**2 for value in values) ** 0.5,
+    "nuclear": sum,
+    "bound": sum,
+    "imbalance": _largest,
+    "stable_rank": fmean,
+    "rank": fmean,
+    "effective_step": _geometric_mean,  # the products' differ by orders of magnitude
+}
+
+QUANTITIES = tuple(_TOTALS)
+
+
+@dataclass(frozen=True, eq=False)
+class ProductMeasurement:
+    """The numbers of one product.
+
+    A batch of products (attention heads) reads as one block-diagonal matrix: squared norms,
+    nuclear norms and ranks add up, and σ₁ is the largest over the batch.
+
+    Attributes:
+        name: the product's name.
+        shape: of the dense product.
+        spectrum: singular values (*batch, min(m, n, r)), descending, float64 on the CPU.
+        norm, nuclear, bound, imbalance, stable_rank, rank: see the module's docstring. For more
+            than two factors ``bound`` is half the sum of all their squares, which bounds no
+            nuclear norm, and ``imbalance`` is the largest over neighbours in the chain.
+        effective_step: lr / ‖W‖_F², None where no lr was given.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spectrum: Tensor
+    norm: float
+    nuclear: float
+    bound: float
+    imbalance: float
+    stable_rank: float
+    rank: int
+    effective_step: float | None
+
+    def as_dict(self, prefix: str = "") -> dict[str, float]:
+        """Return the numbers as ``{prefix + quantity: value}``, the effective step if known.
+
+        Args:
+            prefix: put before every key as it is.
+        """
+        found = {quantity: getattr(self, quantity) for quantity in QUANTITIES}
+        return {prefix + key: float(value) for key, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The numbers of all products and of the model. Prints as a table.
+
+    Attributes:
+        products: one record a product, in the order given; also by iteration and by name.
+    """
+
+    products: tuple[ProductMeasurement, ...]
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    def __iter__(self) -> Iterator[ProductMeasurement]:
+        return iter(self.products)
+
+    def __getitem__(self, name: str) -> ProductMeasurement:
+        for product in self.products:
+            if product.name == name:
+                return product
+        raise KeyError(name)
+
+    def total(self, quantity: str) -> float:
+        """Return one quantity over the model.
+
+        The norm is (Σ‖W‖_F²)^½, nuclear norm and bound are sums, the imbalance is the largest,
+        stable rank and rank are means, the effective step is the geometric mean.
+
+        Args:
+            quantity: one of ``QUANTITIES``.
+
+        Returns:
+            The number; NaN for the effective step where no lr was given.
+
+        Raises:
+            ValueError: there is no such quantity.
+        """
+        return total(quantity, [product.as_dict().get(quantity, nan) for product in self])
+
+    def as_dict(self, prefix: str = "frobdecay") -> dict[str, float]:
+        """Return plain floats for a logger: ``{"prefix/norm": …, "prefix/fc.weight/norm": …}``.
+
+        Args:
+            prefix: first part of every key.
+
+        Example:
+            >>> import torch
+            >>> product = Product.of(torch.ones(2, 1), torch.ones(8, 1), name="fc")
+            >>> numbers = measure(product, lr=0.1).as_dict("train")
+            >>> round(numbers["train/norm"], 6), round(numbers["train/fc/effective_step"], 6)
+            (4.0, 0.00625)
+        """
+        known = self.products[0].as_dict()
+        out = {f"{prefix}/{quantity}": self.total(quantity) for quantity in known}
+        for product in self:
+            out.update(product.as_dict(f"{prefix}/{product.name}/"))
+        return out
+
+    def __str__(self) -> str:
+        rows = [["product", "shape", *QUANTITIES]]
+        for product in self:
+            cells = [product.as_dict().get(quantity, nan) for quantity in QUANTITIES]
+            rows.append([product.name, "×".join(map(str, product.shape)), *map(_cell, cells)])
+        rows.append([f"all {len(self)}", "", *(_cell(self.total(q)) for q in QUANTITIES)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(_line(row, widths) for row in rows)
+
+
+def measure(products: Product | Iterable[Product], lr: LearningRate | None = None) -> Measurement:
+    """Measure norms, spectrum, balance and effective step size of products.
+
+    Args:
+        products: one product or several, with names that differ.
+        lr: learning rate for the effective step, or the optimizer to read it from: the mean
+            over the param groups that hold a product's factors.
+
+    Returns:
+        A record that prints as a table. Numbers are computed in float64 and are NaN where a
+        factor has a NaN or an infinity.
+
+    Raises:
+        ValueError: no products, two of one name, or factors that the optimizer does not hold.
+        TypeError: ``lr`` is neither a number nor an optimizer.
+
+    Example:
+        >>> import torch
+        >>> U = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> V = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> print(measure(Product.of(U, V, name="fc.weight"), lr=0.13))
+        product    shape  norm  nuclear  bound  imbalance  stable_rank  rank  effective_step
+        fc.weight    3×2  3.61        5    7.5      0.759         1.44     2            0.01
+        all 1             3.61        5    7.5      0.759         1.44     2            0.01
+    """
+    found = as_products(products)
+    names = [product.name for product in found]
+    if not found:
+        raise ValueError("expected at least one product, got none: factorize the model first")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"expected products with names that differ, got {twice} more than once")
+    rates = _rates(found, lr)
+    with torch.no_grad():
+        return Measurement(tuple(map(_measure, found, rates)))
+
+
+def total(quantity: str, values: Sequence[float]) -> float:
+    """Combine one quantity of several products, as ``Measurement.total`` says."""
+    if quantity not in _TOTALS:
+        raise ValueError(f"expected a quantity of {QUANTITIES}, got {quantity!r}")
+    return _TOTALS[quantity](values)
+
+
+# --- one product --------------------------------------------------------------------------------
+
+
+def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float | None]:
+    """The learning rate of each product's factors."""
+    if not isinstance(lr, Optimizer):
+        if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor | None):
+            raise TypeError(f"expected lr to be a number or an optimizer, got {type(lr).__name__}")
+        return [None if lr is None else float(lr)] * len(products)
+    held = {id(p): group["lr"] for group in lr.param_groups for p in group["params"]}
+    rates: list[float | None] = []
+    for product in products:
+        found = [float(held[id(p)]) for p in product.params if id(p) in held]
+        if not found:
+            raise ValueError(
+                f"{product.name}: expected an optimizer that holds its factors, got one that "
+                "holds none of them; build the optimizer after factorizing the model"
+            )
+        rates.append(fmean(found))
+    return rates
+
+
+# Note [spectrum]
+# With U = Q_U R_U and V = Q_V R_V (thin QR) the singular values of U M Vᵀ are those of the r×r
+# matrix R_U M R_Vᵀ. The other way to r×r, the eigenvalues of Lᵀ(VᵀV)L with UᵀU = L Lᵀ, squares
+# the condition number: against a float64 SVD of the dense 768×3072 product, r = 192, condition
+# 1e8, the smallest singular values were off by 8e-2 relative in float64, after QR by 8e-10, and
+# QR took less time (13 ms against 15). Factors that are float32 are exact in float64, so ranks
+# near rounding are counted right. Only triangles leave the device, and norms and Grams of the
+# factors are those of their triangles: everything else is small and happens on the CPU.
+
+
+def _triangles(product: Product) -> list[Tensor]:
+    """The factors with both ends shrunk to R of their QR: float64, on the CPU."""
+    views, batch = product.views(), product.batch
+    if views[0].device.type == "mps":  # has no float64
+        views = tuple(view.cpu() for view in views)
+    ends = (0, len(views) - 1)
+    return [
+        (_triangle(view.double(), batch) if k in ends else view.double()).cpu()
+        for k, view in enumerate(views)
+    ]
+
+
+def _triangle(view: Tensor, batch: int) -> Tensor:
+    """R (*batch, ≤r, r) of the factor with all its axes but the last as rows."""
+    r: Tensor = torch.linalg.qr(view.flatten(batch, -2), mode="r").R
+    return r
+
+
+def _spectrum(factors: Sequence[Tensor], batch: int) -> Tensor:
+    """Singular values; an inner factor with further axes has them on V's side."""
+    right = factors[-1]
+    for inner in reversed(factors[1:-1]):
+        summed = inner.ndim - batch - 2
+        lifted = right[(..., *(None for _ in range(summed)), slice(None), slice(None))]
+        right = _triangle(lifted @ inner.mT, batch)
+    spectrum: Tensor = torch.linalg.svdvals(factors[0] @ right.mT)
+    return spectrum
+
+
+def _imbalance(factors: Sequence[Tensor], batch: int) -> float:
+    """The largest relative difference of neighbours' Grams at the bond between them."""
+    worst = 0.0
+    for k, (left, right) in enumerate(pairwise(factors)):
+        ours = left.mT @ left
+        theirs = right.mT @ right if k == len(factors) - 2 else right @ right.mT
+        ours, theirs = (
+            gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
+            for gram in (ours, theirs)
+        )
+        scale = float(ours.norm() + theirs.norm())
+        worst = max(worst, float((ours - theirs).norm()) / scale if scale else 0.0)
+    return worst
+
+
+def _measure(product: Product, rate: float | None) -> ProductMeasurement:
+    factors, batch, scale = _triangles(product), product.batch, abs(product.scale)
+    if all(bool(factor.isfinite().all()) for factor in factors):
+        spectrum = scale * _spectrum(factors, batch)
+        imbalance = _imbalance(factors, batch)
+    else:  # LAPACK raises on NaN; a record of a run that diverged should not
+        spectrum = torch.full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
+        imbalance = nan
+    square, top = float(spectrum.square().sum()), float(spectrum.max())
+    return ProductMeasurement(
+        name=product.name,
+        shape=product.shape,
+        spectrum=spectrum,
+        norm=square**0.5,
+        nuclear=float(spectrum.sum()),
+        bound=scale * 0.5 * float(sum(factor.square().sum() for factor in factors)),
+        imbalance=imbalance,
+        stable_rank=square / top**2 if top else 0.0,
+        rank=_rank(product, spectrum),
+        effective_step=None if rate is None else rate / square if square else rate * inf,
+    )
+
+
+def _rank(product: Product, spectrum: Tensor) -> int:
+    """Singular values above the rounding of the factors, for each matrix of the batch."""
+    views = product.views()
+    size = max(prod(view.shape[product.batch : -1]) for view in views)
+    eps = min(torch.finfo(view.dtype).eps for view in views)
+    floor = spectrum[..., :1] * size * min(eps, torch.finfo(torch.float32).eps)
+    return int((spectrum > floor).sum())
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _cell(value: float) -> str:
+    return "-" if value != value else f"{value:.3g}"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first = row[0].ljust(widths[0])
+    rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+    return "  ".join((first, *rest))
