@@ -1,0 +1,313 @@
+"""What the scripts that time things share: interleaved medians, peak memory, targets, files.
+
+Variants are compared within one process and in turns, so that whatever else the machine does
+meets all of them alike; of each the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import environment
+
+__all__ = [
+    "Report",
+    "Target",
+    "Timing",
+    "count",
+    "interleave",
+    "memory",
+    "parser",
+    "setup",
+    "synchronize",
+]
+
+SAMPLE = 2e-3
+"""Seconds that one sample lasts at least; shorter calls are repeated within it."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one call takes.
+
+    Attributes:
+        ms: median over the samples.
+        low, high: quartiles.
+        samples: how many.
+    """
+
+    ms: float
+    low: float
+    high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that was promised, beside the one that was measured.
+
+    Attributes:
+        what: the quantity, its case first.
+        value: measured; None where it could not be.
+        limit: promised.
+        above: whether the value has to be at least the limit, not at most.
+        unit: of both, as printed.
+    """
+
+    what: str
+    value: float | None
+    limit: float
+    above: bool = False
+    unit: str = "×"
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the promise holds; None where nothing was measured."""
+        if self.value is None:
+            return None
+        return self.value >= self.limit if self.above else self.value <= self.limit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Milliseconds a call."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 2.0,
+    rounds: int = 5,
+) -> dict[str, Timing]:
+    """Time functions in turns.
+
+    Args:
+        variants: name -> function without arguments.
+        device: to wait for.
+        seconds: after so long no new round begins.
+        rounds: there are at least so many.
+
+    Returns:
+        name -> its timing.
+    """
+    calls = {}
+    for name, run in variants.items():
+        run()  # the first call plans, compiles, allocates
+        once = min(_sample(run, 1, device) for _ in range(2))
+        calls[name] = max(1, round(SAMPLE / (1e-3 * once)))
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    names, start, done = list(variants), time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - start < seconds:
+        for name in names if done % 2 else reversed(names):
+            samples[name].append(_sample(variants[name], calls[name], device))
+        done += 1
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return Timing(median(values), low, high, len(values))
+
+
+def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Bytes that a call allocates at once, and those of its largest single allocation.
+
+    On a CUDA device, where the allocator has no list of single allocations, both are the peak.
+
+    Args:
+        run: is called once, after the caller has warmed it up.
+        device: where it allocates.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return peak, peak
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    found = [event for event in events if event.get("name") == "[memory]"]
+    held = peak = largest = 0
+    for event in sorted(found, key=lambda event: event["ts"]):
+        size = event["args"]["Bytes"]
+        held += size
+        peak, largest = max(peak, held), max(largest, size)
+    return peak, largest
+
+
+def parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that all scripts have.
+
+    Args:
+        module: the script's name.
+        doc: its docstring: the claim, then an explanation.
+    """
+    about, _, rest = doc.partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=about,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--device", default="cpu", help="default: %(default)s")
+    made.add_argument("--threads", type=count, help="for torch; as it chooses unless given")
+    made.add_argument("--json", type=Path, help="write everything to this file")
+    made.add_argument("--plot", type=Path, help="draw to this file")
+    made.add_argument("--seconds", type=float, default=2.0, help="a table row; default: %(default)s")
+    return made
+
+
+def count(text: str) -> int:
+    """An argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
+def setup(options: argparse.Namespace) -> torch.device:
+    """Set the threads, seed the generator, and return the device."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return torch.device(options.device)
+
+
+@dataclass
+class Report:
+    """What a script prints, and what it writes.
+
+    Attributes:
+        claim: printed first.
+        device: where it runs.
+        tables: title -> rows, each column -> what to print.
+        targets: what was promised.
+        data: whatever else the JSON keeps.
+        console: where to print.
+    """
+
+    claim: str
+    device: torch.device
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        """Say what is claimed and where."""
+        self.about = {**environment(self.device), **_provenance()}
+        self.console.print(self.claim, style="bold")
+        shown = ("device", "threads", "torch", "commit", "load")
+        self.console.print(", ".join(f"{key} {self.about[key]}" for key in shown), style="dim")
+
+    def table(self, title: str, rows: list[dict[str, Any]]) -> None:
+        """Print a table and keep it."""
+        self.tables[title] = rows
+        drawn = Table(title=title, title_justify="left")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        for k, name in enumerate(columns):
+            left = k == 0 or any(isinstance(row.get(name), str) for row in rows)
+            drawn.add_column(name, justify="left" if left else "right")
+        for row in rows:
+            drawn.add_row(*(_cell(row.get(name)) for name in columns))
+        self.console.print(drawn)
+
+    def close(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Print the targets and the sentence that they decide; write the JSON.
+
+        Returns:
+            What the JSON holds.
+        """
+        for target in self.targets:
+            self.console.print(_line(target), style=_STYLE[target.met], highlight=False)
+        judged = [target.met for target in self.targets if target.met is not None]
+        missed = [target.what for target in self.targets if target.met is False]
+        verdict = f"{sum(judged)} of {len(judged)} targets met"
+        verdict += f"; missed: {', '.join(missed)}." if missed else "."
+        self.console.print(verdict, style="bold")
+        record = {
+            "version": 1,
+            **self.about,
+            "claim": self.claim,
+            "verdict": verdict,
+            "targets": [{**asdict(target), "met": target.met} for target in self.targets],
+            "tables": self.tables,
+            **self.data,
+        }
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+            self.console.print(f"wrote {options.json}")
+        return record
+
+
+_STYLE = {True: "green", False: "red", None: "dim"}
+
+
+def _line(target: Target) -> str:
+    bound = "at least" if target.above else "at most"
+    promise = f"target {bound} {target.limit:g} {target.unit}"
+    if target.value is None:
+        return f"  {target.what}: not measured; {promise}"
+    verdict = "met" if target.met else "MISSED"
+    return f"  {target.what}: {target.value:.3g} {target.unit}; {promise}: {verdict}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else (
+        f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+    )
+
+
+def _provenance() -> dict[str, Any]:
+    """The commit, and how busy the machine is: what else runs disturbs the timing."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            return ""
+        return found.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"commit": commit + changed, "load": round(os.getloadavg()[0], 2)}

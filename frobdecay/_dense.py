@@ -1,0 +1,165 @@
+"""What happens to a factored weight in functions that have no factored form.
+
+Metadata is answered without the dense tensor, writes are refused, the rest gets the dense
+tensor. A view of the dense tensor is read-only: a write to it would be lost as one to the weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from frobdecay._wrapper import ProductTensor, transforms_active, untraced
+
+__all__ = ["METADATA", "ReadOnlyView", "inert_hook", "on_dense", "refuse_writes"]
+
+_PROPERTIES = """
+    shape dtype device layout ndim itemsize nbytes names requires_grad retains_grad output_nr grad
+    grad_dtype grad_fn is_cpu is_cuda is_hpu is_ipu is_leaf is_maia is_meta is_mkldnn is_mps is_mtia
+    is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu _base _version
+"""
+_METHODS = """
+    size dim ndimension stride numel nelement element_size storage_offset get_device
+    is_floating_point is_complex is_contiguous is_signed is_inference is_conj is_neg dim_order
+    _is_view __len__ __hash__
+"""
+_FUNCTIONS = "numel is_floating_point is_complex is_conj is_neg is_inference is_signed"
+
+METADATA: frozenset[Any] = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)]
+    + [getattr(torch, name) for name in _FUNCTIONS.split() if hasattr(torch, name)]
+)
+
+_OPERATORS = """
+    add and div floordiv lshift matmul mod mul or pow rshift sub truediv xor
+"""
+_IN_PLACE = frozenset([*(f"__i{name}__" for name in _OPERATORS.split()), "__setitem__", "__set__"])
+_HOOKS = frozenset(["retain_grad", "register_post_accumulate_grad_hook"])
+
+
+def refuse_writes(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[Tensor]
+) -> None:
+    """Raise if ``func`` writes to a tensor of this kind, or hooks onto its gradient."""
+    name = getattr(func, "__name__", "")
+    target = args[0] if args else next(iter(kwargs.values()), None)
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if (in_place and _holds(target, kind)) or _holds(kwargs.get("out"), kind):
+        if name == "__set__":
+            name = f"{getattr(func, '__self__', func).__name__} = ..."
+        raise RuntimeError(
+            f"expected a tensor that can be written to, got a factored weight ({name}): it is "
+            "made anew from its factors at each access, so the change would be lost. Assign the "
+            "module's attribute, as in `module.weight = W`, which factorizes W; train, freeze or "
+            "convert the factors themselves, as in `module.parametrizations`; or write to "
+            "weight.clone(), a dense copy"
+        )
+    if name in _HOOKS and _holds(target, kind):
+        raise RuntimeError(
+            f"expected a tensor that gets a gradient, got a factored weight ({name}): the gradient "
+            "goes to its factors without being formed. Use the factors' gradients, or the dense "
+            "tensor weight.materialize() in the weight's place"
+        )
+
+
+def inert_hook(weight: ProductTensor, hook: Callable[..., Any]) -> RemovableHandle:
+    """Accept a hook that never runs, with a warning.
+
+    Not an error, because tools that follow modules through a backward pass, as
+    ``torch.utils.flop_counter``, hook onto whatever tensor a module returns.
+    """
+    warnings.warn(
+        "a hook on the gradient of a factored weight never runs: the gradient goes to its factors "
+        "without being formed. Hook onto the factors, or use weight.materialize() in its place",
+        stacklevel=7,  # through the interception to Tensor.register_hook's caller
+    )
+    return RemovableHandle(OrderedDict())
+
+
+def _holds(value: Any, kind: type[Tensor]) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds(item, kind) for item in value)
+    return isinstance(value, kind)
+
+
+def on_dense(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function with the dense tensors in place of the factored ones."""
+    formed: list[Tensor] = []
+
+    def form(weight: Tensor) -> Tensor:
+        assert isinstance(weight, ProductTensor)
+        formed.append(weight.materialize())
+        return formed[-1]
+
+    dense_args = _mapped(tuple(args), ProductTensor, form)
+    dense_kwargs = {key: _mapped(value, ProductTensor, form) for key, value in kwargs.items()}
+    return _read_only(func(*dense_args, **dense_kwargs), formed)
+
+
+def _mapped(value: Any, kind: type[Tensor], function: Callable[[Tensor], Any]) -> Any:
+    """A value with the tensors of one kind replaced, also in lists, tuples and dicts."""
+    if isinstance(value, kind):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)([_mapped(item, kind, function) for item in value])
+    if type(value) is dict:
+        return {key: _mapped(item, kind, function) for key, item in value.items()}
+    return value
+
+
+def _read_only(result: Any, formed: Sequence[Tensor]) -> Any:
+    """Protect what shares memory with the formed tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+        return result
+    bases = [_base(dense) for dense in formed]
+
+    def protect(tensor: Tensor) -> Tensor:
+        shares = type(tensor) is Tensor and any(_base(tensor) is base for base in bases)
+        return tensor.as_subclass(ReadOnlyView) if shares else tensor
+
+    return _mapped(result, Tensor, protect)
+
+
+def _base(tensor: Tensor) -> Tensor:
+    base = tensor._base
+    return tensor if base is None else base
+
+
+class ReadOnlyView(Tensor):
+    """A view of a formed weight: a dense tensor that refuses to be written to."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _on_plain(func, args, {} if kwargs is None else kwargs)
+
+
+@untraced
+def _on_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function that does not write with ordinary tensors in place of read-only ones."""
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    refuse_writes(func, args, kwargs, ReadOnlyView)
+    plain: list[Tensor] = []
+
+    def unwrap(view: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            plain.append(view.as_subclass(Tensor))
+        return plain[-1]
+
+    plain_args = _mapped(tuple(args), ReadOnlyView, unwrap)
+    plain_kwargs = {key: _mapped(value, ReadOnlyView, unwrap) for key, value in kwargs.items()}
+    return _read_only(func(*plain_args, **plain_kwargs), plain)

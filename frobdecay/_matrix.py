@@ -1,0 +1,70 @@
+"""A weight read as a matrix U M Vᵀ, whichever way its pattern writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frobdecay._cost import Cost, cheaper, factors_cheaper
+from frobdecay._wrapper import ProductTensor, folded
+
+__all__ = ["Matrix", "matrix"]
+
+
+class Matrix(NamedTuple):
+    """W = U M Vᵀ with U along dimension -2 of the weight and V along dimension -1.
+
+    ``blocks`` is the dimension (-2 or -1) of the weight along which the products of a batch lie
+    side by side, as the three of an attention layer's in_proj_weight; None for none.
+    """
+
+    U: Tensor
+    inner: tuple[Tensor, ...]
+    V: Tensor
+    blocks: int | None = None
+
+    @property
+    def mT(self) -> Matrix:
+        blocks = None if self.blocks is None else -3 - self.blocks
+        return Matrix(self.V, tuple([M.mT for M in reversed(self.inner)]), self.U, blocks)
+
+    def cheaper(self, positions: Callable[[], Any]) -> bool:
+        """Whether ``positions`` vectors are multiplied faster with the factors."""
+        return factors_cheaper(positions, self.cost)
+
+    def cost(self) -> Cost:
+        """Multiply-adds of a product with one vector."""
+        shape, n = self.U.shape, self.V.shape[-2]
+        m, r, b = shape[-2], shape[-1], 1 if self.blocks is None else shape[0]
+        return Cost(b * m * n, b * r * (m + n), b * m * n * r)
+
+    def folded(self, positions: Callable[[], Any]) -> Matrix:
+        """Multiply the inner factors into U or V unless the positions are fewer than its rows."""
+        if not self.inner:
+            return self
+        if not torch.jit.is_tracing():
+            short = min(self.U.shape[-2], self.V.shape[-2])
+            if cheaper(positions, -1, short):
+                return self
+        U, V = folded((self.U, *self.inner, self.V))
+        return Matrix(U, (), V, self.blocks)
+
+
+def matrix(weight: ProductTensor) -> Matrix | None:
+    """Read a weight as a matrix, or as a batch of them; None where its pattern is neither."""
+    view, (U, *inner, V) = weight.matricization, weight.factors
+    if view.tensor_axes == (view.row_axes, view.column_axes):
+        return Matrix(U, tuple(inner), V)
+    upright = Matrix(U, tuple(inner), V), view.row_axes, view.column_axes
+    batch, dims = view.batch_axes, view.tensor_axes
+    for W, U_axes, V_axes in (upright, (upright[0].mT, view.column_axes, view.row_axes)):
+        if dims == (*((name,) for name in batch), U_axes, V_axes):
+            return W
+        if len(batch) == 1 and dims == (batch + U_axes, V_axes):
+            return W._replace(blocks=-2)
+        if len(batch) == 1 and dims == (U_axes, batch + V_axes):
+            return W._replace(blocks=-1)
+    return None

@@ -1,0 +1,198 @@
+"""Functions of the weight alone whose result is a product of factors again.
+
+A transpose permutes the tensor side of the pattern, a conversion converts the factors, a split
+along rows or columns splits U or V.
+"""
+
+# ruff: noqa: A002  arguments have the names of torch's, which may be given by name
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frobdecay._matrix import matrix
+from frobdecay._wrapper import ProductTensor
+from frobdecay.matricize import Matricization
+
+__all__ = ["SHAPE_FORMS"]
+
+# Dtypes that products are formed in: to cast a weight to any other is not to cast its factors.
+_PRODUCTS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+def _permute(input: ProductTensor, *args: Any, dims: Sequence[int] = ()) -> Any:
+    order = tuple(args[0]) if args and not isinstance(args[0], int) else args or tuple(dims)
+    size = len(input.matricization.tensor_axes)
+    if sorted(d % size if -size <= d < size else d for d in order) != list(range(size)):
+        return NotImplemented
+    return input.permuted(order)
+
+
+def _transpose(input: ProductTensor, dim0: int, dim1: int) -> Any:
+    size = len(input.matricization.tensor_axes)
+    fits = -size <= dim0 < size and -size <= dim1 < size
+    return input.transposed(dim0, dim1) if fits else NotImplemented
+
+
+def _swap_axes(input: ProductTensor, axis0: int, axis1: int) -> Any:
+    return _transpose(input, axis0, axis1)
+
+
+def _matrix_transpose(input: ProductTensor) -> Any:
+    return _permute(input, 1, 0) if input.ndim == 2 else NotImplemented
+
+
+def _batch_transpose(input: ProductTensor) -> Any:
+    return _transpose(input, -2, -1) if input.ndim >= 2 else NotImplemented
+
+
+def _real(form: Callable[..., Any], input: ProductTensor) -> Any:
+    """A conjugate transpose, which conjugates nothing where the weight is real."""
+    return NotImplemented if input.is_complex() else form(input)
+
+
+def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Convert each factor; another tensor converted to the weight's dtype takes a factor's."""
+    if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
+        return NotImplemented
+    given = [a.factors[0] if isinstance(a, ProductTensor) else a for a in args]
+    named = {k: a.factors[0] if isinstance(a, ProductTensor) else a for k, a in kwargs.items()}
+    if not isinstance(input, ProductTensor):
+        return function(input, *given, **named)
+    factors = [function(f, *given, **named) for f in input.factors]
+    if not isinstance(factors[0], Tensor):
+        return factors[0]
+    if factors[0].dtype not in _PRODUCTS and factors[0].dtype != input.factors[0].dtype:
+        return NotImplemented
+    same = all(new is old for new, old in zip(factors, input.factors, strict=True))
+    return input if same else input.like(factors)
+
+
+def _detach(input: ProductTensor) -> ProductTensor:
+    return input.like([f.detach() for f in input.factors])
+
+
+def _requires_grad(self: ProductTensor) -> bool:
+    return self.needs_grad
+
+
+def _is_leaf(self: ProductTensor) -> bool:
+    """No: an optimizer must not take it. But a compiler expects it of the inputs of a graph."""
+    return not self.needs_grad or torch.compiler.is_compiling()
+
+
+def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:
+    """Nothing to do where it is so already; else NotImplemented, and refused as a write."""
+    same = bool(requires_grad) == self.needs_grad and not self.constant
+    return self if same else NotImplemented
+
+
+def _contiguous(
+    input: ProductTensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Any:
+    return input if memory_format is torch.contiguous_format else NotImplemented
+
+
+def _of_factor(function: Callable[..., Any], self: ProductTensor, *args: Any, **kwargs: Any) -> Any:
+    """A new tensor of the weight's dtype and device."""
+    return function(self.factors[0], *args, **kwargs)
+
+
+def _of_shape(function: Callable[..., Any], input: ProductTensor, *args: Any, **kwargs: Any) -> Any:
+    """A new tensor of the weight's shape, dtype and device."""
+    stand_in = input.factors[0].detach().new_empty(()).expand(input.matricization.shape)
+    return function(stand_in, *args, **kwargs)
+
+
+def _split(tensor: ProductTensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
+    if tensor.ndim != 2 or not -2 <= dim < 2:
+        return NotImplemented
+    size, lengths = tensor.shape[dim], split_size_or_sections
+    if isinstance(lengths, int):
+        if lengths <= 0:
+            return NotImplemented
+        lengths = [min(lengths, size - start) for start in range(0, size, lengths)]
+    if sum(lengths) != size or min(lengths, default=0) <= 0:
+        return NotImplemented
+    return _parts(tensor, lengths, dim % 2 - 2)
+
+
+def _parts(weight: ProductTensor, lengths: Sequence[int], dim: int) -> Any:
+    """Slices along dimension -2 or -1, as factored weights."""
+    if (W := matrix(weight)) is None:
+        return NotImplemented
+    side = 0 if dim == -2 else -1
+    factors, axis = (W.U, *W.inner, W.V), -2
+    counts = list(lengths)
+    if W.blocks == dim:
+        size, axis = factors[side].shape[-2], 0
+        if any(length % size for length in lengths):
+            return NotImplemented
+        counts = [length // size for length in lengths]
+    chains = [[f] * len(counts) for f in factors]
+    for i, factor in enumerate(factors):
+        if axis == 0 or i == side % len(factors):
+            chains[i] = list(factor.split(counts, axis))
+    return tuple(_part(weight, chain, W.blocks) for chain in zip(*chains, strict=True))
+
+
+def _part(weight: ProductTensor, factors: Sequence[Tensor], blocks: int | None) -> ProductTensor:
+    if blocks is not None and len(factors[0]) == 1:
+        factors, blocks = [f.squeeze(0) for f in factors], None
+    U, V = factors[0], factors[-1]
+    count = 1 if blocks is None else len(U)
+    shape = [U.shape[-2], V.shape[-2]]
+    if blocks is not None:
+        shape[blocks] *= count
+    pattern = {None: "o i -> o i", -2: "(b o) i -> b o i", -1: "o (b i) -> b o i"}[blocks]
+    axes = {} if blocks is None else {"b": count}
+    return weight.like(factors, Matricization.of(pattern, (shape[0], shape[1]), axes))
+
+
+def _chunk(input: ProductTensor, chunks: int, dim: int = 0) -> Any:
+    if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0 or not input.shape[dim]:
+        return NotImplemented
+    return _split(input, -(-input.shape[dim] // chunks), dim)
+
+
+_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+_CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16")
+
+SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
+    Tensor.T.__get__: _matrix_transpose,
+    Tensor.mT.__get__: _batch_transpose,
+    Tensor.H.__get__: partial(_real, _matrix_transpose),
+    Tensor.mH.__get__: partial(_real, _batch_transpose),
+    Tensor.adjoint: partial(_real, _batch_transpose),
+    Tensor.t: _matrix_transpose,
+    torch.t: _matrix_transpose,
+    torch.transpose: _transpose,
+    Tensor.transpose: _transpose,
+    torch.swapdims: _transpose,
+    Tensor.swapdims: _transpose,
+    torch.swapaxes: _swap_axes,
+    Tensor.swapaxes: _swap_axes,
+    Tensor.permute: _permute,
+    torch.permute: _permute,
+    Tensor.data.__get__: _detach,
+    Tensor.detach: _detach,
+    torch.detach: _detach,
+    Tensor.contiguous: _contiguous,
+    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    Tensor.requires_grad_: _set_requires_grad,
+    Tensor.is_leaf.__get__: _is_leaf,  # type: ignore[attr-defined]
+    **{getattr(Tensor, name): partial(_convert, getattr(Tensor, name)) for name in _CONVERSIONS},
+    **{getattr(Tensor, name): partial(_of_factor, getattr(Tensor, name)) for name in _NEW},
+    **{getattr(torch, name): partial(_of_shape, getattr(torch, name)) for name in _LIKE},
+    Tensor.split: _split,
+    torch.split: _split,
+    Tensor.chunk: _chunk,
+    torch.chunk: _chunk,
+}

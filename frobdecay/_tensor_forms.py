@@ -1,0 +1,263 @@
+"""Forms of the functions whose weight has more than two dimensions.
+
+A convolution whose pattern puts the output channels and some spatial axes in the rows, the input
+channels and the other spatial axes in the columns, is two convolutions with r channels between
+them, each over its own spatial axes:
+
+    "o i kh kw -> (o kh) (i kw)"    a 1×kw convolution with V, then a kh×1 convolution with U
+    "o i kh kw -> o (i kh kw)"      a kh×kw convolution with V, then a 1×1 convolution with U
+
+Zero padding, stride and dilation act on each axis for itself, so each convolution takes those of
+its own axes. A batch of products is a grouped convolution.
+"""
+
+# ruff: noqa: A002  arguments have the names of torch's, which may be given by name
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F  # noqa: N812  torch's own name for it
+from einops import rearrange, repeat
+from torch import Tensor
+
+from frobdecay._cost import Cost, factors_cheaper
+from frobdecay._wrapper import ProductTensor, folded
+from frobdecay.matricize import Matricization
+
+__all__ = ["TENSOR_FORMS"]
+
+# A multiply-add in one of two thin convolutions takes as long as this many in the dense one:
+# 256 channels, 3×3, 2 cores, 97 ms dense against 27 ms at r = 85 (a count ratio of 0.22) and
+# 102 ms at r = 253 (0.66).
+THIN = 1.5
+
+_NEUTRAL = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+
+Axes = tuple[str, ...]
+
+
+class _Half(NamedTuple):
+    """A factor by the axes in its rows: those of one channel dimension and some spatial ones."""
+
+    factor: Tensor
+    axes: Axes
+    channels: Axes
+    spatial: tuple[bool, ...]
+
+    def kernel(self, view: Matricization, channels: str, copies: int) -> Tensor:
+        """The factor as a convolution's weight, ``channels`` being its first two dimensions."""
+        sizes = {name: view.sizes[name] for name in (*view.batch_axes, *self.axes)}
+        if "copyaxis" in channels:
+            sizes["copyaxis"] = copies
+        spatial = " ".join(
+            f"({' '.join(item)})" if held else "()"
+            for item, held in zip(view.tensor_axes[2:], self.spatial, strict=True)
+        )
+        pattern = f"{' '.join(view.batch_axes)} ({' '.join(self.axes)}) rankaxis"
+        kernel: Tensor = repeat(self.factor, f"{pattern} -> {channels} {spatial}", **sizes)
+        # With any other strides it could pass for channels_last, and so would the output.
+        return kernel.reshape(-1).view(kernel.shape)
+
+    def own(self, value: Any, neutral: int) -> Any:
+        """An option's values for the spatial axes held, the neutral one for the others."""
+        if isinstance(value, str):
+            return value
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        values = values * len(self.spatial) if len(values) == 1 else values
+        return tuple(v if held else neutral for v, held in zip(values, self.spatial, strict=True))
+
+
+def _halves(weight: ProductTensor, home: int) -> tuple[_Half, _Half] | None:
+    """The factors that hold channel dimension 0 and 1, or None if no two factors do.
+
+    Args:
+        weight: the weight.
+        home: the channel dimension that starts with the batch axes.
+    """
+    view = weight.matricization
+    channels = [
+        item[len(view.batch_axes) * (d == home) :] for d, item in enumerate(view.tensor_axes[:2])
+    ]
+    UV, sides = folded(weight.factors), (view.row_axes, view.column_axes)
+    for first, second in ((0, 1), (1, 0)):
+        held = tuple(set(item) <= set(sides[first]) for item in view.tensor_axes[2:])
+        rest = tuple(not h for h in held)
+        halves = (
+            _Half(UV[first], sides[first], channels[0], held),
+            _Half(UV[second], sides[second], channels[1], rest),
+        )
+        if all(set(half.axes) == set(_taken(half, view)) for half in halves):
+            return halves
+    return None
+
+
+def _taken(half: _Half, view: Matricization) -> Axes:
+    """The channel and spatial axes that a half has to hold."""
+    spatial = zip(view.tensor_axes[2:], half.spatial, strict=True)
+    return half.channels + tuple(name for item, held in spatial if held for name in item)
+
+
+def _grouping(view: Matricization, home: int, groups: int) -> tuple[int, int, int] | None:
+    """Groups of the halves with channel dimension 0 and 1, and copies of the latter.
+
+    Dimension 0 of a convolution's weight runs over all groups, dimension 1 over one.
+    """
+    batch = prod(view.batch)
+    if home == 1:
+        return (1, batch, 1) if groups == 1 else None
+    if batch % groups == 0:
+        return batch, groups, 1
+    return (groups, groups, groups // batch) if groups % batch == 0 else None
+
+
+def _two_convolutions(
+    function: Callable[..., Tensor],
+    transposed: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    options: dict[str, Any],
+) -> Any:
+    if not isinstance(weight, ProductTensor) or isinstance(input, ProductTensor):
+        return NotImplemented
+    view = weight.matricization
+    batch = view.batch_axes
+    home = 1 if batch and view.tensor_axes[1][: len(batch)] == batch else 0
+    halves, grouping = _halves(weight, home), _grouping(view, home, groups)
+    if view.tensor_axes[home][: len(batch)] != batch or halves is None or grouping is None:
+        return NotImplemented
+    *group_counts, copies = grouping
+    zero, one = (" ".join(half.channels) for half in halves)
+    lead = " ".join(batch)
+    names = (
+        f"({zero}) ({lead} rankaxis)" if home else f"({lead} {zero}) rankaxis",
+        f"({lead} {'copyaxis' * (copies > 1)} rankaxis) ({one})",
+    )
+    if not _cheaper(input, weight, halves, options["stride"], copies, transposed):
+        return NotImplemented
+    order = (0, 1) if transposed else (1, 0)
+    x = input
+    for d in order:
+        half = halves[d]
+        x = function(
+            x,
+            half.kernel(view, names[d], copies),
+            bias if d == order[1] else None,
+            groups=group_counts[d],
+            **{name: half.own(value, _NEUTRAL[name]) for name, value in options.items()},
+        )
+    return x
+
+
+def _cheaper(
+    input: Tensor,
+    weight: ProductTensor,
+    halves: tuple[_Half, _Half],
+    stride: Any,
+    copies: int,
+    transposed: bool,
+) -> bool:
+    """Compare two convolutions with one, at each output position (transposed: input position).
+
+    The convolution away from these positions runs at the other's stride times as many.
+    """
+    near, far = halves
+    batch, m, n = prod(weight.matricization.batch), *weight.matricization.matrix_shape[-2:]
+    more = prod(near.own(stride, 1))
+
+    def positions() -> Any:
+        pixels = input.numel() // max(input.shape[-len(near.spatial) - 1], 1)
+        return pixels if transposed else pixels // prod(far.own(stride, 1)) // more
+
+    def cost() -> Cost:
+        thin = near.factor.numel() + far.factor.numel() * copies * more
+        return Cost(batch * m * n, THIN * thin, batch * m * n * near.factor.shape[-1])
+
+    return factors_cheaper(positions, cost)
+
+
+def _conv(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    return _two_convolutions(function, False, input, weight, bias, groups, options)
+
+
+def _conv_transpose(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "output_padding": output_padding,
+    }
+    return _two_convolutions(function, True, input, weight, bias, groups, options)
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Contract the inputs whose axes share no factor with the outputs first, then the others."""
+    if not isinstance(weight, ProductTensor) or weight.matricization.batch_axes:
+        return NotImplemented
+    view, (U, V) = weight.matricization, folded(weight.factors)
+    out, one, two = view.tensor_axes
+    first, last = (view.column_axes, V), (view.row_axes, U)
+    if set(out) <= set(view.column_axes):
+        first, last = last, first
+
+    def positions() -> Any:
+        return input1.numel() // max(input1.shape[-1], 1)
+
+    def cost() -> Cost:
+        return Cost(len(U) * len(V), U.numel() + V.numel(), len(U) * V.numel())
+
+    if not factors_cheaper(positions, cost):
+        return NotImplemented
+    if set(last[0]) == set(out):
+        hidden = F.bilinear(input1, input2, _spread(view, *first, ("rankaxis",), one, two))
+        return F.linear(hidden, _spread(view, *last, out, ("rankaxis",)), bias)
+    if set(last[0]) == {*out, *one}:
+        hidden = input2 @ _spread(view, *first, two, ("rankaxis",))
+        return F.bilinear(input1, hidden, _spread(view, *last, out, one, ("rankaxis",)), bias)
+    if set(last[0]) == {*out, *two}:
+        hidden = input1 @ _spread(view, *first, one, ("rankaxis",))
+        return F.bilinear(hidden, input2, _spread(view, *last, out, ("rankaxis",), two), bias)
+    return NotImplemented
+
+
+def _spread(view: Matricization, axes: Axes, factor: Tensor, *dims: Axes) -> Tensor:
+    """The factor as a tensor whose dimensions are made of the given axes."""
+    target = " ".join(f"({' '.join(item)})" for item in dims)
+    sizes = {name: view.sizes[name] for name in axes}
+    result: Tensor = rearrange(factor, f"({' '.join(axes)}) rankaxis -> {target}", **sizes)
+    return result
+
+
+TENSOR_FORMS: dict[Any, Callable[..., Any]] = {
+    **{f: partial(_conv, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
+    **{
+        f: partial(_conv_transpose, f)
+        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    },
+    F.bilinear: _bilinear,
+}

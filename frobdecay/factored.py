@@ -1,0 +1,80 @@
+"""The lazily materialized weight: W = U M Vᵀ as a tensor that is multiplied out when it has to be.
+
+``F.linear(x, W)`` and its like (the table ``FORMS``) run on the factors where that is cheaper;
+metadata is answered; whatever would write to the tensor raises; every other function gets the
+dense tensor, formed at most once for each access of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frobdecay._dense import METADATA, inert_hook, on_dense, refuse_writes
+from frobdecay._forms import FORMS
+from frobdecay._wrapper import ProductTensor, untraced
+
+__all__ = ["FORMS", "FactoredTensor"]
+
+
+class FactoredTensor(ProductTensor):
+    """Stand for the tensor that a chain of factors multiplies to.
+
+    It has the dense tensor's shape, dtype, device and gradients, and no storage of its own.
+    A parametrization returns it from ``forward``, so that code which was written for the dense
+    weight runs on the factors unchanged. Like any parametrized weight it lives for one access,
+    so it cannot be written to: in-place functions raise; assign ``module.weight = W`` instead.
+
+    Under ``torch.nn.utils.parametrize.cached()`` one instance lives as long as the context. A
+    factor changed in place meanwhile is seen, except through ``.data``, which leaves no trace:
+    torch's rule, which is not to change parameters inside ``cached()``, holds.
+
+    Args:
+        factors: U (*batch, m, r), then any number of inner M (*batch, r, r), then V (*batch, n, r),
+            of one dtype and device.
+        matricization: how the product, a (*batch, m, n) matrix, is read as a tensor.
+
+    Raises:
+        ValueError: a factor's shape does not chain, or dtypes or devices differ.
+
+    Example:
+        >>> import torch
+        >>> from frobdecay.matricize import Matricization
+        >>> U, V = torch.randn(8, 2), torch.randn(6, 2)
+        >>> W = FactoredTensor([U, V], Matricization.of("o i -> o i", (8, 6)))
+        >>> W.shape
+        torch.Size([8, 6])
+        >>> x = torch.randn(3, 6)
+        >>> torch.allclose(torch.nn.functional.linear(x, W), x @ V @ U.T, atol=1e-6)
+        True
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _answer(func, args, {} if kwargs is None else kwargs)
+
+
+@untraced
+def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
+    form = FORMS.get(func)
+    if form is not None and "out" not in kwargs:
+        result = form(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    elif func in METADATA or (func is Tensor.untyped_storage and torch.compiler.is_compiling()):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    elif func is Tensor.register_hook:
+        return inert_hook(*args, **kwargs)
+    refuse_writes(func, args, kwargs, ProductTensor)
+    return on_dense(func, args, kwargs)
