@@ -83,7 +83,7 @@ def _requires_grad(self: ProductTensor) -> bool:
 
 def _is_leaf(self: ProductTensor) -> bool:
     """No: an optimizer must not take it. But a compiler expects it of the inputs of a graph."""
-    return not self.needs_grad or torch.compiler.is_compiling()
+    return not self.needs_grad or self.compiling
 
 
 def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:

@@ -130,6 +130,12 @@ class ProductTensor(Tensor):
         return self.permuted(order)
 
     @property
+    def compiling(self) -> bool:
+        """Whether a compiler has the weight in its hands."""
+        own = type(self.factors[0]).__name__ in ("FakeTensor", "FunctionalTensor")
+        return own or torch.compiler.is_compiling()
+
+    @property
     def needs_grad(self) -> bool:
         """Whether a factor requires a gradient.
 
@@ -147,7 +153,7 @@ class ProductTensor(Tensor):
         Returns:
             A plain contiguous tensor of this shape and dtype, differentiable in the factors.
         """
-        if torch.compiler.is_compiling() or transforms_active():
+        if self.compiling or transforms_active():
             # A tensor of a trace or of a function transform must not outlive it.
             return _multiply(self.factors, self.matricization)
         key = _versions(self.factors)

@@ -71,7 +71,7 @@ def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
         result = form(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    elif func in METADATA or (func is Tensor.untyped_storage and torch.compiler.is_compiling()):
+    elif func in METADATA or (func is Tensor.untyped_storage and args[0].compiling):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     elif func is Tensor.register_hook:
