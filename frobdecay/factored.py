@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay._dense import METADATA, inert_hook, on_dense, refuse_writes
-from frobdecay._forms import FORMS
-from frobdecay._wrapper import ProductTensor, untraced
+from frobdecay.forms.dense import METADATA, inert_hook, on_dense, refuse_writes
+from frobdecay.forms.product_tensor import ProductTensor, untraced
+from frobdecay.forms.table import FORMS
 
 __all__ = ["FORMS", "FactoredTensor"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from einops import EinopsError, rearrange
@@ -104,27 +105,27 @@ class Matricization:
             matrix[-1],
         )
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         return tuple(prod(self.sizes[a] for a in item) for item in self.tensor_axes)
 
-    @property
+    @cached_property
     def batch(self) -> tuple[int, ...]:
         """Lengths of the batch axes."""
         return tuple(self.sizes[a] for a in self.batch_axes)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """m, the rows of each matrix."""
         return prod(self.sizes[a] for a in self.row_axes)
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """n, the columns of each matrix."""
         return prod(self.sizes[a] for a in self.column_axes)
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, ...]:
         """(*batch, m, n)."""
         return (*self.batch, self.rows, self.columns)

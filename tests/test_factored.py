@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from frobdecay._cost import Cost, factors_cheaper, force
-from frobdecay._wrapper import ProductTensor
 from frobdecay.factored import FORMS, FactoredTensor
+from frobdecay.forms.cost import Cost, factors_cheaper, force
+from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.matricize import Matricization
 
 # --------------------------------------------------------------------------- makers

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "frobdecay"
 LAYERS = [
     {"matricize", "chain", "product", "init"},
     {"bucketed", "backends", "accumulate"},
-    {"factored", "_attention_form", "_cost", "_dense", "_forms", "_matrix", "_shape_forms"}
-    | {"_tensor_forms", "_wrapper"},
+    {"forms.product_tensor", "forms.cost", "forms.matrix", "forms.dense", "forms.shapes"}
+    | {"forms.tensors", "forms.attention", "forms.table", "factored"},
     {"modules.layouts", "parametrizations"},
     {"modules.selection", "modules.support", "modules.candidates", "modules.surgery"}
     | {"modules.unrolling", "plan", "ranks", "registry", "merging"},

@@ -275,7 +275,6 @@ class Tagger(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
-@pytest.mark.xfail(strict=False, reason="FactoredTensor refuses frames that dynamo starts late")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_recurrent_layers_run_in_compiled_models():
     """torch.compile steps over them; the factors get the same gradients."""

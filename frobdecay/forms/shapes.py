@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay._matrix import matrix
-from frobdecay._wrapper import ProductTensor
+from frobdecay.forms.matrix import matrix
+from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.matricize import Matricization
 
 __all__ = ["SHAPE_FORMS"]
@@ -137,7 +137,7 @@ def _parts(weight: ProductTensor, lengths: Sequence[int], dim: int) -> Any:
     chains = [[f] * len(counts) for f in factors]
     for i, factor in enumerate(factors):
         if axis == 0 or i == side % len(factors):
-            chains[i] = list(factor.split(counts, axis))
+            chains[i] = list(factor.split(counts, axis))  # type: ignore[no-untyped-call]
     return tuple(_part(weight, chain, W.blocks) for chain in zip(*chains, strict=True))
 
 
@@ -165,10 +165,10 @@ _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "ran
 _CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16")
 
 SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
-    Tensor.T.__get__: _matrix_transpose,
-    Tensor.mT.__get__: _batch_transpose,
-    Tensor.H.__get__: partial(_real, _matrix_transpose),
-    Tensor.mH.__get__: partial(_real, _batch_transpose),
+    Tensor.T.__get__: _matrix_transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _batch_transpose,  # type: ignore[attr-defined]
+    Tensor.H.__get__: partial(_real, _matrix_transpose),  # type: ignore[attr-defined]
+    Tensor.mH.__get__: partial(_real, _batch_transpose),  # type: ignore[attr-defined]
     Tensor.adjoint: partial(_real, _batch_transpose),
     Tensor.t: _matrix_transpose,
     torch.t: _matrix_transpose,
@@ -180,7 +180,7 @@ SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.swapaxes: _swap_axes,
     Tensor.permute: _permute,
     torch.permute: _permute,
-    Tensor.data.__get__: _detach,
+    Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.detach: _detach,
     torch.detach: _detach,
     Tensor.contiguous: _contiguous,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from frobdecay._cost import Cost, cheaper, factors_cheaper
-from frobdecay._wrapper import ProductTensor, folded
+from frobdecay.forms.cost import Cost, cheaper, factors_cheaper
+from frobdecay.forms.product_tensor import ProductTensor, folded
 
 __all__ = ["Matrix", "matrix"]
 
@@ -28,6 +28,7 @@ class Matrix(NamedTuple):
 
     @property
     def mT(self) -> Matrix:
+        """The transposed matrix: V and U exchanged."""
         blocks = None if self.blocks is None else -3 - self.blocks
         return Matrix(self.V, tuple([M.mT for M in reversed(self.inner)]), self.U, blocks)
 
@@ -45,7 +46,7 @@ class Matrix(NamedTuple):
         """Multiply the inner factors into U or V unless the positions are fewer than its rows."""
         if not self.inner:
             return self
-        if not torch.jit.is_tracing():
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             short = min(self.U.shape[-2], self.V.shape[-2])
             if cheaper(positions, -1, short):
                 return self

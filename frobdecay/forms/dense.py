@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from frobdecay._wrapper import ProductTensor, transforms_active, untraced
+from frobdecay.forms.product_tensor import ProductTensor, transforms_active, untraced
 
 __all__ = ["METADATA", "ReadOnlyView", "inert_hook", "on_dense", "refuse_writes"]
 
@@ -116,7 +116,7 @@ def _mapped(value: Any, kind: type[Tensor], function: Callable[[Tensor], Any]) -
 
 def _read_only(result: Any, formed: Sequence[Tensor]) -> Any:
     """Protect what shares memory with the formed tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():  # type: ignore[attr-defined,no-untyped-call]
         return result
     bases = [_base(dense) for dense in formed]
 

@@ -2,7 +2,7 @@
 
 ``ProductTensor`` knows its shape, dtype and device, can be copied, pickled, traced and
 multiplied out, and nothing else: which functions run on the factors is the table in
-``_forms.py``, and what happens to all others is in ``factored.py``.
+``forms/table.py``, and what happens to all others is in ``factored.py``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         if outside is None:
             # Not before the compiler is there: to import it takes more than a second.
-            outside = compiler.disable(function, reason="a factored weight is used")
+            outside = compiler.disable(function, reason="a factored weight is used")  # type: ignore[no-untyped-call]
         return outside(*args)
 
     return call
@@ -90,13 +90,14 @@ class ProductTensor(Tensor):
     def __new__(
         cls: type[ProductTensor], factors: Sequence[Tensor], matricization: Matricization
     ) -> ProductTensor:
+        """Check the factors and make the tensor, which has no storage."""
         factors = tuple(factors)
         _check(factors, matricization)
         constant = not torch.is_grad_enabled() and not _tracing()
         if constant:
             factors = tuple([f.detach() for f in factors])
         # It takes no part in autograd, its factors do.
-        self: ProductTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: ProductTensor = Tensor._make_wrapper_subclass(
             cls,
             matricization.shape,
             dtype=factors[0].dtype,
@@ -182,7 +183,7 @@ class ProductTensor(Tensor):
         return f"{type(self).__qualname__} {view.pattern} {sorted(view.sizes.items())} {parts}"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -211,7 +212,7 @@ class ProductTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), (self.factors, self.matricization)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         U = self.factors[0]
         text = [
             f"shape={tuple(self.matricization.shape)}",
@@ -230,7 +231,7 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     U, *inner, V = factors
     if not inner:
         return U, V
-    if torch.jit.is_tracing() or U.shape[-2] <= V.shape[-2]:
+    if torch.jit.is_tracing() or U.shape[-2] <= V.shape[-2]:  # type: ignore[attr-defined,no-untyped-call]
         for M in inner:
             U = U @ M
     else:
@@ -240,7 +241,7 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor:

@@ -60,7 +60,7 @@ def factors_cheaper(positions: Callable[[], Any], cost: Callable[[], Cost]) -> b
     """
     if _forced is not None:
         return _forced
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return True
     dense, factored, once, calls = cost()
     return cheaper(positions, dense - factored, once - calls * CALL)

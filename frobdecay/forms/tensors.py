@@ -24,8 +24,8 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from einops import rearrange, repeat
 from torch import Tensor
 
-from frobdecay._cost import Cost, factors_cheaper
-from frobdecay._wrapper import ProductTensor, folded
+from frobdecay.forms.cost import Cost, factors_cheaper
+from frobdecay.forms.product_tensor import ProductTensor, folded
 from frobdecay.matricize import Matricization
 
 __all__ = ["TENSOR_FORMS"]

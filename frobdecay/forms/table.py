@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
-from frobdecay._attention_form import ATTENTION_FORMS
-from frobdecay._cost import Cost, factors_cheaper
-from frobdecay._matrix import Matrix, matrix
-from frobdecay._shape_forms import SHAPE_FORMS
-from frobdecay._tensor_forms import TENSOR_FORMS
-from frobdecay._wrapper import ProductTensor, folded
+from frobdecay.forms.attention import ATTENTION_FORMS
+from frobdecay.forms.cost import Cost, factors_cheaper
+from frobdecay.forms.matrix import Matrix, matrix
+from frobdecay.forms.product_tensor import ProductTensor, folded
+from frobdecay.forms.shapes import SHAPE_FORMS
+from frobdecay.forms.tensors import TENSOR_FORMS
 
 __all__ = ["FORMS"]
 
@@ -50,7 +50,7 @@ def _blockwise(x: Tensor, W: Matrix, bias: Tensor | None) -> Tensor:
     (b, m, r), lead = U.shape, x.shape[:-1]
     x = x.flatten(end_dim=-2) if x.ndim > 1 else x.unsqueeze(0)
     if blocks == -1:
-        x = x.unflatten(-1, (b, V.shape[-2])).transpose(0, 1)
+        x = x.unflatten(-1, (b, V.shape[-2])).transpose(0, 1)  # type: ignore[no-untyped-call]
     x = x @ V
     for M in reversed(inner):
         x = x @ M.mT
