@@ -136,15 +136,20 @@ def _describe(data: ImageData, protocol: Protocol, about: dict[str, Any]) -> dic
 def _caption(summaries: Sequence[report.Summary], described: dict[str, Any]) -> str:
     data, protocol = described["data"], described["protocol"]
     note = f" ({data['note']})" if data["note"] else ""
+    seeds, threads = _many(summaries[0].seeds, "seed"), _many(described["threads"], "thread")
     return (
-        f"Test accuracy in percent, mean ± standard deviation of {summaries[0].seeds} seeds, and "
+        f"Test accuracy in percent, mean ± standard deviation of {seeds}, and "
         f"its difference to the plain low-rank run of the same seed. {data['name']}{note}, "
         f"{data['images']['train']:,} training and {data['images']['test']:,} test images; "
         f"ResNet-{protocol['depth']}, width {protocol['width']}; {protocol['epochs']} epochs, "
         f"batch {protocol['batch']}, lr {protocol['lr']}, λ {protocol['decay']}; "
-        f"{described['threads']} threads of {described['device']}, torch {described['torch']}. "
+        f"{threads} of {described['device']}, torch {described['torch']}. "
         f"`{described['command']}`"
     )
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + ("s" if count != 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Run]:

@@ -143,7 +143,7 @@ def test_autocast_does_not_reach_the_grams():
 
 
 def test_small_products_share_calls_and_large_ones_do_not():
-    """The choice follows size and number, and ``explain`` states it."""
+    """No loop over small products (D21); the choice follows size, and ``explain`` states it."""
     small = [bare((48, 5), (48, 5))(torch.float32) for _ in range(4)]
     large = [bare((2048, 16), (2048, 16))(torch.float32) for _ in range(2)]
     accumulator = Accumulator([*small, *large])

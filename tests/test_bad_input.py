@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from frobdecay.merging import merge, unroll
+from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
@@ -348,7 +349,7 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
 
 
 def test_sharded_weights_are_refused(tmp_path):
-    """DTensor weights are factorized before sharding; sharded factors are not merged."""
+    """Sharded weights and factors are refused by name, by every part of the package (D26)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
@@ -366,6 +367,9 @@ def test_sharded_weights_are_refused(tmp_path):
         held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
         with pytest.raises(ValueError, match=r"first.weight.*DTensor.*before merging"):
             merge(model)
+        base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        with pytest.raises(ValueError, match=r"first.weight.*DTensor"):
+            FrobeniusDecay(base, model)
     finally:
         torch.distributed.destroy_process_group()
 

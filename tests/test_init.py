@@ -76,7 +76,7 @@ def test_half_the_sum_of_squares_is_the_nuclear_norm(W, r):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (3, 9, 5), (2, 2, 5, 9), (1, 7), (7, 1), (1, 1)])
 def test_every_dtype_and_shape(dtype, shape):
-    """Optimal in every float dtype; dtype, device and contiguity are kept (D14)."""
+    """Optimal in every float dtype, without warnings; dtype and contiguity are kept (D14, D15)."""
     W = torch.randn(shape).to(dtype)
     r = min(3, *shape[-2:])
     U, V = spectral_init(W, r)
@@ -159,7 +159,7 @@ def test_si_never_lengthens():
 
 
 def test_kaiming_is_the_papers_non_spectral_baseline():
-    """Entries of the product have variance 4/n, twice the dense He variance."""
+    """Entries of the product have variance 4/n, from the weight's own n (D7)."""
     U, V = kaiming_init(torch.ones(600, 500), 100)
     assert (U @ V.T).var().item() == pytest.approx(4 / 500, rel=0.1)
 
@@ -173,7 +173,7 @@ def test_matched_keeps_the_weights_mean_square():
 
 @pytest.mark.parametrize("name", INITS)
 def test_every_init_gives_the_same_shapes(name):
-    """Entries of the table can stand for each other, dtype included."""
+    """Entries of the table can stand for each other, and are found by name (D9)."""
     W = torch.randn(2, 6, 5, dtype=torch.float64)
     shapes = [f.shape for f in resolve_init(name)(W, 3, depth=1)]
     assert shapes == [(2, 6, 3), (2, 3, 3), (2, 5, 3)]
@@ -252,7 +252,7 @@ def test_balancing_equals_spectral_initialization_of_the_product():
 
 
 def test_balancing_never_forms_the_dense_product():
-    """The largest tensor inside is a factor's size."""
+    """The largest tensor inside is a factor's size: no SVD of an m×n matrix (D21)."""
     product = bare((3000, 2), (2000, 2))(torch.float32)
     seen = []
 

@@ -82,7 +82,7 @@ def test_all_is_sorted_and_complete():
 
 
 def test_core_imports_torch_and_einops_only():
-    """A fresh interpreter that imports the package has loaded no optional dependency."""
+    """A fresh interpreter imports the package, and no optional dependency with it (D4)."""
     optional = {"triton", "matplotlib", "rich", "sklearn", "tensorboard", "transformers", "peft"}
     code = f"import sys, frobdecay; print(sorted({optional!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -195,7 +195,7 @@ def test_relative_names_are_found_below_the_environments_root(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("limit", "want"), [(None, (997, 300)), (100, (100, 300)), (5, (5, 300))])
 def test_limit_bounds_the_training_images(limit, want):
-    """The digits: 500 for test, 300 for validation, the rest or fewer to train on."""
+    """The digits: 500 for test, 300 for validation, the rest or fewer to train on (D28)."""
     data = load("digits", limit=limit)
     assert (len(data.train[0]), len(data.val[0]), len(data.test[0])) == (*want, 500)
 
