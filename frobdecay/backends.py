@@ -6,6 +6,7 @@ before the call, and add it in place to given targets:
     reference     a plain loop over products with the formulas of ``chain.py``: the oracle
     bucketed      products of equal shapes stacked and multiplied together: many small products
     per_product   Grams and in-place ``addmm_`` product by product: large products, no copies
+    triton        all pairs of a model in two launches of kernels: CUDA, see ``_triton.py``
 
 A backend says why it cannot run some products (``why_not``), and plans (``prepare``) what is then
 run at every step. ``select`` takes for every product the backend that costs least. A new backend
@@ -23,7 +24,9 @@ from typing import Protocol
 from torch import Tensor
 
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.chain import Coefficient, accumulable, chain_gradients, chain_grams
+from frobdecay.chain import Coefficient, accumulable, chain_gradients, chain_grams, plan_of
+from frobdecay.grouped.executor import Grouped
+from frobdecay.grouped.refusals import refusals
 from frobdecay.product import Product
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Runner", "select"]
@@ -147,8 +150,22 @@ class Bucketed:
         return prepare_bucketed(jobs)
 
 
+class Triton:
+    """Pairs of any shapes in two launches on a GPU: see ``grouped/``."""
+
+    name = "triton"
+
+    def why_not(self, products: Sequence[Product]) -> list[str]:
+        """Say why not: without triton or CUDA; longer chains, large ranks, float64."""
+        return _why_not(products) or [r for product in products for r in refusals(product)]
+
+    def prepare(self, jobs: Sequence[Job]) -> Runner:
+        """Make the kernels' tables."""
+        return Grouped(jobs)
+
+
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (Bucketed(), PerProduct(), Reference())}
+    {backend.name: backend for backend in (Bucketed(), PerProduct(), Reference(), Triton())}
 )
 
 
@@ -192,7 +209,7 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
         name, reason = (
             (backend, "asked for")
             if backend is not None
-            else _cheapest(products[members[0]], len(members), repeated[key])
+            else _cheapest([products[k] for k in members], repeated[key])
         )
         reasons = BACKENDS[name].why_not([products[k] for k in members])
         if reasons:
@@ -201,12 +218,20 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
     return choices
 
 
-def _cheapest(product: Product, count: int, shared: bool) -> tuple[str, str]:
-    """The name of the cheapest backend for ``count`` such products, and the reason."""
-    params = product.params
+def _cheapest(products: Sequence[Product], shared: bool) -> tuple[str, str]:
+    """The name of the cheapest backend for products of one shape, and the reason."""
+    params, views = products[0].params, products[0].views()
     size = sum(param.numel() * param.element_size() for param in params)
+    device, refused = params[0].device.type, ""
+    if device == "cuda":
+        gram = plan_of(views, products[0].batch).gradient == "gram"
+        reasons = BACKENDS["triton"].why_not(products) if gram else ["nearly full rank"]
+        if not reasons:
+            return "triton", f"{len(products)} of one shape, in the two launches of all pairs"
+        refused = f"; not triton: {reasons[0]}"
     if shared:
-        return "per_product", "a parameter is a factor more than once: added one after the other"
-    if params[0].device.type == "cpu" and size > BUCKET_BYTES:
+        reason = "a parameter is a factor more than once: added one after the other"
+        return "per_product", reason + refused
+    if device == "cpu" and size > BUCKET_BYTES:
         return "per_product", f"{size / 2**10:.0f} KiB each: a copy costs more than a call"
-    return "bucketed", f"{count} of one shape, {size / 2**10:.1f} KiB each"
+    return "bucketed", f"{len(products)} of one shape, {size / 2**10:.1f} KiB each{refused}"

@@ -68,9 +68,15 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
 
 
 class _Stack:
-    """Factors of one shape, gathered into one buffer, and a buffer for their updates."""
+    """Factors of one shape, gathered into one buffer, and a buffer for their updates.
 
-    def __init__(self, slots: list[tuple[int, int]], views: list[Tensor]) -> None:
+    Products are multiplied in ``operand`` and ``result``, which have more columns where that is
+    faster: zeros, which multiply to zeros.
+    """
+
+    def __init__(
+        self, slots: list[tuple[int, int]], views: list[Tensor], columns: int | None = None
+    ) -> None:
         self.slots, self.views = slots, views
         shape, like = (len(views), *views[0].shape), views[0]
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -78,18 +84,28 @@ class _Stack:
         self.update = torch.empty_like(self.stack)
         self.parts = list(self.update.unbind())
         self.gathered = list(self.stack.unbind()) if dtype != like.dtype else None
+        self.operand, self.result = self.stack, self.update
+        if columns not in (None, r := like.shape[-1]):
+            self.operand = self.stack.new_zeros(*shape[:-1], columns)
+            self.result = torch.zeros_like(self.operand)
+            self.inner = self.operand[..., :r], self.result[..., :r]
 
     def gather(self) -> Tensor:
         """Copy the factors as they are now."""
         if self.gathered is None:
-            return torch.stack(self.views, out=self.stack)
-        torch._foreach_copy_(self.gathered, self.views)  # half precision becomes float32
-        return self.stack
+            torch.stack(self.views, out=self.stack)
+        else:
+            torch._foreach_copy_(self.gathered, self.views)  # half precision becomes float32
+        if self.operand is not self.stack:
+            self.inner[0].copy_(self.stack)
+        return self.operand
 
     def scatter(self, targets: Targets) -> None:
         """Add the updates to their targets."""
+        if self.result is not self.update:
+            self.update.copy_(self.inner[1])
         into = [targets[k][j] for k, j in self.slots]
-        if all([target is not None for target in into]):
+        if all(target is not None for target in into):
             torch._foreach_add_(into, self.parts)  # type: ignore[arg-type]
             return
         wanted = [(t, part) for t, part in zip(into, self.parts, strict=True) if t is not None]
@@ -105,14 +121,17 @@ class _Pairs:
         for k in members:
             for j, view in enumerate(jobs[k].views):
                 slots[tuple(view.shape), view.dtype].append((k, j))
+        columns = _columns(jobs[members[0]].views[0])
         self.stacks = [
-            _Stack(found, [jobs[k].views[j] for k, j in found]) for found in slots.values()
+            _Stack(found, [jobs[k].views[j] for k, j in found], columns) for found in slots.values()
         ]
         self.order = [slot for stack in self.stacks for slot in stack.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
-        first = self.stacks[0].stack
+        first = self.stacks[0].operand
         shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
         dtype = torch.promote_types(first.dtype, torch.float32)
+        # matmul would take longer to look at the shapes than bmm takes to multiply
+        self.multiply = torch.bmm if len(shape) == 3 else torch.matmul
         self.grams = torch.empty(shape, dtype=dtype, device=first.device)
         self.partners = torch.empty_like(self.grams)
         self.partner = torch.tensor([place[k, 1 - j] for k, j in self.order], device=first.device)
@@ -125,12 +144,22 @@ class _Pairs:
     def __call__(self, targets: Targets, coefs: Coefs) -> None:
         for stack, gram in zip(self.stacks, self.gram_parts, strict=True):
             gathered = stack.gather()
-            torch.matmul(gathered.mT, gathered, out=gram)
+            self.multiply(gathered.mT, gathered, out=gram)
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
         self.partners.mul_(_together([coefs[k][j] for k, j in self.order], self.partners))
         for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
-            torch.matmul(stack.stack, gram, out=stack.update)
+            self.multiply(stack.operand, gram, out=stack.result)
             stack.scatter(targets)
+
+
+def _columns(view: Tensor) -> int:
+    """How many columns to multiply with: 16 on a CPU where there are almost as many.
+
+    There a vector has 16 numbers, and what is left beside whole vectors costs more than it
+    counts: at rank 11, 96 rows, Grams and updates take 62 µs instead of 178, copies 29 µs.
+    """
+    r = view.shape[-1]
+    return 16 if view.device.type == "cpu" and 8 < r < 16 else r
 
 
 class _Chains:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.product import Factor, Product
 
@@ -18,6 +19,21 @@ def bare(*shapes: tuple[int, ...], scale: float = 1.0, batch: int | None = None)
         return Product.of(*tensors, scale=scale, batch=batch)
 
     return make
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the number of entries of every tensor that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the function and note its results."""
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, tuple) else (out,)
+        self.seen += [t.numel() for t in results if isinstance(t, torch.Tensor)]
+        return out
 
 
 def grouped_queries(dtype: torch.dtype) -> Product:

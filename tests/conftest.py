@@ -1,10 +1,34 @@
 """Shared by all tests: determinism, one thread, the hypothesis profile, the table of tolerances."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+
+def interpret_kernels() -> None:
+    """Without a GPU, have Triton's kernels run in its interpreter.
+
+    Triton decides that where kernels are defined, ours and its own, and imports some of its own
+    at the first launch; any test may be the first to import it, through torch's compiler. So a
+    first launch is made here, before all tests. The variable is taken back: it would reach the
+    processes that tests start.
+    """
+    if find_spec("triton") is None or torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from frobdecay.grouped.executor import squared_norms
+        from frobdecay.product import Product
+
+        squared_norms(Product.of(torch.ones(1, 1), torch.ones(1, 1)))
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+interpret_kernels()
 
 settings.register_profile(
     "frobdecay",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import PRODUCTS, bare
+from cases import PRODUCTS, Sizes, bare
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +14,7 @@ from frobdecay.init import (
     balance_,
     kaiming_init,
     matched_init,
+    randomized_init,
     resolve_init,
     resolve_rank,
     spectral_init,
@@ -158,6 +159,58 @@ def test_si_never_lengthens():
     assert ((U @ (V.T @ x)).norm(dim=0) <= (W @ x).norm(dim=0) + 1e-12).all()
 
 
+def spectrum(m, n, values):
+    """A float32 matrix with given singular values."""
+    P, Q = (torch.linalg.qr(torch.randn(size, n, dtype=torch.float64)).Q for size in (m, n))
+    return ((P * values.double()) @ Q.T).float()
+
+
+SPECTRA = {
+    "flat": torch.linspace(2, 1, 60),
+    "falling": torch.arange(1, 61) ** -1.0,
+    "steep": 10.0 ** -torch.linspace(0, 6, 60),
+    "clustered": torch.cat([torch.ones(20), torch.full((40,), 0.999)]),
+    "deficient": torch.cat([torch.linspace(2, 1, 10), torch.zeros(50)]),
+}
+
+
+@pytest.mark.parametrize("r", [1, 15, 30, 31])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_float32_is_optimal_and_balanced_on_every_spectrum(name, r):
+    """Relative 1e-5 of the best error, UᵀU = VᵀV to float32's rounding, by either route."""
+    W = spectrum(80, 60, SPECTRA[name])
+    U, V = (factor.double() for factor in spectral_init(W, r))
+    error, best = (W.double() - U @ V.T).norm(), best_error(W, r)
+    assert error <= best * (1 + 1e-5) + 1e-7 * W.double().norm()
+    assert (U.T @ U - V.T @ V).norm() <= 1e-6 * (U.T @ U).norm()
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_lower_matmul_precision_does_not_reach_the_factors(precision):
+    """What the user allows matrix products in training is not enough for an initialization."""
+    W = spectrum(80, 60, SPECTRA["flat"])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        U, V = (factor.double() for factor in spectral_init(W, 15))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (W.double() - U @ V.T).norm() <= best_error(W, 15) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ["falling", "steep", "deficient"])
+def test_randomized_is_near_the_best_where_singular_values_fall(name):
+    """Within a percent of the best error, balanced, and the same every time."""
+    W = spectrum(80, 60, SPECTRA[name])
+    state = torch.get_rng_state()
+    first, second = randomized_init(W, 15), randomized_init(W, 15)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    U, V = (factor.double() for factor in first)
+    assert (W.double() - U @ V.T).norm() <= best_error(W, 15) * 1.01 + 1e-6 * W.double().norm()
+    assert (U.T @ U - V.T @ V).norm() <= 1e-5 * (U.T @ U).norm()
+
+
 def test_kaiming_is_the_papers_non_spectral_baseline():
     """Entries of the product have variance 4/n, from the weight's own n (D7)."""
     U, V = kaiming_init(torch.ones(600, 500), 100)
@@ -208,7 +261,7 @@ def test_wrong_weights_and_ranks_are_refused(weight, rank, error, message):
 
 def test_wrong_init_and_depth_are_refused():
     """An unknown init lists the known ones; depth counts inner factors."""
-    with pytest.raises(ValueError, match="'kaiming', 'matched', 'spectral'"):
+    with pytest.raises(ValueError, match="'kaiming', 'matched', 'randomized', 'spectral'"):
         resolve_init("svd")
     with pytest.raises(ValueError, match="number of inner factors"):
         spectral_init(torch.ones(2, 2), 1, depth=-1)
@@ -254,19 +307,9 @@ def test_balancing_equals_spectral_initialization_of_the_product():
 def test_balancing_never_forms_the_dense_product():
     """The largest tensor inside is a factor's size: no SVD of an m×n matrix (D21)."""
     product = bare((3000, 2), (2000, 2))(torch.float32)
-    seen = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            seen.extend(
-                t.numel() for t in torch.utils._pytree.tree_leaves(out) if hasattr(t, "numel")
-            )
-            return out
-
-    with Sizes():
+    with Sizes() as sizes:
         balance_(product)
-    assert max(seen) <= 6000
+    assert max(sizes.seen) <= 6000
 
 
 def frozen():

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import PRODUCTS, bare
+from cases import PRODUCTS, Sizes, bare
 from conftest import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,18 +183,10 @@ def test_the_product_is_not_formed_at_low_rank_and_is_near_full_rank():
 def test_no_tensor_of_the_dense_shape_is_allocated_at_low_rank():
     """Value and gradient of a pair 3000×2000 at rank 2 form no m×n matrix."""
     product = bare((3000, 2), (2000, 2))(torch.float32)
-    seen = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            seen.append(out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    with Sizes():
+    with Sizes() as sizes:
         gradients(product)
         penalty(product, 0.1).backward()
-    assert max(seen) <= 6000
+    assert max(sizes.seen) <= 6000
 
 
 def test_the_plan_prints():

@@ -1,0 +1,397 @@
+"""The kernels of the grouped backend: every Gram in one launch, every update in a second one.
+
+For pairs W_k = U_k V_kᵀ (heads are pairs of their own), of any number and any shapes:
+
+    launch A    G_s = X_sᵀ X_s                     one Gram for each side s, X = U or V
+    launch B    target_s += coef_s · X_s G_s'      s' the other side of the same pair
+    (norms)     ‖W_k‖² = Σ G_U ∘ G_V               from the Grams of A
+
+**Memory traffic.** A reads the factors once, B reads them once more and reads and writes the
+targets once: 2(m+n)r + 2(m+n)r numbers a pair, the least that is possible where the factors do
+not stay in a cache between the launches. Nothing of a factor's size is ever written elsewhere.
+(Ranks above one tile read a panel of rows once for each tile of columns that needs it; these
+repetitions are neighbours in the grid, for the cache to serve.)
+
+**Records.** What a program has to do is a row of int64 numbers in a table on the device: address,
+strides, sizes, place of the Gram (``grouped/tables.py`` has the columns). So one launch serves
+all shapes, and a new address, coefficient or learning rate neither recompiles nor synchronizes.
+A table's pointers carry no promise of alignment; its ``layout`` column does: 1, columns adjacent
+and rows at 16 bytes; 2, the transpose of that; 0, any strides. Each kernel holds one body for
+each layout that occurs, with wide loads in the bodies for 1 and 2.
+
+**Launch A is split along the rows** until all multiprocessors have work. Where several programs
+share a tile of a Gram, each writes its partial sum, then takes a ticket; the last one adds the
+partial sums in the order of the rows. So the result does not depend on which was last: it is
+bitwise the same in every run, with or without ``torch.use_deterministic_algorithms``, for the
+price of one atomic a program. The waiting-free pattern (barrier, ticket with acquire-release,
+read past the first cache) is that of inductor's cooperative reductions. Only tiles on and below
+the diagonal are computed, the others are mirrored.
+
+**Precision.** All sums are float32. Float32 factors are multiplied as
+``torch.backends.cuda.matmul`` says (IEEE or TF32). Products of bf16 or fp16 numbers are exact in
+float32, so A multiplies them as they are; B must not round the Gram to half precision, so it is
+split into two or three bf16 terms that sum to it (to 2⁻¹⁷ where the target is half precision as
+well, else to 2⁻²⁴), and fp16, whose range is too small for Grams, is multiplied as TF32 in three
+terms. Half-precision targets are rounded to nearest: stochastic rounding stays with the
+optimizer, whose generator travels in its checkpoints, and which passes float32 increments.
+
+**Aliasing.** All Grams are complete before B starts. In B a program reads all columns of its rows
+before it writes any of them, where a target is the factor itself.
+
+In Triton's interpreter (no GPU; slow, for tests) operands are converted to float32 first, because
+its product of bf16 operands is wrong. Whether kernels are interpreted is decided when triton
+defines them, by ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from frobdecay.grouped.tiles import Tile
+
+__all__ = ["INTERPRETED", "launch_grams", "launch_norms", "launch_updates"]
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether the kernels of this module run in the interpreter, on tensors of the CPU."""
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Columns of the tables, see grouped/tables.py; a kernel reads globals only as constexpr.
+_GRAM_WIDTH = tl.constexpr(14)
+_UPDATE_WIDTH = tl.constexpr(12)
+
+
+@triton.jit
+def _pointers(base, rows, columns, row_stride, column_stride, LAYOUT: tl.constexpr):
+    """Addresses of a tile, without the multiplication by a stride known to be one."""
+    if LAYOUT == 1:
+        found = base + (rows[:, None] * row_stride + columns[None, :])
+    elif LAYOUT == 2:
+        found = base + (rows[:, None] + columns[None, :] * column_stride)
+    else:
+        found = base + (rows[:, None] * row_stride + columns[None, :] * column_stride)
+    return found
+
+
+@triton.jit
+def _multiple(number, LAYOUT: tl.constexpr, WANTED: tl.constexpr, VECTOR: tl.constexpr):
+    """A number from a table, with the promise that a layout makes about it."""
+    return number.to(tl.int32) // VECTOR * VECTOR if LAYOUT == WANTED else number.to(tl.int32)
+
+
+@triton.jit
+def _gram_tile(
+    record,
+    TYPE: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """X[:, i:i+BLOCK]ᵀ X[:, j:j+BLOCK] over the rows of one record."""
+    x = tl.load(record).to(tl.pointer_type(TYPE))
+    if LAYOUT != 0:
+        x = tl.multiple_of(x, 16)
+    row_count = _multiple(tl.load(record + 1), LAYOUT, 2, VECTOR)
+    row_stride = _multiple(tl.load(record + 2), LAYOUT, 1, VECTOR)
+    column_stride = _multiple(tl.load(record + 3), LAYOUT, 2, VECTOR)
+    rank = _multiple(tl.load(record + 4), LAYOUT, 1, VECTOR)
+    left = tl.load(record + 5).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    right = tl.load(record + 6).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    rows = tl.arange(0, STEP)
+    step = row_stride.to(tl.int64) * STEP if LAYOUT != 2 else tl.full((), STEP, tl.int64)
+    for start in range(0, row_count, STEP):
+        inside = (start + rows < row_count)[:, None]
+        at = _pointers(x, rows, left, row_stride, column_stride, LAYOUT)
+        a = tl.load(at, mask=inside & (left < rank)[None, :], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+        if SINGLE:
+            b = a
+        else:
+            at = _pointers(x, rows, right, row_stride, column_stride, LAYOUT)
+            b = tl.load(at, mask=inside & (right < rank)[None, :], other=0.0)
+            if UPCAST:
+                b = b.to(tl.float32)
+        gram = tl.dot(tl.trans(a), b, gram, input_precision=PRECISION)
+        x += step
+    return gram
+
+
+@triton.jit
+def _store_gram(record, grams, gram, BLOCK: tl.constexpr):
+    """Write a tile of a Gram, and its mirror image."""
+    across = tl.arange(0, BLOCK)
+    i, j = tl.load(record + 5).to(tl.int32), tl.load(record + 6).to(tl.int32)
+    leading = tl.load(record + 8).to(tl.int32) // 16 * 16
+    base = tl.multiple_of(grams + tl.load(record + 7), 16)
+    left, right = (i * BLOCK + across)[:, None], (j * BLOCK + across)[None, :]
+    tl.store(base + left * leading + right, gram)
+    if i != j:
+        tl.store(base + right * leading + left, gram)
+
+
+@triton.jit
+def _gram_kernel(
+    records, grams, partials, counters,
+    TYPE: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of one Gram over one range of rows; the last of several sums them up."""
+    record = records + tl.program_id(0) * _GRAM_WIDTH
+    layout = tl.load(record + 13)
+    gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    for LAYOUT in tl.static_range(3):
+        if (LAYOUTS >> LAYOUT) & 1:
+            if layout == LAYOUT:
+                gram = _gram_tile(
+                    record, TYPE, VECTOR, LAYOUT, BLOCK, STEP, SINGLE, PRECISION, UPCAST
+                )
+    chunks = tl.load(record + 10).to(tl.int32)
+    if chunks == 1:
+        _store_gram(record, grams, gram, BLOCK)
+    else:
+        across = tl.arange(0, BLOCK)
+        local = across[:, None] * BLOCK + across[None, :]
+        first = partials + tl.load(record + 11)
+        counter = counters + tl.load(record + 12)
+        tl.store(first + tl.load(record + 9) * (BLOCK * BLOCK) + local, gram)
+        tl.debug_barrier()  # all threads' stores come before the ticket
+        ticket = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if ticket == chunks - 1:
+            tl.debug_barrier()
+            total = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+            for _ in range(chunks):
+                total += tl.load(first + local, cache_modifier=".cg")
+                first += BLOCK * BLOCK
+            _store_gram(record, grams, total, BLOCK)
+            tl.store(counter, 0)  # for the next launch
+
+
+@triton.jit
+def _times(x, gram, total, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``total + x · gram``, the Gram as the sum of TERMS bf16 matrices, or as it is for TERMS 0."""
+    if TERMS == 0:
+        total = tl.dot(x.to(tl.float32), gram, total, input_precision=PRECISION)
+    else:
+        for _ in tl.static_range(TERMS):
+            term = gram.to(tl.bfloat16)
+            gram = gram - term.to(tl.float32)
+            if UPCAST:
+                total = tl.dot(x.to(tl.float32), term.to(tl.float32), total)
+            else:
+                total = tl.dot(x, term, total)
+    return total
+
+
+@triton.jit
+def _update_rows(
+    record, grams, address, coef,
+    SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
+    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time."""
+    x = tl.load(record).to(tl.pointer_type(SOURCE))
+    target = address.to(tl.pointer_type(TARGET))
+    if LAYOUT != 0:
+        x = tl.multiple_of(x, 16)
+        target = tl.multiple_of(target, 16)
+    row_count = _multiple(tl.load(record + 1), LAYOUT, 2, VECTOR)
+    row_stride = _multiple(tl.load(record + 2), LAYOUT, 1, VECTOR)
+    column_stride = _multiple(tl.load(record + 3), LAYOUT, 2, VECTOR)
+    rank = _multiple(tl.load(record + 4), LAYOUT, 1, VECTOR)
+    gram = tl.multiple_of(grams + tl.load(record + 5), 16)
+    leading = tl.load(record + 6).to(tl.int32) // 16 * 16
+    target_row_stride = _multiple(tl.load(record + 9), LAYOUT, 1, VECTOR)
+    target_column_stride = _multiple(tl.load(record + 10), LAYOUT, 2, VECTOR)
+    rows, inner, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    step = row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
+    target_step = (
+        target_row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
+    )
+    if SINGLE:
+        whole = tl.load(gram + inner[:, None] * leading + columns[None, :])
+    for start in range(0, row_count, ROWS):
+        inside = (start + rows < row_count)[:, None]
+        for column in range(0, 1 if SINGLE else rank, COLUMNS):
+            total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+            if SINGLE:
+                at = _pointers(x, rows, inner, row_stride, column_stride, LAYOUT)
+                a = tl.load(at, mask=inside & (inner < rank)[None, :], other=0.0)
+                total = _times(a, whole, total, TERMS, PRECISION, UPCAST)
+            else:
+                for k in range(0, rank, BLOCK):
+                    at = _pointers(x, rows, k + inner, row_stride, column_stride, LAYOUT)
+                    a = tl.load(at, mask=inside & (k + inner < rank)[None, :], other=0.0)
+                    at = gram + (k + inner)[:, None] * leading + (column + columns)[None, :]
+                    g = tl.load(at, mask=(column + columns < leading)[None, :], other=0.0)
+                    total = _times(a, g, total, TERMS, PRECISION, UPCAST)
+            at = _pointers(
+                target,
+                rows,
+                column + columns,
+                target_row_stride,
+                target_column_stride,
+                LAYOUT,
+            )
+            mask = inside & (column + columns < rank)[None, :]
+            total = tl.load(at, mask=mask, other=0.0).to(tl.float32) + coef * total
+            if IN_PLACE:
+                tl.debug_barrier()  # no warp writes what another still has to read
+            tl.store(at, total.to(TARGET), mask=mask)
+        x += step
+        target += target_step
+
+
+@triton.jit
+def _update_kernel(
+    records, grams, targets, coefs,
+    SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
+    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A range of rows of one factor; a target without an address is none."""
+    record = records + tl.program_id(0) * _UPDATE_WIDTH
+    slot = tl.load(record + 7)
+    address = tl.load(targets + slot)
+    if address != 0:
+        coef = tl.load(tl.load(coefs + slot).to(tl.pointer_type(tl.float32)))
+        address += tl.load(record + 8) * (TARGET.primitive_bitwidth // 8)
+        layout = tl.load(record + 11)
+        for LAYOUT in tl.static_range(3):
+            if (LAYOUTS >> LAYOUT) & 1:
+                if layout == LAYOUT:
+                    _update_rows(
+                        record, grams, address, coef, SOURCE, TARGET, VECTOR, LAYOUT, ROWS,
+                        BLOCK, COLUMNS, SINGLE, IN_PLACE, TERMS, PRECISION, UPCAST,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
+    """The inner product of two stretches of Grams."""
+    pair = tl.program_id(0)
+    left = grams + tl.load(records + 3 * pair)
+    right = grams + tl.load(records + 3 * pair + 1)
+    length = tl.load(records + 3 * pair + 2)
+    across = tl.arange(0, BLOCK)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, length, BLOCK):
+        inside = start + across < length
+        a = tl.load(left + start + across, mask=inside, other=0.0)
+        total += a * tl.load(right + start + across, mask=inside, other=0.0)
+    tl.store(norms + pair, tl.sum(total, 0))
+
+
+def launch_grams(
+    table: Tensor,
+    grams: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    *,
+    dtype: torch.dtype,
+    layouts: int,
+    rank: int,
+    tile: Tile,
+) -> None:
+    """Run launch A.
+
+    Args:
+        table: int64 (programs, 14).
+        grams: float32, written.
+        partials: float32, for the partial sums.
+        counters: int32, zero; zero again afterwards.
+        dtype: of the factors.
+        layouts: bit set of those in the table.
+        rank: the largest one.
+        tile: how the table was cut.
+    """
+    _gram_kernel[(len(table),)](
+        table,
+        grams,
+        partials,
+        counters,
+        TYPE=_TYPES[dtype],
+        VECTOR=16 // dtype.itemsize,
+        LAYOUTS=layouts,
+        BLOCK=tile.block,
+        STEP=tile.gram_rows,
+        SINGLE=rank <= tile.block,
+        PRECISION=_precision(),
+        UPCAST=INTERPRETED,
+        num_warps=tile.gram_warps,
+        num_stages=tile.stages,
+    )
+
+
+def launch_updates(
+    table: Tensor,
+    grams: Tensor,
+    targets: Tensor,
+    coefs: Tensor,
+    *,
+    dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    layouts: int,
+    rank: int,
+    in_place: bool,
+    tile: Tile,
+) -> None:
+    """Run launch B.
+
+    Args:
+        table: int64 (programs, 12).
+        grams: float32, as launch A wrote them.
+        targets: int64 addresses, one a slot; 0 for none.
+        coefs: int64 addresses of float32 coefficients, one a slot.
+        dtype: of the factors.
+        target_dtype: of the targets.
+        layouts: bit set of those in the table.
+        rank: the largest one.
+        in_place: whether a target may be the factor itself.
+        tile: how the table was cut.
+    """
+    single = rank <= tile.block
+    half = target_dtype != torch.float32
+    _update_kernel[(len(table),)](
+        table,
+        grams,
+        targets,
+        coefs,
+        SOURCE=_TYPES[dtype],
+        TARGET=_TYPES[target_dtype],
+        VECTOR=16 // min(dtype.itemsize, target_dtype.itemsize),
+        LAYOUTS=layouts,
+        ROWS=tile.update_rows,
+        BLOCK=tile.block if single else tile.inner,
+        # In place, all columns at once: none may be written while others still need it.
+        COLUMNS=tile.block if single or not in_place else 1 << (rank - 1).bit_length(),
+        SINGLE=single,
+        IN_PLACE=in_place,
+        TERMS=(2 if half else 3) if dtype == torch.bfloat16 else 0,
+        PRECISION="tf32x3" if dtype == torch.float16 else _precision(),
+        UPCAST=INTERPRETED,
+        num_warps=tile.update_warps,
+        num_stages=tile.stages,
+    )
+
+
+def launch_norms(table: Tensor, grams: Tensor, norms: Tensor) -> None:
+    """Compute ‖W‖² of every pair, the sum over its heads, from the Grams.
+
+    Args:
+        table: int64 (pairs, 3): places of both sides' Grams, and their common length.
+        grams: float32, as launch A wrote them.
+        norms: float32, (pairs,), written.
+    """
+    _norm_kernel[(len(table),)](table, grams, norms, BLOCK=1024)
+
+
+def _precision() -> str:
+    """How float32 is multiplied, by torch's own setting at this moment."""
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # newer; the other one may refuse then
+    tf32 = matmul.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,354 @@
+"""The grouped executor: all pairs of a model in two launches on a GPU, nothing copied.
+
+Planning builds the kernels' tables (``tables``) and buffers once. A call then does this only:
+
+    compare     targets and coefficients with the last call's: first the objects, then what the
+                kernels need of them; where new gradients got the old memory, nothing is left
+    upload      what differs, in one asynchronous copy of a few kilobytes from pinned memory
+    launch A    all Grams
+    launch B    all updates; once more for a second dtype of targets, or where targets overlap
+
+Coefficients reach the kernel through addresses, too: a tensor is read where it is, by the GPU,
+so that its value is never waited for. A call that is captured in a CUDA graph has a table of its
+own, which the graph uploads at every replay: gradients of the graph stay where they were at the
+capture, numbers keep their values, tensors are followed.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import increment_version
+
+from frobdecay.bucketed import Coefs, Job, Targets
+from frobdecay.chain import Coefficient
+from frobdecay.grouped.refusals import load_kernels, refusals
+from frobdecay.grouped.sheets import Seen, overlapping, sheets
+from frobdecay.grouped.tables import Slot, gram_table, update_table
+from frobdecay.grouped.tiles import WAVES, Tile, tile_for
+from frobdecay.product import Product, as_products
+
+__all__ = ["Grouped", "squared_norms"]
+
+_INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
+
+
+class _Part(NamedTuple):
+    """The slots of one dtype: their share of launch A."""
+
+    dtype: torch.dtype
+    slots: list[Slot]
+    table: Tensor
+    layouts: int
+
+
+class _Update(NamedTuple):
+    """One launch B: a part's slots into targets of one dtype."""
+
+    part: _Part
+    target_dtype: torch.dtype
+    table: Tensor
+    layouts: int
+    row: int  # of the addresses, in the uploaded table
+    in_place: bool
+
+
+class Grouped:
+    """A plan for pairs on one device; see ``Backend.prepare``.
+
+    Args:
+        jobs: pairs that ``refusals`` lets pass.
+        tile: how to cut matrices up; by default the one for the largest rank.
+        programs: how many are wanted of a launch; by default from the device.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], tile: Tile | None = None, programs: int | None = None
+    ) -> None:
+        kernels = load_kernels()
+        assert kernels is not None
+        self._kernels: Any = kernels
+        self.device = jobs[0].views[0].device
+        largest = max(job.views[0].shape[-1] for job in jobs)
+        self.tile = tile_for(largest) if tile is None else tile
+        self._rank = largest
+        self._programs = _programs(self.device) if programs is None else programs
+        self._slots = self._make_slots(jobs)
+        self._overlapping = overlapping(self._slots)
+        self._parts = self._plan_grams()
+        pairs = [[u.gram, u.partner_gram, u.length] for u in self._slots[::2]]
+        self._pairs = self._int64(pairs)
+        self._updates: list[_Update] = []
+        self._addresses: list[list[int]] = []
+        self._shapes: list[Any] = []
+        self._tables: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor, int]] = {}
+        self._bound: tuple[list[Any], list[Coefficient]] | None = None
+        self._kept: list[Tensor | None] = []
+        self._seen: list[Seen | None] = []  # of the last call: targets
+        self._places: list[int] = []  # their addresses
+        self._sent: list[Any] = []  # what was uploaded
+        self._memory = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._spare: Tensor | None = None
+        self._captured: list[tuple[list[Any], Tensor, Tensor]] = []  # for as long as the plan lives
+        self._streams: set[Any] = set()
+
+    def _make_slots(self, jobs: Sequence[Job]) -> list[Slot]:
+        slots: list[Slot] = []
+        place, block = 0, self.tile.block
+        for job in jobs:
+            leading = -(-job.views[0].shape[-1] // block) * block
+            for view in job.views:
+                slots.append(Slot(len(slots), view.detach(), job.batch, place, leading))
+                place += slots[-1].length
+        self._grams = torch.zeros(place, device=self.device)
+        return slots
+
+    def _plan_grams(self) -> list[_Part]:
+        by_dtype: dict[torch.dtype, list[Slot]] = defaultdict(list)
+        for slot in self._slots:
+            by_dtype[slot.view.dtype].append(slot)
+        parts, partials, counters = [], 0, 0
+        for dtype, slots in by_dtype.items():
+            block, step = self.tile.block, self.tile.gram_rows
+            plan = gram_table(slots, block, step, self._programs, partials, counters)
+            partials, counters = plan.partials, plan.counters
+            parts.append(_Part(dtype, slots, self._int64(plan.rows), plan.layouts))
+        self._partials = torch.empty(max(partials, 1), device=self.device)
+        self._counters = torch.zeros(max(counters, 1), dtype=torch.int32, device=self.device)
+        return parts
+
+    def _int64(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(self.device)
+
+    @_disable_dynamo
+    def __call__(self, targets: Targets, coefs: Coefs) -> None:
+        """Add coefs[k][j] · ∇½‖W_k‖² to targets[k][j]; None to skip one."""
+        into = [target for two in targets for target in two]
+        wanted = [target for target in into if target is not None]
+        if not wanted:
+            return
+        with self.on_device():
+            table = self._bind(into, [coef for two in coefs for coef in two])
+            self._keep_for_stream()
+            self.launch_grams()
+            self._launch_updates(table)
+        increment_version(wanted)  # as an operator of torch would: autograd checks it
+
+    def launch_grams(self) -> None:
+        """Compute all Grams of the factors as they are now."""
+        for part in self._parts:
+            if len(part.table):
+                self._kernels.launch_grams(
+                    part.table,
+                    self._grams,
+                    self._partials,
+                    self._counters,
+                    dtype=part.dtype,
+                    layouts=part.layouts,
+                    rank=self._rank,
+                    tile=self.tile,
+                )
+
+    def _launch_updates(self, table: Tensor) -> None:
+        for update in self._updates:
+            self._kernels.launch_updates(
+                update.table,
+                self._grams,
+                table[update.row],
+                table[-2],
+                dtype=update.part.dtype,
+                target_dtype=update.target_dtype,
+                layouts=update.layouts,
+                rank=self._rank,
+                in_place=update.in_place,
+                tile=self.tile,
+            )
+
+    def squared_norms(self) -> Tensor:
+        """‖U Vᵀ‖² of every pair, float32, from the Grams of the last launch: no factor is read.
+
+        After a coupled step these are the norms as they are, after a decoupled one those before.
+        """
+        norms = torch.empty(len(self._pairs), device=self.device)
+        with self.on_device():
+            self._kernels.launch_norms(self._pairs, self._grams, norms)
+        return norms
+
+    def _bind(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> Tensor:
+        """The table of this call on the device, see ``_upload``."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and self._is_bound(targets, coefs):
+            return self._memory
+        seen = [None if t is None else (t.data_ptr(), t.dtype, t.stride()) for t in targets]
+        if seen != self._seen:
+            self._plan_updates(seen)
+            self._seen, self._places = seen, [0 if one is None else one[0] for one in seen]
+        tensors = [_on(self.device, coef) for coef in coefs]
+        numbers = [0.0 if t is not None else float(c) for c, t in zip(coefs, tensors, strict=True)]
+        table = self._upload(
+            numbers, [0 if t is None else t.data_ptr() for t in tensors], capturing
+        )
+        if capturing:
+            self._bound = None
+            return table
+        # Weak, for targets: gradients of the last step must not outlive it here. Coefficients are
+        # kept, so that temporaries stay where the table says.
+        followed = all(t is None or t is c for c, t in zip(coefs, tensors, strict=True))
+        refs = [_nothing if target is None else weakref.ref(target) for target in targets]
+        self._bound = (refs, list(coefs)) if followed else None
+        self._kept = tensors
+        return table
+
+    def _is_bound(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> bool:
+        """Whether all are the same objects, in the same memory, as at the last call."""
+        if self._bound is None:
+            return False
+        refs, known = self._bound
+        return (
+            all(map(operator.is_, coefs, known))
+            and all(map(operator.is_, targets, [ref() for ref in refs]))
+            and [0 if t is None else t.data_ptr() for t in targets] == self._places
+        )
+
+    def _upload(self, numbers: list[float], pointers: list[int], capturing: bool) -> Tensor:
+        """Bring addresses and coefficients to the device, unless they are there.
+
+        Returns:
+            int64: a row of target addresses for each launch B, one with the addresses of the
+            coefficients, and one with those coefficients that are numbers, in float32.
+        """
+        send = [self._addresses, numbers, pointers]
+        shape = (len(self._addresses) + 2, len(self._slots))
+        if capturing:
+            host, table = self._buffers_of_graph(send, shape)
+        else:
+            if self._spare is None or self._spare.shape != shape:
+                self._spare = self._host(shape)
+            if send == self._sent:
+                return self._memory
+            host = self._host(shape)  # a new one: the last may not have been copied yet
+            if self._memory.shape != shape:
+                self._memory = torch.empty(shape, dtype=torch.int64, device=self.device)
+            table, self._sent = self._memory, send
+        first = table[-1].data_ptr()
+        places = [p if p else first + 4 * k for k, p in enumerate(pointers)]
+        host[:-1] = torch.tensor([*self._addresses, places])
+        host[-1].view(torch.float32)[: len(numbers)] = torch.tensor(numbers)
+        table.copy_(host, non_blocking=True)
+        return table
+
+    def _buffers_of_graph(self, send: list[Any], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What a graph uploads from and to: its own, and never written again with other values.
+
+        Memory cannot be pinned during a capture, so there is always some in reserve.
+        """
+        for known, host, table in self._captured:
+            if known == send:
+                return host, table
+        reserve, self._spare = self._spare, None
+        if reserve is None or reserve.shape != shape:
+            raise RuntimeError(
+                "expected a call with targets of the same dtypes before each capture in a "
+                "CUDA graph, got none: warm up with the step that is captured"
+            )
+        table = torch.empty(shape, dtype=torch.int64, device=self.device)
+        self._captured.append((send, reserve, table))
+        return reserve, table
+
+    def _host(self, shape: tuple[int, int]) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
+    def _plan_updates(self, targets: Sequence[Seen | None]) -> None:
+        """Which launches B these targets need, and a row of addresses for each."""
+        # What a table of launch B depends on, besides its dtypes: strides, and alignment.
+        shapes = [
+            (slot.view.stride(), 0) if target is None else (target[2], target[0] % 16)
+            for slot, target in zip(self._slots, targets, strict=True)
+        ]
+        if shapes != self._shapes:
+            self._shapes, self._tables = shapes, {}
+        self._addresses, self._updates = [], []
+        for row, sheet in enumerate(sheets(self._slots, targets, self._overlapping)):
+            self._addresses.append(sheet.addresses)
+            for part in self._parts:
+                if any(sheet.addresses[slot.number] for slot in part.slots):
+                    table, layouts = self._update_table(part, sheet.dtype)
+                    update = _Update(part, sheet.dtype, table, layouts, row, sheet.in_place)
+                    self._updates.append(update)
+
+    def _update_table(self, part: _Part, dtype: torch.dtype) -> tuple[Tensor, int]:
+        if (part.dtype, dtype) not in self._tables:
+            rows, layouts = update_table(
+                part.slots,
+                [self._shapes[slot.number] for slot in part.slots],
+                dtype.itemsize,
+                self.tile.update_rows,
+                self._programs,
+            )
+            self._tables[part.dtype, dtype] = self._int64(rows), layouts
+        return self._tables[part.dtype, dtype]
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device: make it that of the plan."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _keep_for_stream(self) -> None:
+        """Tell the allocator of all streams, if there are several: it reuses memory by stream."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(self.device)
+        self._streams.add(stream)
+        if len(self._streams) > 1:
+            tables = [*(part.table for part in self._parts), *(u.table for u in self._updates)]
+            for tensor in (self._grams, self._partials, self._counters, self._memory, *tables):
+                tensor.record_stream(stream)
+
+
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count) * WAVES
+
+
+def _nothing() -> None:
+    """Stand in for a weak reference to no target."""
+
+
+def _on(device: torch.device, coef: Coefficient) -> Tensor | None:
+    """A coefficient that the kernels read where it is; None for a number known to the host."""
+    if not isinstance(coef, Tensor) or (coef.device.type == "cpu" != device.type):
+        return None
+    return coef.to(device, torch.float32)
+
+
+def squared_norms(products: Product | Iterable[Product]) -> Tensor:
+    """Compute ‖W‖_F² of all pairs in two launches.
+
+    Args:
+        products: of two factors each, on one CUDA device, rank at most ``MAX_RANK``.
+
+    Returns:
+        float32, (products,).
+
+    Raises:
+        ValueError: products that the kernels cannot take, with the reasons.
+    """
+    found = as_products(products)
+    reasons = [reason for product in found for reason in refusals(product)]
+    if reasons or not found:
+        raise ValueError("expected pairs for the kernels: " + ("; ".join(reasons) or "got none"))
+    with torch.no_grad():
+        plan = Grouped([Job(product.views(), product.batch) for product in found])
+        with plan.on_device():
+            plan.launch_grams()
+        scales = torch.tensor([product.scale**2 for product in found])
+        return plan.squared_norms() * scales.to(plan.device, non_blocking=True)

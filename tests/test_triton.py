@@ -1,0 +1,493 @@
+"""The grouped kernels: in Triton's interpreter without a GPU, compiled with one.
+
+The interpreter takes milliseconds for each tile, so shapes are tiny here, and tiles small.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import PRODUCTS, bare
+from conftest import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_product import close, exact
+from torch import nn
+
+from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.bucketed import Job
+from frobdecay.grouped import executor
+from frobdecay.grouped.executor import Grouped, squared_norms
+from frobdecay.grouped.refusals import refusals
+from frobdecay.grouped.sheets import overlapping, sheets
+from frobdecay.grouped.tables import Slot, gram_table, pieces
+from frobdecay.grouped.tiles import Tile
+from frobdecay.product import Product, gradients
+
+kernels = pytest.importorskip("frobdecay._triton", exc_type=ImportError)
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
+SMALL = Tile(16, 16, 16, 16, 1, 4, 2)  # many tiles from few numbers
+PAIRS = [name for name, make in PRODUCTS.items() if len(make(torch.float32).factors) == 2]
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
+ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+
+# With a GPU all tests of this file run compiled, and belong to those that need it.
+pytestmark = [
+    *([pytest.mark.cuda] if CUDA else []),
+    pytest.mark.skipif(not CUDA and not kernels.INTERPRETED, reason="neither GPU nor interpreter"),
+]
+
+
+def on_cuda(test):
+    """Mark a test of what the interpreter does not have."""
+    for mark in ON_CUDA:
+        test = mark(test)
+    return test
+
+
+def make(kind, dtype=torch.float32, count=1):
+    """Products of one kind on the device; a kind is a name in PRODUCTS, or two shapes."""
+    maker = PRODUCTS[kind] if isinstance(kind, str) else bare(*kind)
+    with DEVICE:
+        return [maker(dtype) for _ in range(count)]
+
+
+def plan(products, **options):
+    """A plan for products, as the accumulator makes it."""
+    return Grouped([Job(product.views(), product.batch) for product in products], **options)
+
+
+def zeros(products, dtype=None):
+    """A target for each factor."""
+    return [[torch.zeros_like(p, dtype=dtype).detach() for p in q.params] for q in products]
+
+
+def run(grouped, products, targets, coef=1.0):
+    """Run a plan, for plain factors without a scale."""
+    with torch.no_grad():
+        grouped(targets, [[coef] * 2 for _ in products])
+
+
+def expect(products, targets, tolerance, coef=1.0):
+    """Each target is coef·∇."""
+    for product, target in zip(products, targets, strict=True):
+        for found, wanted in zip(target, exact(product)[1], strict=True):
+            assert close(found.detach(), coef * wanted, tolerance)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@DTYPES
+def test_the_exact_gradient_is_added(kind, dtype):
+    """coef·∇ arrives in every ``.grad``: every kind of pair, heads and shared factors included."""
+    products = make(kind, dtype, 2)
+    for product in products:
+        for param in product.params:
+            param.grad = torch.ones_like(param)
+    add_penalty_grad_(products, 0.5, backend="triton")
+    for product in products:
+        for param, wanted in zip(product.params, exact(product)[1], strict=True):
+            assert close(param.grad - 1, 0.5 * wanted, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", sorted(set(PAIRS) - {"packed heads", "symmetric"}))
+def test_updates_are_simultaneous(kind):
+    """Added to the factors themselves, every gradient is that of the factors before."""
+    products = make(kind, count=2)
+    wanted = [
+        [p.detach() - 0.1 * g for p, g in zip(q.params, gradients(q), strict=True)]
+        for q in products
+    ]
+    targets = [list(product.params) for product in products]
+    Accumulator(products, "triton").accumulate(targets, [[-0.1] * 2] * 2)
+    for product, expected in zip(products, wanted, strict=True):
+        for param, value in zip(product.params, expected, strict=True):
+            assert close(param.detach(), value, 1e-6)
+
+
+@pytest.mark.parametrize("rank", [17, 40])
+def test_updates_are_simultaneous_in_several_tiles(rank):
+    """All columns of a row are read before one is written, also of ranks above one tile."""
+    products = make(((33, rank), (20, rank)))
+    wanted = [
+        p.detach() + g for p, g in zip(products[0].params, gradients(products[0]), strict=True)
+    ]
+    run(plan(products, tile=SMALL), products, [product.params for product in products])
+    for param, value in zip(products[0].params, wanted, strict=True):
+        assert close(param.detach(), value, 1e-6)
+
+
+@st.composite
+def factors(draw, heads, rows, rank, dtype):
+    """A factor with any strides: contiguous, transposed, part of a larger tensor."""
+    shape = (*heads, rows, rank)
+    layout = draw(st.sampled_from(["contiguous", "transposed", "part", "odd address", "row axes"]))
+    if layout == "transposed":
+        tensor = torch.randn(*heads, rank, rows).mT
+    elif layout == "part":
+        tensor = torch.randn(*heads, rows + 1, rank + 3)[..., 1:, 2 : 2 + rank]
+    elif layout == "odd address":
+        tensor = torch.randn(rank * rows * max(1, heads[0] if heads else 1) + 1)[1:].view(shape)
+    elif layout == "row axes":
+        tensor = torch.randn(*heads, 2, rows + 1, rank)[..., :rows, :]
+    else:
+        tensor = torch.randn(shape)
+    base = tensor._base if tensor._base is not None else tensor
+    moved = torch.empty_like(base, dtype=dtype, device=DEVICE).copy_(base)
+    return moved.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@st.composite
+def models(draw):
+    """Pairs of different shapes, ranks, heads and dtypes for one plan."""
+    products = []
+    for _ in range(draw(st.integers(1, 3))):
+        rank = draw(st.one_of(st.integers(1, 24), st.sampled_from([31, 33, 48, 70])))
+        heads = tuple(draw(st.lists(st.integers(1, 2), max_size=1)))
+        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        rows = st.sampled_from([1, 2, 15, 16, 17, 40])
+        U, V = (draw(factors(heads, draw(rows), rank, dtype)) for _ in range(2))
+        products.append(Product.of(U, V, batch=len(heads)))
+    return products
+
+
+@settings(max_examples=min(25, settings().max_examples))
+@given(models(), st.integers(1, 9), st.booleans(), st.sampled_from([SMALL, None]))
+def test_any_shapes_and_strides_share_two_launches(products, programs, in_place, tile):
+    """Gradients and norms of any mixture of pairs are exact; split anyhow, into any target."""
+    grouped = plan(products, tile=tile, programs=programs)
+    before = [exact(product) for product in products]
+    targets = zeros(products, torch.float32)
+    if in_place:
+        targets = [
+            [p if p.dtype == torch.float32 else t for p, t in zip(q.params, new, strict=True)]
+            for q, new in zip(products, targets, strict=True)
+        ]
+    start = [[t.double() for t in two] for two in targets]
+    run(grouped, products, targets, 0.01)
+    norms = grouped.squared_norms()
+    for (value, found), two, old, norm in zip(before, targets, start, norms, strict=True):
+        assert close(norm, 2 * value, 1e-5)
+        for target, wanted, was in zip(two, found, old, strict=True):
+            assert close(target, was + 0.01 * wanted, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(96, 5), (150, 16), (64, 48)], ids=str)
+@DTYPES
+def test_no_less_accurate_than_the_reference(shape, dtype):
+    """Against float64, the kernels' error is at most 1.5 times the reference's."""
+    errors = {}
+    for name in ("triton", "reference"):
+        torch.manual_seed(0)
+        products = make((shape, shape), dtype)
+        targets = zeros(products, torch.float32)
+        Accumulator(products, name).accumulate(targets, [[1.0, 1.0]])
+        wanted = [gradient.cpu() for gradient in exact(products[0])[1]]
+        pairs = zip(targets[0], wanted, strict=True)
+        errors[name] = max(float((a.cpu().double() - b).norm() / b.norm()) for a, b in pairs)
+    assert errors["triton"] <= 1.5 * errors["reference"] + 1e-12
+
+
+def test_coefficients_change_without_a_new_plan(monkeypatch):
+    """Numbers and tensors, one for each factor: later values are used, no table is made anew."""
+    products = make("pair", count=2)
+    accumulator = Accumulator(products, "triton")
+    rate = torch.tensor(0.3, device=DEVICE)
+    accumulator.accumulate(zeros(products), [[0.1, 0.2], [rate, rate.double()]])
+    monkeypatch.setattr(executor, "update_table", None)
+    monkeypatch.setattr(executor, "gram_table", None)
+    rate.fill_(0.5)
+    targets = zeros(products)
+    accumulator.accumulate(targets, [[0.7, torch.tensor(0.4)], [rate, 0]])
+    coefs = [0.7, 0.4, 0.5, 0.0]
+    found = [target for two in targets for target in two]
+    wanted = [gradient for product in products for gradient in gradients(product)]
+    for target, gradient, coef in zip(found, wanted, coefs, strict=True):
+        assert close(target, coef * gradient, 1e-6)
+
+
+def test_none_is_left_alone():
+    """A factor without target is a constant: its partner gets its gradient all the same."""
+    products = make("pair", count=2)
+    targets = zeros(products)
+    targets[0][0] = None
+    accumulator = Accumulator(products, "triton")
+    accumulator.accumulate(targets, [[1.0] * 2] * 2)
+    assert close(targets[0][1], gradients(products[0])[1], 1e-6)
+    expect(products[1:], targets[1:], 1e-6)
+    accumulator.accumulate([[None, None]] * 2, [[1.0] * 2] * 2)
+    expect(products[1:], targets[1:], 1e-6)
+
+
+def fresh(product, layout):
+    """New targets, with another memory layout than the factors."""
+    new = []
+    for param in product.params:
+        zero = torch.zeros_like(param)
+        if layout == "transposed":
+            zero = torch.zeros_like(param.mT.contiguous()).mT
+        elif layout == "bucket":
+            zero = torch.zeros(param.numel() + 1, device=DEVICE)[1:].view(param.shape)
+        new.append(zero.detach())
+    return new
+
+
+@pytest.mark.parametrize("layouts", list(itertools.permutations(["same", "transposed", "bucket"])))
+def test_targets_may_be_new_tensors_at_every_call(layouts):
+    """New gradients are found, with whatever strides and alignment they have."""
+    products = make(((24, 8), (16, 8)), count=2)
+    accumulator = Accumulator(products, "triton")
+    kept = []
+    for layout in (*layouts, "same"):
+        targets = [fresh(product, layout) for product in products]
+        kept.append(targets)  # so that the next ones get memory of their own
+        accumulator.accumulate(targets, [[1.0] * 2] * 2)
+        expect(products, targets, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_and_float32_targets_mix(dtype):
+    """Gradients in half precision and float32 increments, in one call."""
+    products = make("pair", dtype, 2)
+    targets = [zeros(products[:1])[0], zeros(products[1:], torch.float32)[0]]
+    run(plan(products), products, targets)
+    expect(products[:1], targets[:1], TOLERANCE[dtype])
+    expect(products[1:], targets[1:], 1e-6)
+
+
+def test_factors_of_different_dtypes_make_a_pair():
+    """A bf16 U with a float32 V: each Gram from its own kernel."""
+    U, V = torch.randn(9, 3, device=DEVICE).bfloat16(), torch.randn(7, 3, device=DEVICE)
+    products = [Product.of(U, V)]
+    targets = zeros(products, torch.float32)
+    run(plan(products), products, targets)
+    expect(products, targets, 1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_shared_factor_gets_the_sum(order):
+    """A parameter in several products gets each one's gradient, in any order of products."""
+    shared = nn.Parameter(torch.randn(6, 2, device=DEVICE))
+    products = [Product.of(shared, torch.randn(n, 2, device=DEVICE)) for n in (5, 5, 7)]
+    total = sum(gradients(product)[0] for product in products)
+    shared.grad = torch.zeros_like(shared)
+    add_penalty_grad_(products[::order], 1.0, backend="triton")
+    assert close(shared.grad, total, 1e-6)
+
+
+def test_a_target_that_occurs_twice_gets_the_sum():
+    """Also where the factors are different parameters."""
+    products = make(((6, 2), (6, 2)), count=2)
+    target = torch.zeros(6, 2, device=DEVICE)
+    run(plan(products), products, [[target, target], [target, None]])
+    wanted = sum([*gradients(products[0]), gradients(products[1])[0]])
+    assert close(target, wanted, 1e-6)
+
+
+def test_two_launches_for_all_shapes(monkeypatch):
+    """However many shapes, ranks and heads: one launch of Grams, one of updates."""
+    products = [
+        p for kind in ("pair", "batched", "rank one", "wide", "one row") for p in make(kind)
+    ]
+    launched = []
+    for name in ("launch_grams", "launch_updates"):
+        original = getattr(kernels, name)
+
+        def count(*args, _original=original, _name=name, **options):
+            launched.append(_name)
+            return _original(*args, **options)
+
+        monkeypatch.setattr(kernels, name, count)
+    targets = zeros(products)
+    run(plan(products), products, targets)
+    assert launched == ["launch_grams", "launch_updates"]
+    expect(products, targets, 1e-6)
+
+
+def test_runs_are_bitwise_equal():
+    """Sums have one order, however many programs share a Gram; and tickets start anew."""
+    products = make(((70, 5), (33, 5)), count=2)
+    grouped = plan(products, tile=SMALL, programs=8)
+    results = []
+    for _ in range(3):
+        targets = zeros(products)
+        run(grouped, products, targets)
+        results.append(targets)
+    assert not grouped._counters.any()
+    assert len(grouped._counters) > 1
+    for again in results[1:]:
+        for two, first in zip(again, results[0], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(two, first, strict=True))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_norms_come_from_the_grams(kind):
+    """‖W‖² of every product, scale included, heads summed."""
+    products = make(kind, count=2)
+    for norm, product in zip(squared_norms(products), products, strict=True):
+        assert close(norm, 2 * exact(product)[0], 1e-6)
+
+
+def test_autograd_learns_of_the_change():
+    """The version of a target moves, so that a backward through its old value is refused."""
+    products = make("pair")
+    targets = zeros(products)
+    version = targets[0][0]._version
+    run(plan(products), products, targets)
+    assert targets[0][0]._version > version
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=5),
+    st.integers(0, 2),
+    st.randoms(use_true_random=False),
+)
+def test_pieces_cover_a_view(shape, batch, random):
+    """Every row of every head is in one piece, under its own head, whatever the strides."""
+    batch = min(batch, len(shape) - 2)
+    axes = list(range(len(shape)))
+    random.shuffle(axes)
+    memory = torch.arange(torch.Size(shape).numel()).view([shape[k] for k in axes])
+    view = memory.permute([axes.index(k) for k in range(len(shape))])
+    heads = view.reshape(-1, *shape[batch:])
+    found = [[] for _ in heads]
+    for head, (place,), rows, (stride,) in pieces(shape, batch, [view.stride()]):
+        found[head] += [place + k * stride for k in range(rows)]
+    for rows, head in zip(found, heads, strict=True):
+        assert sorted(rows) == sorted(head[..., 0].flatten().tolist())
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 40))
+def test_every_row_is_in_one_range(rows, rank, programs):
+    """The Gram table's ranges of rows follow each other, for each tile on or below the diagonal."""
+    leading = -(-rank // 16) * 16
+    slots = [Slot(0, torch.empty(rows, rank), 0, 0, leading)]
+    table = gram_table(slots, 16, 16, programs, 0, 0).rows
+    assert max(row[10] for row in table) <= 64
+    by_tile = {}
+    for row in table:
+        by_tile.setdefault((row[5], row[6]), []).append((row[9], row[0], row[1]))
+    assert len(by_tile) == leading // 16 * (leading // 16 + 1) // 2
+    for ranges in by_tile.values():
+        numbers, addresses, counts = zip(*sorted(ranges), strict=True)
+        assert list(numbers) == list(range(len(ranges)))
+        assert sum(counts) == rows
+        assert all(
+            following - address == 4 * rank * count
+            for address, following, count in zip(addresses, addresses[1:], counts, strict=False)
+        )
+
+
+def test_overlapping_memory_is_found():
+    """Slots that share memory are written one after the other, the others together."""
+    memory = torch.zeros(40)
+    views = [memory[:12].view(6, 2), memory[10:20].view(5, 2), memory[20:].view(10, 2)]
+    slots = [Slot(k, view, 0, 0, 16) for k, view in enumerate(views)]
+    groups = overlapping(slots)
+    assert groups[0] == groups[1] != groups[2]
+    targets = [(address, torch.float32, (2, 1)) for address in (100, 200, 300)]
+    found = sheets(slots, targets, groups)
+    assert [[bool(a) for a in sheet.addresses] for sheet in found] == [
+        [True, False, True],
+        [False, True, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "reason"),
+    [
+        ("deep", torch.float32, "a chain of 3 factors"),
+        (((4, 300), (4, 300)), torch.float32, r"rank 300 is not in 1 … 256"),
+        ("pair", torch.float64, "kernels are for float32, bfloat16 and float16"),
+    ],
+    ids=["deep", "rank", "dtype"],
+)
+def test_what_the_kernels_cannot_take_says_why(kind, dtype, reason):
+    """Named explicitly, the backend refuses with the reason."""
+    products = make(kind, dtype)
+    with pytest.raises(ValueError, match=reason):
+        Accumulator(products, "triton")
+    with pytest.raises(ValueError, match=reason):
+        squared_norms(products)
+
+
+def test_row_axes_in_many_pieces_are_refused():
+    """Slices that no stride joins are small matrices of their own."""
+    U, V = torch.ones(70, 101, 2, device=DEVICE)[:, :100], torch.ones(5, 2, device=DEVICE)
+    assert "70 pieces" in refusals(Product.of(U, V, batch=0))[0]
+
+
+def test_the_interpreter_is_never_chosen():
+    """On a CPU the kernels run only where they are named."""
+    products = [bare((6, 2), (5, 2))(torch.float32)]
+    assert explain(products).startswith("bucketed")
+
+
+COMPILE = """
+import sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from frobdecay import _triton as kernels
+from frobdecay.grouped.tiles import MAX_RANK, TILES
+
+def compiled(kernel, tensors, constants, warps, stages):
+    names = kernel.arg_names
+    signature = {name: tensors.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        kernel, signature, {(names.index(k),): v for k, v in constants.items()},
+        {(k,): [["tt.divisibility", 16]] for k in range(4)},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert found.metadata.shared <= 227 * 1024, found.metadata.shared
+    return found.asm["ptx"]
+
+rank, dtype, size, terms, precision, in_place = eval(sys.argv[1])
+tile, single = TILES[rank], rank <= TILES[rank].block
+about = dict(VECTOR=16 // size, LAYOUTS=2, SINGLE=single, PRECISION=precision, UPCAST=False)
+ptx = compiled(
+    kernels._gram_kernel,
+    dict(records="*i64", grams="*fp32", partials="*fp32", counters="*i32"),
+    dict(about, TYPE=getattr(tl, dtype), BLOCK=tile.block, STEP=tile.gram_rows),
+    tile.gram_warps, tile.stages,
+)
+assert "cp.async.cg" in ptx or "ld.global.v4" in ptx or precision == "tf32", "narrow loads"
+ptx = compiled(
+    kernels._update_kernel,
+    dict(records="*i64", grams="*fp32", targets="*i64", coefs="*i64"),
+    dict(
+        about, SOURCE=getattr(tl, dtype), TARGET=getattr(tl, dtype), ROWS=tile.update_rows,
+        BLOCK=tile.block if single else tile.inner, IN_PLACE=in_place, TERMS=terms,
+        COLUMNS=rank if in_place and not single else tile.block,
+    ),
+    tile.update_warps, tile.stages,
+)
+assert "ld.global.v4" in ptx and "st.global.v4" in ptx, "narrow loads"
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        (16, "float32", 4, 0, "ieee", False),
+        (64, "bfloat16", 2, 2, "ieee", False),
+        (256, "float32", 4, 0, "tf32", True),
+        (256, "float16", 2, 0, "tf32x3", True),
+    ],
+    ids=lambda v: "-".join(map(str, v)),
+)
+def test_kernels_compile_for_hopper(variant, tmp_path):
+    """Without a GPU: the kernels fit its shared memory, and access memory 16 bytes at a time."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILE, repr(variant)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr
