@@ -1,9 +1,9 @@
 """Shapes named after models: one table for all scripts, so that they speak of the same things.
 
-    pairs        what the penalty sees: (m, n, r) of every product of a model
-    matrices     what an initialization sees: the same, without the rank's factors
-    LINEARS      single layers n → m
-    CONVS        single 3×3 convolutions of ResNets and VGG
+pairs        what the penalty sees: (m, n, r) of every product of a model
+matrices     what an initialization sees: the same, without the rank's factors
+LINEARS      single layers n → m
+CONVS        single 3×3 convolutions of ResNets and VGG
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import resnet
 
-__all__ = ["CASES", "CONVS", "LINEARS", "Case", "Conv", "choose", "stack"]
+__all__ = ["CASES", "CONVS", "LINEARS", "Case", "Conv", "Shape", "choose", "stack"]
 
 Shape = tuple[int, int, int]
 FRACTION = 0.111
@@ -145,5 +145,5 @@ CONVS: Mapping[str, Conv] = {
     "ResNet-32 stage 1": Conv(16, 32, 128),
     "ResNet-32 stage 3": Conv(64, 8, 128),
     "VGG-19 block 3": Conv(256, 8, 32),
-    "VGG-19 block 5": Conv(512, 2, 32),
+    "VGG-19 block 5": Conv(512, 2, 128),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -111,18 +112,22 @@ def interleave(
         variants: name -> function without arguments.
         device: to wait for.
         seconds: after so long no new round begins.
-        rounds: there are at least so many.
+        rounds: there are at least so many, but for functions whose first call takes longer than
+            ``seconds``: they are timed once.
 
     Returns:
         name -> its timing.
     """
-    calls = {}
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
     for name, run in variants.items():
-        run()  # the first call plans, compiles, allocates
+        first = _sample(run, 1, device)  # plans, compiles, allocates
+        if first > 1e3 * seconds:  # out of proportion: once more, and no more
+            samples[name] = [_sample(run, 1, device)]
+            continue
         once = min(_sample(run, 1, device) for _ in range(2))
-        calls[name] = max(1, round(SAMPLE / (1e-3 * once)))
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    names, start, done = list(variants), time.perf_counter(), 0
+        calls[name], samples[name] = max(1, round(SAMPLE / (1e-3 * once))), []
+    names, start, done = list(calls), time.perf_counter(), 0
     while done < rounds or time.perf_counter() - start < seconds:
         for name in names if done % 2 else reversed(names):
             samples[name].append(_sample(variants[name], calls[name], device))
@@ -186,7 +191,9 @@ def parser(module: str, doc: str) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=count, help="for torch; as it chooses unless given")
     made.add_argument("--json", type=Path, help="write everything to this file")
     made.add_argument("--plot", type=Path, help="draw to this file")
-    made.add_argument("--seconds", type=float, default=2.0, help="a table row; default: %(default)s")
+    made.add_argument(
+        "--seconds", type=float, default=2.0, help="a table row; default: %(default)s"
+    )
     return made
 
 
@@ -227,7 +234,7 @@ class Report:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=lambda: Console(width=_width()))
 
     def __post_init__(self) -> None:
         """Say what is claimed and where."""
@@ -247,6 +254,12 @@ class Report:
         for row in rows:
             drawn.add_row(*(_cell(row.get(name)) for name in columns))
         self.console.print(drawn)
+
+    def note(self, name: str, lines: list[str]) -> None:
+        """Print remarks below a table and keep them."""
+        self.data.setdefault("notes", {})[name] = lines
+        for line in lines:
+            self.console.print(line, style="dim", highlight=False)
 
     def close(self, options: argparse.Namespace) -> dict[str, Any]:
         """Print the targets and the sentence that they decide; write the JSON.
@@ -276,6 +289,11 @@ class Report:
         return record
 
 
+def _width() -> int:
+    """Of the terminal; wide enough for the tables where the output is a file."""
+    return shutil.get_terminal_size((150, 24)).columns
+
+
 _STYLE = {True: "green", False: "red", None: "dim"}
 
 
@@ -291,8 +309,10 @@ def _line(target: Target) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else (
-        f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else (f"{value:,.0f}" if isinstance(value, int | float) else str(value))
     )
 
 

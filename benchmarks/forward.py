@@ -1,0 +1,377 @@
+"""A factorized layer costs what a hand-written pair of thin layers costs, forward and backward.
+
+    python -m benchmarks.forward --threads 2                 # the quick grid, about three minutes
+    python -m benchmarks.forward --full --seconds 5          # all of it, an hour on two cores
+    python -m benchmarks.forward --plot breakeven.png
+
+Each row is one layer, one rank, one number of rows (images for convolutions): one forward and one
+backward pass to the input and to all parameters. Compared, in turns, are
+
+    automatic             a layer after frobdecay.factorize: factored or materialized, by its cost
+    factored, formed      the same, with the choice forced
+    pair                  two thin layers in an nn.Sequential, written by hand
+    parametrize           torch's parametrize with U @ V.T: what it costs without FactoredTensor
+    dense                 the layer as it was
+    tltorch               FactorizedLinear of tensorly-torch: a CP matrix, applied factor by factor
+    geotorch              its low_rank, which forms W from matrix exponentials: one small row only
+
+The last two are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from benchmarks import measure
+from benchmarks.cases import CONVS, LINEARS, Conv
+from benchmarks.measure import Report, Target, Timing
+from frobdecay.forms.cost import force
+from frobdecay.parametrizations import LowRank
+from frobdecay.registry import factorize
+
+__all__ = ["main"]
+
+Run = Callable[[], object]
+AUTO, FACTORED, FORMED, PAIR = "automatic", "factored", "formed", "pair"
+PLAIN, DENSE = "parametrize", "dense"
+
+FULL_RANKS, FULL_ROWS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2), (1, 32, 512, 4096)
+QUICK_RANKS, QUICK_ROWS = (1 / 16, 1 / 4, 1 / 2), (1, 512)
+MANY = 512
+"""Rows from which a layer has to be as fast as the pair; below, calls are what costs."""
+
+
+class _Product(nn.Module):
+    """What one writes without FactoredTensor."""
+
+    def __init__(self, factors: tuple[Tensor, Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.factors, self.back = factors, back
+
+    def forward(self, U: Tensor, V: Tensor) -> Tensor:
+        return self.back(U @ V.T)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self.factors
+
+
+def _pass(model: nn.Module, x: Tensor, cotangent: Tensor, forced: bool | None = None) -> Run:
+    """A forward and a backward pass, gradients thrown away."""
+    leaves = [x, *model.parameters()]
+
+    def run() -> None:
+        if forced is None:
+            out = model(x)
+        else:
+            with force(forced):
+                out = model(x)
+        torch.autograd.grad(out, leaves, cotangent)
+
+    return run
+
+
+SLOW = {"geotorch"}
+
+
+def _linear_models(
+    n: int, m: int, r: int, slow: bool = False
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Every way to write the layer, and why some are missing."""
+    dense = nn.Linear(n, m)
+    factored = copy.deepcopy(dense)
+    factorize(factored, rank=r, init="matched")
+    U, V = (f.detach().clone() for f in factored.parametrizations.weight.parameters())
+    pair = nn.Sequential(nn.Linear(n, r, bias=False), nn.Linear(r, m))
+    plain = copy.deepcopy(dense)
+    parametrize.register_parametrization(plain, "weight", _Product((U, V), lambda W: W))
+    models = {AUTO: factored, PAIR: pair, PLAIN: plain, DENSE: dense}
+    missing = {}
+    for library, make in LIBRARIES.items():
+        if importlib.util.find_spec(library) is None:
+            missing[library] = "not installed"
+        elif slow or library not in SLOW:
+            models[library] = make(n, m, r)
+    return models, missing
+
+
+def _tensorly(n: int, m: int, r: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tltorch import FactorizedLinear
+    layer: nn.Module = FactorizedLinear(
+        (n,), (m,), rank=r, factorization="cp", implementation="factorized"
+    )
+    return layer
+
+
+def _geotorch(n: int, m: int, r: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import geotorch
+    layer = nn.Linear(n, m)
+    geotorch.low_rank(layer, "weight", r)
+    return layer
+
+
+LIBRARIES: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "tltorch": _tensorly,
+    "geotorch": _geotorch,
+}
+
+
+def _conv_models(conv: Conv, scheme: str, fraction: float) -> tuple[dict[str, nn.Module], int]:
+    """Every way to write a 3×3 convolution in one scheme, and the rank."""
+    c = conv.channels
+    dense = nn.Conv2d(c, c, 3, padding=1)
+    factored = copy.deepcopy(dense)
+    plan = factorize(
+        factored, rank=fraction, init="matched", parametrization=partial(LowRank, pattern=scheme)
+    )
+    (r,) = plan.ranks.values()
+    if scheme == "spatial":
+        pair = nn.Sequential(
+            nn.Conv2d(c, r, (1, 3), padding=(0, 1), bias=False),
+            nn.Conv2d(r, c, (3, 1), padding=(1, 0)),
+        )
+    else:
+        pair = nn.Sequential(nn.Conv2d(c, r, 3, padding=1, bias=False), nn.Conv2d(r, c, 1))
+    held = factored.parametrizations.weight
+    U, V = (f.detach().clone() for f in held.parameters())
+    plain = copy.deepcopy(dense)
+    view = held[0].matricization
+    parametrize.register_parametrization(plain, "weight", _Product((U, V), view.tensor))
+    return {AUTO: factored, PAIR: pair, PLAIN: plain, DENSE: dense}, r
+
+
+def _time(
+    models: dict[str, nn.Module], x: Tensor, device: torch.device, seconds: float
+) -> dict[str, Timing]:
+    x = x.to(device).requires_grad_()
+    models = {name: model.to(device) for name, model in models.items()}
+    cotangent = torch.randn_like(models[DENSE](x))
+    runs = {name: _pass(model, x, cotangent) for name, model in models.items()}
+    runs[FACTORED] = _pass(models[AUTO], x, cotangent, True)
+    runs[FORMED] = _pass(models[AUTO], x, cotangent, False)
+    return measure.interleave(runs, device, seconds=seconds)
+
+
+def _row(about: dict[str, Any], timings: dict[str, Timing]) -> dict[str, Any]:
+    ms = {name: timing.ms for name, timing in timings.items()}
+    row = {**about, **ms}
+    chosen = ms[FACTORED if _is_factored(row) else FORMED]
+    best = min(ms[FACTORED], ms[FORMED])
+    ratios = {
+        "÷ pair": ms[AUTO] / ms[PAIR],
+        "÷ best": chosen / best,
+        "÷ dense": ms[AUTO] / ms[DENSE],
+    }
+    return {**row, **ratios, "added, µs": 1e3 * (ms[AUTO] - ms[PAIR])}
+
+
+def _linears(options: Any, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, notes = [], []
+    for name in options.layers.split(","):
+        n, m = LINEARS[name]
+        for fraction in options.ranks:
+            r = max(1, round(fraction * min(m, n)))
+            models, missing = _linear_models(n, m, r, slow=not rows)
+            notes = [f"{library}: {reason}" for library, reason in missing.items()]
+            for count in options.rows:
+                x = torch.randn(count, n)
+                timings = _time(models, x, device, options.seconds)
+                for library in SLOW:
+                    models.pop(library, None)
+                rows.append(_row({"layer": name, "r": r, "rows": count}, timings))
+    return rows, notes
+
+
+def _convolutions(options: Any, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name in options.convs.split(",") if options.convs else ():
+        conv = CONVS[name]
+        for scheme in ("spatial", "channel"):
+            for fraction in options.conv_ranks:
+                models, r = _conv_models(conv, scheme, fraction)
+                x = torch.randn(conv.batch, conv.channels, conv.size, conv.size)
+                timings = _time(models, x, device, options.seconds)
+                rows.append(_row({"layer": name, "scheme": scheme, "r": r}, timings))
+    return rows
+
+
+def _compiled(options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """One layer by inductor, factored and as the pair."""
+    n, m = LINEARS[options.layers.split(",")[0]]
+    models, _ = _linear_models(n, m, min(n, m) // 8)
+    x = torch.randn(MANY, n, device=device, requires_grad=True)
+    cotangent = torch.randn(MANY, m, device=device)
+    runs = {
+        name: _pass(torch.compile(models[name].to(device), fullgraph=True), x, cotangent)
+        for name in (AUTO, PAIR)
+    }
+    timings = measure.interleave(runs, device, seconds=options.seconds)
+    ms = {f"{name}, ms": timing.ms for name, timing in timings.items()}
+    ratio = timings[AUTO].ms / timings[PAIR].ms
+    return [{"layer": f"{n}→{m}", "rows": MANY, **ms, "÷ pair": ratio}]
+
+
+def _memory(options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """What one pass allocates, next to the dense weight that it must not form."""
+    rows = []
+    for name in options.layers.split(","):
+        n, m = LINEARS[name]
+        models, _ = _linear_models(n, m, min(n, m) // 16)
+        x = torch.randn(8, n, device=device, requires_grad=True)
+        cotangent = torch.randn(8, m, device=device)
+        for which in (AUTO, PAIR, PLAIN):
+            run = _pass(models[which].to(device), x, cotangent)
+            run()
+            peak, largest = measure.memory(run, device)
+            sizes = {"peak": peak, "largest": largest, "W": 4 * m * n}
+            row = {f"{what}, KiB": size / 2**10 for what, size in sizes.items()}
+            rows.append({"layer": f"{name}, r/n = 1/16, 8 rows", "": which, **row})
+    return rows
+
+
+def _break_even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rank at which a factored layer takes as long as the dense one."""
+    out = []
+    for key in dict.fromkeys((row["layer"], row["rows"]) for row in rows):
+        curve = _curve(rows, *key)
+        crossing = None
+        for (r0, y0), (r1, y1) in pairwise(curve):
+            if y0 < 1 <= y1:
+                crossing = r0 + (r1 - r0) * (1 - y0) / (y1 - y0)
+        edge = f"above {curve[-1][0]}" if curve[-1][1] < 1 else f"below {curve[0][0]}"
+        out.append(
+            {"layer": key[0], "rows": key[1], "rank": edge if crossing is None else crossing}
+        )
+    return out
+
+
+def _curve(rows: list[dict[str, Any]], layer: str, count: int) -> list[tuple[int, float]]:
+    """(r, factored ÷ dense) by rank."""
+    mine = [row for row in rows if (row["layer"], row["rows"]) == (layer, count)]
+    return sorted((row["r"], row[FACTORED] / row[DENSE]) for row in mine)
+
+
+def _draw(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    drawn = Figure(figsize=(4 * len(layers), 3.6), layout="constrained")
+    for axes, layer in zip(drawn.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+        n, m = LINEARS[layer]
+        for count in dict.fromkeys(row["rows"] for row in rows):
+            curve = _curve(rows, layer, count)
+            axes.loglog(*zip(*curve, strict=True), "o-", label=f"rows: {count}")
+            axes.set_xticks([r for r, _ in curve], [str(r) for r, _ in curve])
+        axes.minorticks_off()
+        axes.axhline(1, color="black", lw=0.8)
+        axes.axvline(m * n / (m + n), color="black", ls=":", lw=0.8)
+        axes.set(title=layer, xlabel="rank (dotted: as many parameters)", ylabel="factored ÷ dense")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return drawn
+
+
+def _targets(
+    rows: list[dict[str, Any]], convs: list[dict[str, Any]], memory: list[dict[str, Any]]
+) -> list[Target]:
+    """The worst row of each kind, named."""
+    found = []
+
+    def worst(what: str, key: str, among: list[dict[str, Any]], limit: float, unit: str) -> None:
+        if among:
+            row = max(among, key=lambda row: row[key])
+            where = ", ".join(str(row[k]) for k in ("layer", "scheme", "r", "rows") if k in row)
+            found.append(Target(f"{what}, worst ({where})", row[key], limit, unit=unit))
+
+    # where the automatic choice is to form W, the pair is not what it competes with
+    chosen = [row for row in rows if row["rows"] >= MANY and _is_factored(row)]
+    worst("linear ÷ pair", "÷ pair", chosen, 1.08, "×")
+    worst("convolution ÷ pair", "÷ pair", [row for row in convs if _is_factored(row)], 1.08, "×")
+    # where the multiplications take least, what is left are the calls
+    short = sorted((row for row in rows if row["rows"] == 1), key=lambda row: row[PAIR])[:1]
+    worst("added per call at 1 row", "added, µs", short, 25, "µs")
+    worst("linear, choice ÷ better of factored and formed", "÷ best", rows, 1.08, "×")
+    worst("convolution, choice ÷ better of factored and formed", "÷ best", convs, 1.08, "×")
+    for row in memory:
+        row["share"] = row["largest, KiB"] / row["W, KiB"]
+    worst("largest allocation ÷ W", "share", [r for r in memory if r[""] == AUTO], 0.99, "×")
+    return found
+
+
+def _is_factored(row: dict[str, Any]) -> bool:
+    """Whether the automatic choice was, by its time, the factors."""
+    return bool(abs(row[AUTO] - row[FACTORED]) <= abs(row[AUTO] - row[FORMED]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    def numbers(text: str) -> list[float]:
+        return [float(word) for word in text.split(",")]
+
+    made = measure.parser("forward", __doc__ or "")
+    made.set_defaults(seconds=0.7)
+    made.add_argument("--full", action="store_true", help="the whole grid of ranks and rows")
+    made.add_argument("--layers", default=",".join(LINEARS), help="default: %(default)s")
+    made.add_argument("--convs", default=",".join(CONVS), help="default: %(default)s")
+    made.add_argument("--ranks", type=numbers, help="r/n, comma-separated")
+    made.add_argument("--conv-ranks", type=numbers, help="fractions of the smaller side")
+    made.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")])
+    made.add_argument("--no-compile", action="store_true", help="skip the compiled layers")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and print its tables.
+
+    Args:
+        arguments: of the command line; the program's own unless given.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = measure.setup(options)
+    options.ranks = options.ranks or list(FULL_RANKS if options.full else QUICK_RANKS)
+    options.rows = options.rows or list(FULL_ROWS if options.full else QUICK_ROWS)
+    options.conv_ranks = options.conv_ranks or (list(FULL_RANKS[1:]) if options.full else [0.111])
+    for names, table in ((options.layers, LINEARS), (options.convs, CONVS)):
+        for name in filter(None, names.split(",")):
+            if name not in table:
+                parser.error(f"expected some of {', '.join(table)}, got {name}")
+    report = Report((__doc__ or "").partition("\n")[0], device)
+    rows, notes = _linears(options, device)
+    report.table("linear layers, forward and backward, ms", rows)
+    report.note("libraries", notes)
+    convs = _convolutions(options, device)
+    if convs:
+        report.table("3×3 convolutions, forward and backward, ms", convs)
+    memory = _memory(options, device)
+    report.targets = _targets(rows, convs, memory)
+    report.table("memory of one pass", memory)
+    if len(options.ranks) > 1:
+        report.table("break-even rank, factored against dense", _break_even(rows))
+    if not options.no_compile:
+        compiled = _compiled(options, device)
+        report.table("compiled by inductor", compiled)
+        report.targets.append(Target("compiled ÷ compiled pair", compiled[0]["÷ pair"], 1.05))
+    if options.plot:
+        _draw(rows).savefig(options.plot, dpi=150)
+    return report.close(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Spectral initialization of a whole model takes a fraction of what a loop over SVDs takes.
+
+    python -m benchmarks.init --threads 2                    # under two minutes
+    python -m benchmarks.init --case bert --all              # every layer of BERT, not one in six
+
+Every row factorizes all matrices of a model, from random (flat) spectra, to balanced factors:
+
+    one by one        frobdecay.init.spectral_init on each weight
+    equal together    the same on stacks of equal shapes
+    randomized        frobdecay.init.randomized_init on each weight: a choice, never the default
+    SVD               torch.linalg.svd of each weight, cut off, its square root on both sides
+    factorize         frobdecay.factorize on the module: with registration and the plan's errors
+
+in turns. ``error`` is how far the worst ‖W − UVᵀ‖ is above the smallest possible, relative;
+``balance`` the worst ‖UᵀU − VᵀV‖ ÷ ‖UᵀU‖.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.cases import CASES, Case, Shape, choose
+from benchmarks.measure import Report, Target
+from frobdecay.init import randomized_init, spectral_init
+from frobdecay.registry import factorize
+
+__all__ = ["main"]
+
+Pair = tuple[Tensor, ...]
+EACH, TOGETHER, RANDOMIZED = "one by one", "equal together", "randomized"
+SVD, FACTORIZE = "SVD", "factorize"
+PROMISED, ALLOWED = 2.5, 1e-5
+DEFAULT = "resnet110,bert"
+PART = 6
+"""Of the matrices of a large model, whose layers are all alike, one in so many is measured."""
+LARGE = 1 << 24
+"""Entries of all matrices from which a model is large."""
+STACK = 4
+"""Times the largest weight that a stack of equal shapes may take."""
+
+
+def _by_svd(weight: Tensor, r: int) -> Pair:
+    p, s, qh = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:r].sqrt()
+    return (p[:, :r] * root).contiguous(), (qh[:r].T * root).contiguous()
+
+
+class Matrices:
+    """The dense weights of a case.
+
+    Args:
+        case: gives shapes and ranks.
+        device: where they are.
+        whole: all of a large model.
+    """
+
+    def __init__(self, case: Case, device: torch.device, whole: bool) -> None:
+        entries = sum(m * n for m, n, _ in case.pairs)
+        self.part = 1 if whole or entries < LARGE else PART
+        shapes = case.pairs[: -(-len(case.pairs) // self.part)]
+        self.ranks = [r for _, _, r in shapes]
+        self.weights = [torch.randn(m, n, device=device) * n**-0.5 for m, n, _ in shapes]
+        self.alike: dict[Shape, list[int]] = defaultdict(list)
+        for k, shape in enumerate(shapes):
+            self.alike[shape].append(k)
+
+    def loop(self, function: Callable[[Tensor, int], Pair]) -> list[Pair]:
+        """One by one."""
+        return [function(W, r) for W, r in zip(self.weights, self.ranks, strict=True)]
+
+    def together(self) -> list[Pair]:
+        """Stacks of equal shapes, as large as a few of the largest weight."""
+        found: dict[int, Pair] = {}
+        bound = STACK * max(W.numel() for W in self.weights)
+        for (m, n, r), members in self.alike.items():
+            size = max(1, bound // (m * n))
+            for start in range(0, len(members), size):
+                chunk = members[start : start + size]
+                U, V = spectral_init(torch.stack([self.weights[k] for k in chunk]), r)
+                found |= {k: (U[j], V[j]) for j, k in enumerate(chunk)}
+        return [found[k] for k in range(len(self.weights))]
+
+    def model(self) -> nn.Module:
+        """Linear layers with these weights."""
+        layers = nn.ModuleList(nn.Linear(*W.T.shape, bias=False) for W in self.weights)
+        for layer, W in zip(layers, self.weights, strict=True):
+            layer.weight = nn.Parameter(W.clone())
+        return layers
+
+    def quality(self, factors: list[Pair]) -> tuple[float, float]:
+        """The worst relative excess of the error, and the worst imbalance, over all shapes."""
+        errors, imbalances = [], []
+        for (*_, r), (k, *_) in self.alike.items():
+            W, (U, V) = self.weights[k].double(), (factor.double() for factor in factors[k])
+            best = torch.linalg.svdvals(W)[r:].square().sum().sqrt()
+            errors.append(float((W - U @ V.T).norm() / best - 1))
+            gram = U.T @ U
+            imbalances.append(float((gram - V.T @ V).norm() / gram.norm()))
+        return max(errors), max(imbalances)
+
+
+def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple[Any, Any]:
+    matrices = Matrices(case, device, options.all)
+    model = matrices.model()
+    plan = {f"{k}.weight": r for k, r in enumerate(matrices.ranks)}
+    makers: dict[str, Callable[[], list[Pair]]] = {
+        EACH: lambda: matrices.loop(spectral_init),
+        TOGETHER: matrices.together,
+        RANDOMIZED: lambda: matrices.loop(randomized_init),
+        SVD: lambda: matrices.loop(_by_svd),
+    }
+    runs: dict[str, Callable[[], object]] = dict(makers)
+    runs[FACTORIZE] = lambda: factorize(copy.deepcopy(model), rank=plan)
+    timings = measure.interleave(runs, device, seconds=options.seconds, rounds=options.rounds)
+    rows, excess = [], {}
+    for key, timing in timings.items():
+        row = {"": key, "ms": timing.ms * matrices.part, "SVD ÷": timings[SVD].ms / timing.ms}
+        if key in makers:
+            excess[key], balance = matrices.quality(makers[key]())
+            row |= {"error": f"{excess[key]:.1e}", "balance": f"{balance:.1e}"}
+        rows.append(row)
+    peak, _ = measure.memory(
+        lambda: spectral_init(max(matrices.weights, key=Tensor.numel), 1), device
+    )
+    largest = max(W.numel() * W.element_size() for W in matrices.weights)
+    best = min((EACH, TOGETHER), key=lambda key: timings[key].ms)
+    targets = [
+        Target(f"{name}, SVD ÷ {best}", timings[SVD].ms / timings[best].ms, PROMISED, above=True),
+        Target(f"{name}, error of {best}", excess[best], ALLOWED, unit="relative"),
+        Target(f"{name}, memory ÷ largest weight", peak / largest, 8),
+    ]
+    return rows, targets
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("init", __doc__ or "")
+    made.add_argument("--case", default=DEFAULT, help=f"some of {', '.join(CASES)}")
+    made.add_argument("--all", action="store_true", help="every layer of large models")
+    made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and print its tables.
+
+    Args:
+        arguments: of the command line; the program's own unless given.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = measure.setup(options)
+    try:
+        cases = choose(options.case, device)
+    except ValueError as error:
+        parser.error(str(error))
+    report = Report((__doc__ or "").partition("\n")[0], device)
+    for name, case in cases.items():
+        rows, targets = _measure(name, case, device, options)
+        report.table(f"{case.title}: {len(case.pairs)} matrices", rows)
+        report.targets += targets
+    return report.close(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The gradient of the penalty costs a fraction of what it costs by hand or by autograd.
+
+    python -m benchmarks.penalty --threads 2                  # all suites, about two minutes
+    python -m benchmarks.penalty --case resnet110,lora
+    python -m benchmarks.penalty --scaling --plot scaling.png # time and memory by size
+    python -m benchmarks.penalty --device cuda --compile
+
+Every row adds λ·∇½‖W‖² of all products of a model to gradients that exist already. Compared are
+
+    automatic, bucketed, …      frobdecay.accumulate.Accumulator, by backend
+    released formulas           a loop over layers, VT stored r×n, each product of three in its
+                                cheaper order, ``grad += coef * …``
+    … by multi_dot              the same, the order left to torch.linalg.multi_dot
+    autograd, W formed          λ/2·‖UVᵀ‖² added to the loss, as one writes it
+    autograd, Gram              frobdecay.penalty added to the loss
+    weight decay                of each factor, by torch._foreach_add_: what SGD does anyhow
+
+in turns, within one run, beside the machine's limits: the rate of a large matrix product, and the
+bandwidth of a copy, where factors count as read once, gradients as read and written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.cases import CASES, Case, choose, stack
+from benchmarks.measure import Report, Target, Timing
+from frobdecay.accumulate import Accumulator
+from frobdecay.backends import BACKENDS
+from frobdecay.product import Product, penalty
+
+__all__ = ["main"]
+
+Run = Callable[[], object]
+COEF = 1e-4
+AUTO, RELEASED, MULTI_DOT = "automatic", "released formulas", "released, by multi_dot"
+FORMED, GRAM, DECAY = "autograd, W formed", "autograd, Gram", "weight decay"
+COMPILED = "autograd, Gram, compiled"
+GEMM, COPY = "GEMM", "copy"
+
+PROMISED: dict[str, dict[str, dict[str, float]]] = {
+    "cpu": {
+        "resnet32": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 5},
+        "resnet110": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 5},
+        "bert": {RELEASED: 0.8, FORMED: 0.2, GEMM: 0.75},
+        "lora": {RELEASED: 0.7, FORMED: 0.2, COPY: 0.75},
+    },
+    "cuda": {
+        "resnet110": {RELEASED: 0.05, "µs in all": 100},
+        "bert": {"roofline": 0.6},
+        "lora7b": {COPY: 0.6},
+    },
+}
+"""device -> case -> what -> limit: ratios of time to a baseline, shares of a limit, µs."""
+
+GEMM_SIZE, COPY_BYTES = 2048, 1 << 28
+LARGE = 1 << 22
+"""Entries of all factors from which a limit of the machine is of interest."""
+FORMED_ENTRIES = {"cpu": 150_000_000, "cuda": 1_500_000_000}
+"""Entries of W, of all products together, that autograd is given at once; the rest is scaled."""
+
+
+class Suite:
+    """One model's factors and gradients, and everything that is timed on them.
+
+    Args:
+        case: gives the shapes.
+        device: where the tensors are.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.pairs = case.factors(device)
+        self.grads = [(torch.zeros_like(U), torch.zeros_like(V)) for U, V in self.pairs]
+        self.products = [Product.of(U, V) for U, V in self.pairs]
+        self.coefs = [[COEF, COEF]] * len(self.pairs)
+        self.refused: dict[str, str] = {}
+        self.share: dict[str, float] = {}  # of the products, where not all are measured
+
+    def backends(self) -> dict[str, Run]:
+        """The automatic choice, and every backend that can run here."""
+        runs = {AUTO: self.backend(None)}
+        for name, backend in BACKENDS.items():
+            try:
+                reasons = backend.why_not(self.products)
+                if not reasons:
+                    runs[name] = self.backend(name)
+            except (ImportError, RuntimeError) as error:
+                reasons = [str(error)]
+            if reasons:
+                self.refused[name] = reasons[0]
+        return runs
+
+    def backend(self, name: str | None) -> Run:
+        """One backend, planned."""
+        accumulator = Accumulator(self.products, name)
+        return lambda: accumulator.accumulate(self.grads, self.coefs)
+
+    def baselines(self, compile_: bool) -> dict[str, Run]:
+        """What a user would otherwise do."""
+        runs = {
+            RELEASED: self._released(_ordered),
+            MULTI_DOT: self._released(torch.linalg.multi_dot),
+            FORMED: self._formed(),
+            GRAM: self._autograd(lambda products: penalty(products, COEF)),
+            DECAY: self._decay(),
+        }
+        if compile_:
+            compiled = torch.compile(_gram_penalty)
+            leaves = self._leaves(len(self.pairs))
+            runs[COMPILED] = lambda: compiled(leaves).backward()
+        return runs
+
+    def _released(self, multiply: Callable[[list[Tensor]], Tensor]) -> Run:
+        layers = [(U.clone(), V.T.contiguous()) for U, V in self.pairs]
+        grads = [(torch.zeros_like(U), torch.zeros_like(VT)) for U, VT in layers]
+
+        @torch.no_grad()
+        def run() -> None:
+            for (U, VT), (into_U, into_VT) in zip(layers, grads, strict=True):
+                into_U += COEF * multiply([U, VT, VT.T])
+                into_VT += COEF * multiply([U.T, U, VT])
+
+        return run
+
+    def _leaves(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        leaves = [tuple(t.clone().requires_grad_() for t in pair) for pair in self.pairs[:count]]
+        for leaf in (leaf for pair in leaves for leaf in pair):
+            leaf.grad = torch.zeros_like(leaf)
+        return leaves  # type: ignore[return-value]
+
+    def _formed(self) -> Run:
+        limit = FORMED_ENTRIES[self.device.type]
+        sizes = [m * n for m, n, _ in self.case.pairs]
+        taken = next((k for k in range(len(sizes), 1, -1) if sum(sizes[:k]) <= limit), 1)
+        self.share[FORMED] = sum(sizes[:taken]) / sum(sizes)
+        leaves = self._leaves(taken)
+
+        def run() -> None:
+            total = sum((U @ V.T).square().sum() for U, V in leaves)
+            (0.5 * COEF * total).backward()  # type: ignore[union-attr]
+
+        return run
+
+    def _autograd(self, value: Callable[[list[Product]], Tensor]) -> Run:
+        products = [Product.of(U, V) for U, V in self._leaves(len(self.pairs))]
+        return lambda: value(products).backward()
+
+    def _decay(self) -> Run:
+        flat = [t for pair in self.pairs for t in pair]
+        grads = [t for pair in self.grads for t in pair]
+        return lambda: torch._foreach_add_(grads, flat, alpha=COEF)
+
+    def limits(self) -> dict[str, Run]:
+        """A large matrix product and a large copy, where they can be a limit at all."""
+        if self.case.parameters < LARGE:
+            return {}
+        a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=self.device) for _ in range(2))
+        c, source = torch.empty_like(a), torch.ones(COPY_BYTES // 4, device=self.device)
+        target = torch.zeros_like(source)
+        return {GEMM: lambda: torch.mm(a, b, out=c), COPY: lambda: target.copy_(source)}
+
+
+def _ordered(matrices: list[Tensor]) -> Tensor:
+    """The product of three in the order that needs fewer multiplications."""
+    A, B, C = matrices
+    (m, k), (_, n), (_, p) = A.shape, B.shape, C.shape
+    return (A @ B) @ C if m * k * n + m * n * p <= k * n * p + m * k * p else A @ (B @ C)
+
+
+def _gram_penalty(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return 0.5 * COEF * sum(((U.T @ U) * (V.T @ V)).sum() for U, V in pairs)  # type: ignore[return-value]
+
+
+def _python_share(run: Run, calls: int = 30) -> float:
+    """The part of the time that is spent outside of torch's operators, by its profiler."""
+    run()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profile, torch.profiler.record_function("all"):
+        for _ in range(calls):
+            run()
+    events = profile.key_averages()
+    (whole,) = (event.cpu_time_total for event in events if event.key == "all")
+    inside = sum(event.self_cpu_time_total for event in events if event.key.startswith("aten::"))
+    return float(max(0.0, 1 - inside / whole))
+
+
+def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple[Any, ...]:
+    """Rows and targets of one case."""
+    suite = Suite(case, device)
+    ours = suite.backends()
+    runs = {**ours, **suite.baselines(options.compile), **suite.limits()}
+    timings = measure.interleave(runs, device, seconds=options.seconds)
+    times = {key: timing.ms / suite.share.get(key, 1.0) for key, timing in timings.items()}
+    # whichever of the two ways to write the loop is faster
+    times[RELEASED] = min(times[RELEASED], times[MULTI_DOT])
+    shares = _shares(case, times)
+    rows = []
+    for key, timing in timings.items():
+        if key in (GEMM, COPY):
+            continue
+        ms = timing.ms / suite.share.get(key, 1.0)
+        row = {"": key, "ms": ms, "quartiles": _quartiles(timing, suite.share.get(key, 1.0))}
+        row |= {name: ms / times[base] for name, base in _RATIOS.items()}
+        row["µs/product"] = 1e3 * ms / len(case.pairs)
+        row |= {f"of {limit}": shares[limit] / ms for limit in (GEMM, COPY) if shares}
+        if key in ours:
+            row["peak KiB"] = measure.memory(ours[key], device)[0] / 2**10
+        rows.append(row)
+    targets = _targets(name, case, device, times, shares)
+    return rows, targets, _notes(suite, times, ours[AUTO])
+
+
+_RATIOS = {"÷ released": RELEASED, "÷ autograd": FORMED, "÷ decay": DECAY}
+
+
+def _notes(suite: Suite, times: dict[str, float], automatic: Run) -> list[str]:
+    notes = [f"{name} cannot run: {reason}" for name, reason in suite.refused.items()]
+    if GEMM in times:
+        rate = 2e-9 * GEMM_SIZE**3 / times[GEMM]
+        bandwidth = 2e-6 * COPY_BYTES / times[COPY]
+        return [*notes, f"limits: {rate:.3g} Tflop/s, {bandwidth:.3g} GB/s"]
+    if suite.device.type == "cpu":
+        notes.append(f"outside of operators, by a profile: {_python_share(automatic):.0%}")
+    return notes
+
+
+def _quartiles(timing: Timing, share: float) -> str:
+    part = f", {share:.0%} measured" if share < 1 else ""
+    return f"{timing.low / share:.3g}–{timing.high / share:.3g}{part}"
+
+
+def _shares(case: Case, times: dict[str, float]) -> dict[str, float]:
+    """The least milliseconds that each limit allows for a case."""
+    if GEMM not in times:
+        return {}
+    rate = 2 * GEMM_SIZE**3 / times[GEMM]
+    bandwidth = 2 * COPY_BYTES / times[COPY]
+    least = {GEMM: case.flops / rate, COPY: 3 * 4 * case.parameters / bandwidth}
+    return {**least, "roofline": max(least.values())}
+
+
+def _targets(
+    name: str,
+    case: Case,
+    device: torch.device,
+    times: dict[str, float],
+    shares: dict[str, float],
+) -> list[Target]:
+    ms, found = times[AUTO], []
+    for what, limit in PROMISED.get(device.type, {}).get(name, {}).items():
+        if what in shares:
+            share = shares[what] / ms
+            found.append(Target(f"{name}, of {what}", share, limit, above=True, unit="of it"))
+        elif what.startswith("µs"):
+            value = 1e3 * ms / (len(case.pairs) if "product" in what else 1)
+            found.append(Target(f"{name}, {what}", value, limit, unit="µs"))
+        else:
+            found.append(Target(f"{name} ÷ {what}", ms / times[what], limit))
+    return found
+
+
+SCALES: dict[str, tuple[list[int], Callable[[int], Case]]] = {
+    "layers": ([8, 16, 32, 64, 128], lambda k: stack(k, 768, 64)),
+    "width": ([256, 512, 1024, 2048, 4096], lambda k: stack(16, k, 32)),
+    "rank": ([8, 16, 32, 64, 128, 256], lambda k: stack(16, 1024, k)),
+}
+
+
+def _scaling(report: Report, device: torch.device, options: Any) -> None:
+    """Time and memory against one size, the others fixed; beside the cost model."""
+    for what, (sizes, make) in SCALES.items():
+        rows = []
+        for size in sizes[: options.points]:
+            case = make(size)
+            suite = Suite(case, device)
+            runs = {AUTO: suite.backend(None), RELEASED: suite._released(_ordered)}
+            timings = measure.interleave(runs, device, seconds=options.seconds / 4)
+            peak, _ = measure.memory(lambda s=suite: s.backend(None)(), device)
+            rows.append(
+                {
+                    what: size,
+                    "ms": timings[AUTO].ms,
+                    "released, ms": timings[RELEASED].ms,
+                    "Gflop": case.flops / 1e9,
+                    "factors, MiB": 4 * case.parameters / 2**20,
+                    "buffers, MiB": peak / 2**20,
+                }
+            )
+        report.table(f"scaling by {what}, from {make(sizes[0]).title}", rows)
+        first, last = rows[0], rows[-1]
+        growth = last["ms"] / first["ms"] / (last["Gflop"] / first["Gflop"])
+        report.targets.append(Target(f"growth by {what} ÷ that of the flops", growth, 1.25))
+    if options.plot:
+        _draw(report).savefig(options.plot, dpi=150)
+
+
+def _draw(report: Report) -> Any:
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(12, 7), layout="constrained")
+    axes = drawn.subplots(2, len(SCALES))
+    for (above, below), what, rows in zip(axes.T, SCALES, report.tables.values(), strict=True):
+        sizes = [row[what] for row in rows]
+        flops = [row["Gflop"] * rows[-1]["ms"] / rows[-1]["Gflop"] for row in rows]
+        above.loglog(sizes, [row["ms"] for row in rows], "o-", label="automatic")
+        above.loglog(sizes, [row["released, ms"] for row in rows], "s-", label=RELEASED)
+        above.loglog(sizes, flops, "k:", label="as the flops, 4r²(m+n)")
+        below.loglog(sizes, [row["factors, MiB"] for row in rows], "k:", label="factors")
+        below.loglog(sizes, [row["buffers, MiB"] for row in rows], "o-", label="buffers")
+        above.set(title=what, ylabel="ms")
+        below.set(xlabel=what, ylabel="MiB")
+        for part in (above, below):
+            part.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            part.minorticks_off()
+            part.grid(alpha=0.3)
+            part.legend()
+    return drawn
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("penalty", __doc__ or "")
+    made.add_argument("--case", help=f"some of {', '.join(CASES)}")
+    made.add_argument("--compile", action="store_true", help="time a compiled penalty, too")
+    made.add_argument("--scaling", action="store_true", help="by layers, width, rank instead")
+    made.add_argument("--points", type=measure.count, help="of each scaling; all unless given")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and print its tables.
+
+    Args:
+        arguments: of the command line; the program's own unless given.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = measure.setup(options)
+    try:
+        cases = choose(options.case, device)
+    except ValueError as error:
+        parser.error(str(error))
+    report = Report((__doc__ or "").partition("\n")[0], device)
+    if options.scaling:
+        _scaling(report, device, options)
+        return report.close(options)
+    for name, case in cases.items():
+        rows, targets, notes = _measure(name, case, device, options)
+        report.table(f"{case.title}: {len(case.pairs)} products", rows)
+        report.targets += targets
+        report.note(name, notes)
+    return report.close(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Frobenius decay adds next to nothing to a training step.
+
+    python -m benchmarks.step --threads 2                    # under three minutes
+    python -m benchmarks.step --case resnet
+    python -m benchmarks.step --layers 12 --device cuda      # all of BERT-base
+
+Every row is a whole step (forward, backward, zero_grad, the optimizer) of one factorized model:
+
+    weight decay       the optimizer with its weight decay on every factor
+    Frobenius decay    the same optimizer in frobdecay.FrobeniusDecay
+    penalty            no decay, λ/2·‖W‖² of all products added to the loss by frobdecay.penalty
+    … step() alone     the optimizer's part of the first two
+
+in turns. What the decay adds is the difference of the first two rows or, where it has to be so
+small that it drowns in their noise, of the last two. ResNet-32 has its first convolution and
+classifier dense and takes 128 images. The BERT layers are the linear layers of BERT-base between
+normalizations and GELU, at rank 192, without attention itself, which would only make the share of
+the decay smaller. What the decay may take of their step is 1.3 times its share of the flops,
+2r ÷ (3 · tokens).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu
+
+from benchmarks import measure
+from benchmarks.cases import FRACTION
+from benchmarks.measure import Report, Target
+from benchmarks.models import resnet
+from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.product import penalty
+from frobdecay.registry import factorize, products
+
+__all__ = ["CASES", "main"]
+
+DECAY = 1e-4
+PLAIN, OURS, LOSS = "weight decay", "Frobenius decay", "penalty"
+PLAIN_ALONE, OURS_ALONE = f"{PLAIN}, step() alone", f"{OURS}, step() alone"
+NOISE = 5
+"""Percent of a whole step, below which differences of whole steps are not looked at."""
+ADDED, SHARE = 0.01, 1.3
+"""What is promised: of the ResNet's step; times the flops of the BERT layers'."""
+
+
+class Layer(nn.Module):
+    """The six linear layers of a transformer layer, residual, without attention.
+
+    Args:
+        width: of the stream; the hidden layer has four times as many.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (tokens, width) to the same."""
+        y = self.norm1(x)
+        x = x + self.o(self.q(y) + self.k(y) + self.v(y))
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+
+Case = tuple[nn.Module, Callable[[nn.Module], Tensor], Callable[..., torch.optim.Optimizer]]
+
+
+def _resnet(options: Any, device: torch.device) -> Case:
+    model = resnet(options.depth)
+    factorize(model, rank=FRACTION, exclude=["conv1", "fc"])
+    images = torch.randn(options.batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (options.batch,), device=device)
+
+    def loss(model: nn.Module) -> Tensor:
+        return cross_entropy(model(images), labels)
+
+    def optimizer(parameters: Any, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay)
+
+    return model.to(device), loss, optimizer
+
+
+def _bert(tokens: int) -> Callable[[Any, torch.device], Case]:
+    def make(options: Any, device: torch.device) -> Case:
+        model = nn.Sequential(*(Layer(options.width) for _ in range(options.layers)))
+        # matched: what the factors are does not matter here, and SI would take its time
+        factorize(model, rank=options.width // 4, init="matched")
+        x = torch.randn(tokens, options.width, device=device)
+
+        def loss(model: nn.Module) -> Tensor:
+            return model(x).square().mean()
+
+        def optimizer(parameters: Any, weight_decay: float) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=weight_decay)
+
+        return model.to(device), loss, optimizer
+
+    return make
+
+
+TOKENS = {"bert 8×128": 8 * 128, "bert 8×1024": 8 * 1024}
+CASES: dict[str, Callable[[Any, torch.device], Case]] = {
+    "resnet": _resnet,
+    **{name: _bert(tokens) for name, tokens in TOKENS.items()},
+}
+
+
+def _step(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: torch.optim.Optimizer,
+    extra: Callable[[], Tensor] | None = None,
+) -> Callable[[], object]:
+    def run() -> None:
+        total = loss(model)
+        if extra is not None:
+            total = total + extra()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+    return run
+
+
+def _measure(name: str, options: Any, device: torch.device) -> tuple[list[dict[str, Any]], Target]:
+    model, loss, make = CASES[name](options, device)
+    plain, ours, added = model, copy.deepcopy(model), copy.deepcopy(model)
+    wrapped = FrobeniusDecay(make(ours.parameters(), DECAY), ours)
+    found = products(added)
+    optimizer = make(plain.parameters(), DECAY)
+    runs = {
+        PLAIN: _step(plain, loss, optimizer),
+        OURS: _step(ours, loss, wrapped),
+        LOSS: _step(added, loss, make(added.parameters(), 0.0), lambda: penalty(found, DECAY)),
+        PLAIN_ALONE: optimizer.step,
+        OURS_ALONE: wrapped.step,
+    }
+    timings = measure.interleave(runs, device, seconds=options.seconds, rounds=options.rounds)
+    ms = {key: timing.ms for key, timing in timings.items()}
+    rows = [
+        {
+            "": key,
+            "ms": ms[key],
+            "quartiles": f"{timing.low:.4g}–{timing.high:.4g}",
+            "of the step": f"{ms[key] / ms[PLAIN]:.2%}",
+            "samples": timing.samples,
+        }
+        for key, timing in timings.items()
+    ]
+    limit = 100 * ADDED
+    if name in TOKENS:
+        limit = 100 * SHARE * 2 * (options.width // 4) / (3 * TOKENS[name])
+    first, second = (OURS, PLAIN) if limit > NOISE else (OURS_ALONE, PLAIN_ALONE)
+    gain = 100 * (ms[first] - ms[second]) / ms[PLAIN]
+    return rows, Target(f"{name}, added by Frobenius decay", gain, limit, unit="%")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("step", __doc__ or "")
+    made.set_defaults(seconds=25.0)
+    made.add_argument("--case", default=",".join(CASES), help="default: %(default)s")
+    made.add_argument("--depth", type=measure.count, default=32, help="default: %(default)s")
+    made.add_argument("--batch", type=measure.count, default=128, help="default: %(default)s")
+    made.add_argument("--width", type=measure.count, default=768, help="default: %(default)s")
+    made.add_argument("--layers", type=measure.count, default=1, help="default: %(default)s")
+    made.add_argument("--rounds", type=measure.count, default=7, help="default: %(default)s")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark and print its tables.
+
+    Args:
+        arguments: of the command line; the program's own unless given.
+
+    Returns:
+        What ``--json`` writes.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = measure.setup(options)
+    names = options.case.split(",")
+    for name in names:
+        if name not in CASES:
+            parser.error(f"expected some of {', '.join(CASES)}, got {name}")
+    report = Report((__doc__ or "").partition("\n")[0], device)
+    for name in names:
+        rows, target = _measure(name, options, device)
+        report.table(name, rows)
+        report.targets.append(target)
+    return report.close(options)
+
+
+if __name__ == "__main__":
+    main()
