@@ -42,15 +42,15 @@ PY
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
 mapfile -t tests < <(grep -l 'mark\.cuda' tests/test_*.py)
-part tests 150 "$python" -m pytest -q -m cuda -p no:cacheprovider "${workers[@]}" "${tests[@]}"
+part tests 160 "$python" -m pytest -q -m cuda -p no:cacheprovider "${workers[@]}" "${tests[@]}"
 
-part gpu 130 "$python" -m benchmarks.gpu --budget 110 --json "$work/1-tiles.json"
-part penalty 90 "$python" -m benchmarks.penalty --device cuda --compile --seconds 0.5 \
+part gpu 120 "$python" -m benchmarks.gpu --budget 100 --json "$work/1-tiles.json"
+part penalty 80 "$python" -m benchmarks.penalty --device cuda --compile --seconds 0.5 \
     --json "$work/2-penalty.json"
 number=3
 for name in step forward init; do
     if [[ -f benchmarks/$name.py ]]; then
-        part "$name" 50 "$python" -m "benchmarks.$name" --device cuda --seconds 0.2 \
+        part "$name" 45 "$python" -m "benchmarks.$name" --device cuda --seconds 0.2 \
             --json "$work/$number-$name.json"
     fi
     number=$((number + 1))

@@ -127,15 +127,13 @@ def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple
             excess[key], balance = matrices.quality(makers[key]())
             row |= {"error": f"{excess[key]:.1e}", "balance": f"{balance:.1e}"}
         rows.append(row)
-    peak, _ = measure.memory(
-        lambda: spectral_init(max(matrices.weights, key=Tensor.numel), 1), device
-    )
-    largest = max(W.numel() * W.element_size() for W in matrices.weights)
+    W, r = max(zip(matrices.weights, matrices.ranks, strict=True), key=lambda pair: pair[0].numel())
+    peak, _ = measure.memory(lambda: spectral_init(W, r), device)
     best = min((EACH, TOGETHER), key=lambda key: timings[key].ms)
     targets = [
         Target(f"{name}, SVD ÷ {best}", timings[SVD].ms / timings[best].ms, PROMISED, above=True),
         Target(f"{name}, error of {best}", excess[best], ALLOWED, unit="relative"),
-        Target(f"{name}, memory ÷ largest weight", peak / largest, 8),
+        Target(f"{name}, memory ÷ largest weight", peak / (W.numel() * W.element_size()), 8),
     ]
     return rows, targets
 
