@@ -1,4 +1,4 @@
-"""frobdecay: factorized layers that train as well as dense ones.
+"""frobdecay: train factorized layers as what they are, products.
 
 A factorized weight is a product, W = U Vᵀ. Two things about it go wrong by default, and two
 replace them (Khodak et al., ICLR 2021, arXiv:2105.01029):
