@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from frobdecay.backends import BACKENDS, select
 from frobdecay.bucketed import Job
-from frobdecay.chain import Coefficient, plan_of
+from frobdecay.chain import Coefficient, full_precision, plan_of
 from frobdecay.product import Factor, Product, as_products, check_coefficient
 
 __all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain", "place_of"]
@@ -95,7 +94,7 @@ class Accumulator:
         if not self._unscaled:
             pairs = zip(coefs, self._squared_scales, strict=True)
             coefs = [[coef * scale for coef in one] for one, scale in pairs]
-        with _full_precision(self._device):
+        with full_precision(self._device):
             for members, run in self._runners:
                 run([targets[k] for k in members], [coefs[k] for k in members])
 
@@ -135,13 +134,6 @@ def place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
     if isinstance(owner, nn.Module) and name in owner._parameters:
         return owner._parameters, name
     return (vars(owner), name) if name in vars(owner) else (_Attributes(owner), name)
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    """Autocast off: it would compute the Grams in half precision."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def add_penalty_grad_(

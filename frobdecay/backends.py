@@ -72,14 +72,18 @@ def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coef
             target.add_(gradient)
 
 
-class Reference:
-    """A plain loop; every gradient is formed, then added."""
-
-    name = "reference"
+class _General:
+    """Runs every product that the formulas of ``chain.py`` cover."""
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
+
+
+class Reference(_General):
+    """A plain loop; every gradient is formed, then added."""
+
+    name = "reference"
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Plan nothing."""
@@ -91,14 +95,10 @@ class Reference:
         return run
 
 
-class PerProduct:
+class PerProduct(_General):
     """Grams, then ``target += coef · U (VᵀV)`` in one call a factor, without a temporary."""
 
     name = "per_product"
-
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: only what holds for every backend."""
-        return _why_not(products)
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Tell the pairs that can be added in place."""
@@ -109,6 +109,8 @@ class PerProduct:
 
         def run(targets: Targets, coefs: Coefs) -> None:
             for job, direct, into, coef in zip(jobs, in_place, targets, coefs, strict=True):
+                if all(target is None for target in into):
+                    continue  # a frozen or undecayed layer: its Grams would be for nothing
                 # In place, a target that is the factor itself would be read while it is written.
                 if direct and not any(
                     target is not None and target.data_ptr() == view.data_ptr()
@@ -136,14 +138,10 @@ def _add_in_place(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Co
             target.addmm_(view, gram, alpha=coef)
 
 
-class Bucketed:
+class Bucketed(_General):
     """Products of equal shapes together: see ``bucketed.py``."""
 
     name = "bucketed"
-
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: only what holds for every backend."""
-        return _why_not(products)
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Make the stacks."""
@@ -197,19 +195,17 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {sorted(BACKENDS)}, got {backend!r}")
     times = Counter(id(param) for product in products for param in product.params)
-    alike: dict[object, list[int]] = defaultdict(list)
-    repeated: dict[object, bool] = {}
+    alike: dict[tuple[object, int, bool], list[int]] = defaultdict(list)
     for k, product in enumerate(products):
         about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.views())
         shared = any(times[id(param)] > 1 for param in product.params)
         alike[about, product.batch, shared].append(k)
-        repeated[about, product.batch, shared] = shared
     choices = []
-    for key, members in alike.items():
+    for (_, _, shared), members in alike.items():
         name, reason = (
             (backend, "asked for")
             if backend is not None
-            else _cheapest([products[k] for k in members], repeated[key])
+            else _cheapest([products[k] for k in members], shared)
         )
         reasons = BACKENDS[name].why_not([products[k] for k in members])
         if reasons:

@@ -129,10 +129,9 @@ class _Pairs:
         place = {slot: i for i, slot in enumerate(self.order)}
         first = self.stacks[0].operand
         shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
-        dtype = torch.promote_types(first.dtype, torch.float32)
         # matmul would take longer to look at the shapes than bmm takes to multiply
         self.multiply = torch.bmm if len(shape) == 3 else torch.matmul
-        self.grams = torch.empty(shape, dtype=dtype, device=first.device)
+        self.grams = first.new_empty(shape)
         self.partners = torch.empty_like(self.grams)
         self.partner = torch.tensor([place[k, 1 - j] for k, j in self.order], device=first.device)
         sizes = [len(stack.slots) for stack in self.stacks]

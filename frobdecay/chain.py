@@ -21,6 +21,7 @@ Grams are summed (grouped queries, cores of a train).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "HALF",
     "Coefficient",
     "ContractionPlan",
     "accumulable",
@@ -37,12 +39,13 @@ __all__ = [
     "chain_materialize",
     "chain_squared_norm",
     "contraction_plan",
+    "full_precision",
     "plan_of",
 ]
 
 Coefficient = float | Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,16 @@ def plan_of(views: Sequence[Tensor], batch: int) -> ContractionPlan:
     return contraction_plan(tuple(tuple(view.shape) for view in views), batch)
 
 
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Switch autocast off on a device type: it would compute the Grams in half precision."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def accumulable(views: Sequence[Tensor]) -> list[Tensor]:
     """Half-precision factors are multiplied in float32: a sum of squares loses fp16's digits."""
-    return [view.float() if view.dtype in _HALF else view for view in views]
+    return [view.float() if view.dtype in HALF else view for view in views]
 
 
 def _lift(matrix: Tensor, view: Tensor) -> Tensor:

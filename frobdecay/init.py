@@ -23,6 +23,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from frobdecay.chain import full_precision
 from frobdecay.product import Product, as_products
 from frobdecay.svd import resolution, sketched_svd, truncated_svd, work_dtype
 
@@ -122,7 +123,7 @@ def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor
     """
     check_weight(weight)
     r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight.device.type):
         left, right = _split(*truncated_svd(weight, r), r, resolution(weight.dtype))
     return _with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
 
@@ -188,7 +189,7 @@ def randomized_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tens
     """
     check_weight(weight)
     r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight.device.type):
         triples = sketched_svd(weight, r)
         left, right = _split(*triples, r, resolution(weight.dtype))
     return _with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)

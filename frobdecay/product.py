@@ -22,6 +22,7 @@ from frobdecay.chain import (
     chain_grams,
     chain_materialize,
     chain_squared_norm,
+    full_precision,
 )
 
 __all__ = [
@@ -221,18 +222,13 @@ def _check(product: Product) -> None:
         )
 
 
-def _full_precision(product: Product) -> torch.autocast:
-    """Autocast off: it would compute the Grams in half precision."""
-    return torch.autocast(product.params[0].device.type, enabled=False)
-
-
 def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
     """Form the left and the right Grams at every bond, scale left out.
 
     Returns:
         Two lists of tensors (*batch, r, r); for a pair: [UᵀU], [VᵀV].
     """
-    with _full_precision(product):
+    with full_precision(product.params[0].device.type):
         return chain_grams(accumulable(product.views()), product.batch)
 
 
@@ -242,7 +238,7 @@ def squared_norm(product: Product) -> Tensor:
     Returns:
         A tensor without dimensions, at least float32.
     """
-    with _full_precision(product):
+    with full_precision(product.params[0].device.type):
         return chain_squared_norm(product.views(), product.batch) * product.scale**2
 
 
@@ -267,7 +263,7 @@ def gradients(product: Product) -> tuple[Tensor, ...]:
         Tensors of the parameters' shapes (float32 for half-precision parameters).
     """
     coefs = [product.scale**2] * len(product.factors)
-    with torch.no_grad(), _full_precision(product):
+    with torch.no_grad(), full_precision(product.params[0].device.type):
         grads = chain_gradients(product.views(), product.batch, coefs)
     out = []
     for factor, grad in zip(product.factors, grads, strict=True):

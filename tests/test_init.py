@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from frobdecay import svd
 from frobdecay.init import (
     INITS,
     balance_,
@@ -97,6 +98,38 @@ def test_memory_layout_does_not_matter(layout):
     ]
     for found, expected in zip(spectral_init(W, 2), spectral_init(W.contiguous(), 2), strict=True):
         assert torch.equal(found, expected)
+
+
+def refused(*_):
+    """In the place of a route that must not be taken."""
+    raise AssertionError("another route was taken")
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 90, 60)], ids=str)
+def test_the_float32_route_is_as_exact_as_float64(monkeypatch, shape):
+    """On a flat spectrum at low rank it is taken: optimal, balanced, equal to the reference."""
+    W = torch.randn(shape)
+    with monkeypatch.context() as patch:
+        patch.setattr(svd, "_in_float64", refused)
+        U, V = spectral_init(W, 12)
+    monkeypatch.setattr(svd, "_in_float32", lambda *_: None)
+    reference = spectral_init(W, 12)
+    products = [u.double() @ v.double().mT for u, v in ((U, V), reference)]
+    assert (products[0] - products[1]).norm() <= 1e-5 * W.norm()
+    tail = torch.linalg.svdvals(W.double())[..., 12:].square().sum().sqrt()
+    assert (W - products[0]).norm() <= tail * (1 + 1e-6)
+    assert (U.mT @ U - V.mT @ V).norm() <= 1e-5 * W.norm()
+
+
+@pytest.mark.parametrize("r", [12, 40], ids=["steep", "over half"])
+def test_the_float32_route_refuses_what_it_cannot_resolve(monkeypatch, r):
+    """A steep spectrum, or more than half of the rank, goes through float64."""
+    W = torch.randn(90, 60) @ torch.diag(10.0 ** -torch.arange(60).clamp_max(20).float())
+    seen = []
+    exact = svd._in_float64
+    monkeypatch.setattr(svd, "_in_float64", lambda *args: seen.append(1) or exact(*args))
+    spectral_init(W, r)
+    assert seen
 
 
 def test_signs_are_fixed():

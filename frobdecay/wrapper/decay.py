@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from frobdecay.accumulate import Accumulator, place_of
-from frobdecay.chain import Coefficient
+from frobdecay.chain import HALF, Coefficient
 from frobdecay.product import Product, squared_norm
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder
 
 __all__ = ["Decay", "Increments", "PenalizedClosure", "factor_name"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 Targets = list[list[Tensor | None]]
 Coefs = list[list[Coefficient]]
@@ -41,7 +39,7 @@ class Increments:
     def of(self, param: Tensor) -> Tensor:
         """The parameter's buffer, zero at first."""
         if id(param) not in self._of:
-            dtype = torch.float32 if param.dtype in _HALF else param.dtype
+            dtype = torch.float32 if param.dtype in HALF else param.dtype
             self._of[id(param)] = param, torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return self._of[id(param)][1]
 
@@ -50,9 +48,9 @@ class Increments:
         """Add the buffers to those parameters that have a gradient, torch's rule for decay."""
         due = [(param, buffer) for param, buffer in self._of.values() if param.grad is not None]
         for param, buffer in due:
-            if param.dtype not in _HALF:
+            if param.dtype not in HALF:
                 param.add_(buffer)
-        half = [(param, buffer) for param, buffer in due if param.dtype in _HALF]
+        half = [(param, buffer) for param, buffer in due if param.dtype in HALF]
         rounder.add_([param for param, _ in half], [buffer for _, buffer in half])
 
 
@@ -159,7 +157,7 @@ class Decay:
             grad = _dense_grad(name, param, rate)
             if grad is None or not rate.decoupled:
                 return grad
-            in_place = param.dtype not in _HALF and id(param) not in self._repeated
+            in_place = param.dtype not in HALF and id(param) not in self._repeated
             return param if in_place else increments.of(param)
 
         self.accumulator.accumulate(*self._sheet(rates, target))
