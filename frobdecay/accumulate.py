@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frobdecay.backends import BACKENDS, select
 from frobdecay.bucketed import Job
-from frobdecay.chain import Coefficient, full_precision, plan_of
+from frobdecay.chain import Coefficient, full_precision
 from frobdecay.product import Factor, Product, as_products, check_coefficient
 
 __all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain", "place_of"]
@@ -41,8 +41,8 @@ class Accumulator:
     def _plan(self) -> None:
         products = self.products
         self.choices = select(products, self.backend)
-        jobs = [Job(product.views(), product.batch) for product in products]
-        self._routes = [plan_of(job.views, job.batch).gradient for job in jobs]
+        jobs = [Job(product.views(), product.batch, product.structure) for product in products]
+        self._routes = [job.structure.route(job.views, job.batch) for job in jobs]
         self._shapes = [[tuple(view.shape) for view in job.views] for job in jobs]
         together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
         for choice in self.choices:

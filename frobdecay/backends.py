@@ -3,7 +3,7 @@
 All compute the same, coef · ∇½‖W‖² for every factor of every product from the factors as they are
 before the call, and add it in place to given targets:
 
-    reference     a plain loop over products with the formulas of ``chain.py``: the oracle
+    reference     a plain loop over products of any structure, every formula as written: the oracle
     bucketed      products of equal shapes stacked and multiplied together: many small products
     per_product   Grams and in-place ``addmm_`` product by product: large products, no copies
     triton        all pairs of a model in two launches of kernels: CUDA, see ``_triton.py``
@@ -24,10 +24,11 @@ from typing import Protocol
 from torch import Tensor
 
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.chain import Coefficient, accumulable, chain_gradients, chain_grams, plan_of
+from frobdecay.chain import Coefficient, accumulable, chain_grams, plan_of
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
 from frobdecay.product import Product
+from frobdecay.structures import CHAIN
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Runner", "select"]
 
@@ -66,24 +67,36 @@ def _why_not(products: Sequence[Product]) -> list[str]:
 def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
     """Form all gradients of one product, then add them: right for every kind of product."""
     wanted = [None if t is None else coef for t, coef in zip(targets, coefs, strict=True)]
-    found = chain_gradients(job.views, job.batch, wanted)
+    found = job.structure.gradients(job.views, job.batch, wanted)
     for target, gradient in zip(targets, found, strict=True):
         if target is not None and gradient is not None:
             target.add_(gradient)
 
 
 class _General:
-    """Runs every product that the formulas of ``chain.py`` cover."""
+    """Runs every chain."""
+
+    def why_not(self, products: Sequence[Product]) -> list[str]:
+        """Say why not: what holds for every backend, and structures that are no chain."""
+        return _why_not(products) + _no_chain(products)
+
+
+def _no_chain(products: Sequence[Product]) -> list[str]:
+    return [
+        f"{product.name}: of structure {product.structure.name}, not a chain"
+        for product in products
+        if product.structure != CHAIN
+    ]
+
+
+class Reference:
+    """A plain loop; every gradient is formed, then added."""
+
+    name = "reference"
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
-
-
-class Reference(_General):
-    """A plain loop; every gradient is formed, then added."""
-
-    name = "reference"
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Plan nothing."""
@@ -155,7 +168,8 @@ class Triton:
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """Say why not: without triton or CUDA; longer chains, large ranks, float64."""
-        return _why_not(products) or [r for product in products for r in refusals(product)]
+        general = _why_not(products) + _no_chain(products)
+        return general or [r for product in products for r in refusals(product)]
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Make the kernels' tables."""
@@ -195,13 +209,13 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {sorted(BACKENDS)}, got {backend!r}")
     times = Counter(id(param) for product in products for param in product.params)
-    alike: dict[tuple[object, int, bool], list[int]] = defaultdict(list)
+    alike: dict[tuple[object, object, int, bool], list[int]] = defaultdict(list)
     for k, product in enumerate(products):
         about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.views())
         shared = any(times[id(param)] > 1 for param in product.params)
-        alike[about, product.batch, shared].append(k)
+        alike[about, product.structure, product.batch, shared].append(k)
     choices = []
-    for (_, _, shared), members in alike.items():
+    for (_, _, _, shared), members in alike.items():
         name, reason = (
             (backend, "asked for")
             if backend is not None
@@ -219,6 +233,8 @@ def _cheapest(products: Sequence[Product], shared: bool) -> tuple[str, str]:
     params, views = products[0].params, products[0].views()
     size = sum(param.numel() * param.element_size() for param in params)
     device, refused = params[0].device.type, ""
+    if products[0].structure != CHAIN:
+        return "reference", f"{len(products)} of structure {products[0].structure.name}"
     if device == "cuda":
         gram = plan_of(views, products[0].batch).gradient == "gram"
         reasons = BACKENDS["triton"].why_not(products) if gram else ["nearly full rank"]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.chain import Coefficient, chain_gradients, plan_of
+from frobdecay.structures import CHAIN, Structure
 
 __all__ = ["Coefs", "Job", "Targets", "prepare_bucketed"]
 
@@ -30,10 +31,11 @@ Runner = Callable[[Targets, Coefs], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One product to be planned: its factors' views and the number of leading batch axes."""
+    """One product to be planned: its factors' views, their leading batch axes, its structure."""
 
     views: tuple[Tensor, ...]
     batch: int
+    structure: Structure = CHAIN
 
     @property
     def is_gram_pair(self) -> bool:

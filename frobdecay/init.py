@@ -25,6 +25,7 @@ from torch import Tensor
 
 from frobdecay.chain import full_precision
 from frobdecay.product import Product, as_products
+from frobdecay.structures import CHAIN
 from frobdecay.svd import resolution, sketched_svd, truncated_svd, work_dtype
 
 __all__ = [
@@ -304,6 +305,11 @@ def balance_(products: Product | Iterable[Product]) -> None:
 def _check_balanceable(products: list[Product]) -> None:
     seen: dict[tuple[int, str | None, int | None], str] = {}
     for product in products:
+        if product.structure != CHAIN:
+            raise ValueError(
+                f"{product.name}: expected a chain of factors, got structure "
+                f"{product.structure.name}, whose balance is not defined"
+            )
         for factor, view in zip(product.factors, product.views(), strict=True):
             where = f"{product.name} ({factor.attribute})"
             if isinstance(factor.param, torch.nn.Parameter) and not factor.param.requires_grad:

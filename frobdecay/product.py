@@ -2,7 +2,7 @@
 
 ``Product`` is the noun that joins everything: the registry finds products, backends add the
 gradient of their penalty, the optimizer and the diagnostics read them. It is a record of *where*
-the factors live and *how* they are seen; ``chain.py`` has the mathematics.
+the factors live, *how* they are seen, and how they combine: the ``Structure`` has the mathematics.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from frobdecay.chain import (
-    Coefficient,
-    accumulable,
-    chain_gradients,
-    chain_grams,
-    chain_materialize,
-    chain_squared_norm,
-    full_precision,
-)
+from frobdecay.chain import Coefficient, accumulable, chain_grams, full_precision
+from frobdecay.structures import CHAIN, Structure
 
 __all__ = [
     "Factor",
@@ -93,13 +86,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """A chain of factors that stands for one dense weight.
+    """Factors that stand for one dense weight.
 
     Attributes:
         name: the dense weight's qualified name, for messages and tables.
-        factors: first U, then the inner M, last V.
+        factors: in a chain first U, then the inner M, last V.
         scale: W = scale · U M Vᵀ (LoRA's α/r); enters the squared norm squared.
         batch: how many leading axes of every factor keep products apart.
+        structure: how the factors combine; a chain unless said otherwise.
 
     Example:
         >>> import torch
@@ -115,6 +109,7 @@ class Product:
     factors: tuple[Factor, ...]
     scale: float = 1.0
     batch: int = 0
+    structure: Structure = CHAIN
 
     def __post_init__(self) -> None:
         _check(self)
@@ -128,6 +123,7 @@ class Product:
         patterns: Sequence[str | None] | None = None,
         axes: Mapping[str, int] | None = None,
         batch: int | None = None,
+        structure: Structure = CHAIN,
     ) -> Product:
         """Make a product of bare parameters.
 
@@ -137,11 +133,13 @@ class Product:
             scale: multiplies the product.
             patterns: one einops pattern (or None) a tensor.
             axes: lengths that the patterns need.
-            batch: number of leading batch axes; all but the last two unless given.
+            batch: number of leading batch axes; unless given, all but the last two in a chain
+                and none in other structures.
+            structure: how the tensors combine.
 
         Raises:
             TypeError: a factor that is not a real floating-point, strided tensor.
-            ValueError: fewer than two factors, or shapes that do not chain.
+            ValueError: fewer factors than the structure needs, or shapes that do not fit it.
         """
         for k, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
@@ -155,8 +153,9 @@ class Product:
             for tensor, pattern in zip(tensors, patterns, strict=True)
         )
         if batch is None:
-            batch = min((f.view(f.param).ndim for f in factors), default=2) - 2
-        return cls(name, factors, scale, batch)
+            chained = structure == CHAIN
+            batch = min((f.view(f.param).ndim for f in factors), default=2) - 2 if chained else 0
+        return cls(name, factors, scale, batch, structure)
 
     @property
     def params(self) -> tuple[Tensor, ...]:
@@ -170,19 +169,17 @@ class Product:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense product: (*batch, m, n); more axes where factors have them."""
-        views, batch = self.views(), self.batch
-        inner = [size for view in views[1:-1] for size in view.shape[batch:-2]]
-        return (*views[0].shape[:-1], *inner, *views[-1].shape[batch:-1])
+        return self.structure.shape(self.views(), self.batch)
 
     @property
     def rank(self) -> int:
-        """The smallest inner size of the chain."""
-        return min(view.shape[-1] for view in self.views())
+        """The smallest inner size."""
+        return self.structure.rank(self.views(), self.batch)
 
     def materialize(self) -> Tensor:
         """Form the dense product, shape ``shape`` and the factors' dtype; differentiable."""
         views = self.views()
-        return (self.scale * chain_materialize(views, self.batch)).to(views[0].dtype)
+        return (self.scale * self.structure.materialize(views, self.batch)).to(views[0].dtype)
 
 
 def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple[str, int], ...]:
@@ -191,10 +188,8 @@ def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple
 
 
 def _check(product: Product) -> None:
-    """Refuse what is not a chain of real matrices, naming the product."""
+    """Refuse what is not real, dense, or does not fit together, naming the product."""
     name = product.name
-    if len(product.factors) < 2:
-        raise ValueError(f"{name}: expected two factors or more, got {len(product.factors)}")
     for k, factor in enumerate(product.factors):
         param = factor.param
         if not param.is_floating_point() or param.layout != torch.strided or param.is_quantized:
@@ -203,19 +198,7 @@ def _check(product: Product) -> None:
                 f"floating-point tensor, got {param.dtype}, {param.layout}; convert it first"
             )
     views = product.views()
-    shapes = [tuple(view.shape) for view in views]
-    batch = product.batch
-    if batch < 0 or any(len(shape) < batch + 2 for shape in shapes):
-        raise ValueError(
-            f"{name}: expected factors with {batch} batch axes and a matrix, got shapes {shapes}"
-        )
-    bonds = [shape[-1] for shape in shapes[:-1]]
-    entries = [shape[-2] for shape in shapes[1:-1]] + [shapes[-1][-1]]
-    if bonds != entries or len({shape[:batch] for shape in shapes}) > 1:
-        raise ValueError(
-            f"{name}: the shapes {shapes} do not chain; expected U (*batch, m, r), "
-            f"M (*batch, r, r'), V (*batch, n, r') with equal batch axes and both ends tall"
-        )
+    product.structure.check(name, views, product.batch)
     if len({view.device for view in views}) > 1:
         raise ValueError(
             f"{name}: expected all factors on one device, got {[str(v.device) for v in views]}"
@@ -223,7 +206,7 @@ def _check(product: Product) -> None:
 
 
 def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
-    """Form the left and the right Grams at every bond, scale left out.
+    """Form the left and the right Grams at every bond of a chain, scale left out.
 
     Returns:
         Two lists of tensors (*batch, r, r); for a pair: [UᵀU], [VᵀV].
@@ -239,7 +222,8 @@ def squared_norm(product: Product) -> Tensor:
         A tensor without dimensions, at least float32.
     """
     with full_precision(product.params[0].device.type):
-        return chain_squared_norm(product.views(), product.batch) * product.scale**2
+        norm = product.structure.squared_norm(product.views(), product.batch)
+        return norm * product.scale**2
 
 
 def product_norm(product: Product) -> Tensor:
@@ -264,7 +248,7 @@ def gradients(product: Product) -> tuple[Tensor, ...]:
     """
     coefs = [product.scale**2] * len(product.factors)
     with torch.no_grad(), full_precision(product.params[0].device.type):
-        grads = chain_gradients(product.views(), product.batch, coefs)
+        grads = product.structure.gradients(product.views(), product.batch, coefs)
     out = []
     for factor, grad in zip(product.factors, grads, strict=True):
         assert grad is not None

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "frobdecay"
 
 # From the bottom up. A module imports from its own layer or from those below.
 LAYERS = [
-    {"matricize", "chain", "product", "svd", "init"},
+    {"matricize", "chain", "structures", "product", "svd", "init"},
     {"_triton", "grouped.tiles", "grouped.tables", "grouped.sheets", "grouped.refusals"}
     | {"grouped.executor", "bucketed", "backends", "accumulate"},
     {"forms.product_tensor", "forms.cost", "forms.matrix", "forms.dense", "forms.shapes"}
