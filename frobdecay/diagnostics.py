@@ -5,17 +5,24 @@
     recorder.step(optimizer)                        # every epoch, or every step
     recorder.plot("norms.png")
 
+    recorder = Recorder(products(model), quantities=["norm"])
+    recorder.step(); ...; recorder.save("norms.json")    # one run
+    recorder.load("norms.json"); recorder.replay_(k)     # another one: step k has those norms
+
 The quantities are defined in ``measurement.py``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, nan
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from frobdecay.measurement import (
     QUANTITIES,
@@ -25,7 +32,7 @@ from frobdecay.measurement import (
     measure,
     total,
 )
-from frobdecay.product import Product, as_products
+from frobdecay.product import Product, as_products, product_norm
 
 __all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]
 
@@ -38,6 +45,8 @@ class Recorder:
     Args:
         products: whose numbers to record.
         every: measure at one step out of this many.
+        quantities: which of ``QUANTITIES`` to keep. Only ["norm"] is cheap enough for every step:
+            it needs no decomposition.
 
     Attributes:
         steps: the steps that were measured, counted from 0.
@@ -45,7 +54,7 @@ class Recorder:
             that is not known is NaN.
 
     Raises:
-        ValueError: as ``measure``; ``every`` below 1.
+        ValueError: as ``measure``; ``every`` below 1; an unknown quantity, or none.
 
     Example:
         >>> import torch
@@ -58,14 +67,22 @@ class Recorder:
         ([0, 1], [4.0, 2.0])
     """
 
-    def __init__(self, products: Product | Iterable[Product], *, every: int = 1) -> None:
+    def __init__(
+        self,
+        products: Product | Iterable[Product],
+        *,
+        every: int = 1,
+        quantities: Sequence[str] = QUANTITIES,
+    ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an int of at least 1, got {every!r}")
+        if not quantities or isinstance(quantities, str) or set(quantities) - set(QUANTITIES):
+            raise ValueError(f"expected quantities to be some of {QUANTITIES}, got {quantities!r}")
         self.products = as_products(products)
-        self.every = every
+        self.every, self.quantities = every, tuple(quantities)
         self.steps: list[int] = []
         self.history: dict[str, dict[str, list[float]]] = {
-            p.name: {quantity: [] for quantity in QUANTITIES}
+            p.name: {quantity: [] for quantity in self.quantities}
             for p in measure(self.products).products
         }
         self._next = 0
@@ -77,17 +94,68 @@ class Recorder:
             lr: as in ``measure``.
 
         Returns:
-            The measurement, or None at a step between two recorded ones.
+            The measurement; None at a step between two recorded ones, and where only norms are.
         """
-        due = self._next % self.every == 0
-        measured = measure(self.products, lr) if due else None
-        if measured is not None:
+        measured = None
+        if self._next % self.every == 0:
+            if self.quantities == ("norm",):
+                found = [{"norm": norm} for norm in _norms(self.products)]
+            else:
+                measured = measure(self.products, lr)
+                found = [product.as_dict() for product in measured.products]
             self.steps.append(self._next)
-            for product in measured.products:
+            for product, numbers in zip(self.products, found, strict=True):
                 for quantity, values in self.history[product.name].items():
-                    values.append(product.as_dict().get(quantity, nan))
+                    values.append(numbers.get(quantity, nan))
         self._next += 1
         return measured
+
+    @torch.no_grad()
+    def replay_(self, step: int) -> None:
+        """Scale the factors so that every product has the norm that was recorded at a step.
+
+        All k factors of a product are multiplied by (recorded ÷ present norm)^(1/k). After every
+        step of an optimizer without decay this separates what decay does to the norm, and so to
+        the effective step size, from whatever else it does (the normalized run of Khodak et al.,
+        ICLR 2021, arXiv:2105.01029). The recorder itself is left as it is.
+
+        Args:
+            step: one of ``steps``.
+
+        Raises:
+            ValueError: a step that was not recorded, norms that were not, a recorded or present
+                norm of zero or NaN, or factors that cannot be scaled alone (frozen ones, one
+                parameter twice, sums with a constant); nothing was changed then.
+
+        Example:
+            >>> import torch
+            >>> U, V = torch.ones(2, 1), torch.ones(8, 1)
+            >>> recorder = Recorder(Product.of(U, V, name="fc"), quantities=["norm"])
+            >>> _ = recorder.step()
+            >>> _ = U.mul_(9)
+            >>> recorder.replay_(0)
+            >>> round(product_norm(recorder.products[0]).item(), 5), U[0].item(), V[0, 0].item()
+            (4.0, 3.0, 0.3333333432674408)
+        """
+        if "norm" not in self.quantities or step not in self.steps:
+            raise ValueError(
+                f"expected a step whose norms were recorded, got {step} with {len(self.steps)} "
+                f"steps of {self.quantities} recorded; record with every=1"
+            )
+        _check_scalable(self.products)
+        row = self.steps.index(step)
+        factors: list[float] = []
+        for product, present in zip(self.products, _norms(self.products), strict=True):
+            recorded = self.history[product.name]["norm"][row]
+            if not (0.0 not in (present, recorded) and isfinite(present) and isfinite(recorded)):
+                raise ValueError(
+                    f"{product.name}: expected norms above 0, got {recorded} recorded at step "
+                    f"{step} and {present} now"
+                )
+            factors.append((recorded / present) ** (1 / len(product.factors)))
+        for product, factor in zip(self.products, factors, strict=True):
+            for view in product.views():
+                view.mul_(factor)
 
     def total(self, quantity: str) -> list[float]:
         """Return one quantity of the whole model over the recorded steps.
@@ -96,10 +164,10 @@ class Recorder:
             quantity: one of ``QUANTITIES``.
 
         Raises:
-            ValueError: there is no such quantity.
+            ValueError: there is no such quantity, or it was not recorded.
         """
-        if quantity not in QUANTITIES:
-            raise ValueError(f"expected a quantity of {QUANTITIES}, got {quantity!r}")
+        if quantity not in self.quantities:
+            raise ValueError(f"expected a quantity of {self.quantities}, got {quantity!r}")
         columns = zip(*(table[quantity] for table in self.history.values()), strict=True)
         return [total(quantity, column) for column in columns]
 
@@ -118,7 +186,7 @@ class Recorder:
             state: from ``state_dict``.
 
         Raises:
-            ValueError: another version, or a history of other products.
+            ValueError: another version, or a history of other products or quantities.
         """
         if state.get("version") != 1:
             raise ValueError(f"expected a recorder's state, version 1, got {state.get('version')}")
@@ -126,9 +194,15 @@ class Recorder:
         if set(state["history"]) != names:
             differ = sorted(names ^ set(state["history"]))
             raise ValueError(f"expected a history of the same products; these differ: {differ}")
+        kept = {quantity for table in state["history"].values() for quantity in table}
+        if kept != set(self.quantities):
+            raise ValueError(
+                f"expected a history of {self.quantities}, got {tuple(sorted(kept))}; make the "
+                "recorder with these quantities"
+            )
         self.steps, self._next = list(state["steps"]), int(state["next"])
         self.history = {
-            name: {quantity: list(table[quantity]) for quantity in QUANTITIES}
+            name: {quantity: list(table[quantity]) for quantity in self.quantities}
             for name, table in state["history"].items()
         }
 
@@ -162,7 +236,11 @@ class Recorder:
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: a quantity that it draws was not recorded.
         """
+        panels = ("norm", "nuclear", "effective_step", "stable_rank")
+        if missing := set(panels) - set(self.quantities):
+            raise ValueError(f"expected {sorted(missing)} to be recorded, too; see quantities")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -170,7 +248,6 @@ class Recorder:
                 "Recorder.plot needs matplotlib: pip install matplotlib, or frobdecay[plot]"
             ) from error
         figure = Figure(figsize=(10, 6.5), layout="constrained")
-        panels = ("norm", "nuclear", "effective_step", "stable_rank")
         for axes, quantity in zip(figure.subplots(2, 2).flat, panels, strict=True):
             self._panel(axes, quantity)
         if path is not None:
@@ -190,6 +267,36 @@ class Recorder:
             axes.set_yscale("log")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
+
+
+def _norms(products: Sequence[Product]) -> list[float]:
+    """‖W‖_F of all products, with one transfer from each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    norms = [product_norm(product).detach() for product in products]
+    for k, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(k)
+    found = [nan] * len(norms)
+    for members in by_device.values():
+        values = torch.stack([norms[k].double() for k in members]).tolist()
+        for k, value in zip(members, values, strict=True):
+            found[k] = value
+    return found
+
+
+def _check_scalable(products: Sequence[Product]) -> None:
+    """Refuse products that are not scaled by scaling their factors, before any is."""
+    uses = Counter(
+        (id(factor.param), factor.pattern, factor.index)
+        for product in products
+        for factor in product.factors
+    )
+    for product in products:
+        for factor in product.factors:
+            where = f"{product.name} ({factor.attribute})"
+            if uses[id(factor.param), factor.pattern, factor.index] > 1:
+                raise ValueError(f"{where} is a factor more than once and cannot be scaled alone")
+            if isinstance(factor.param, torch.nn.Parameter) and not factor.param.requires_grad:
+                raise ValueError(f"{where} is frozen; replaying would move it: unfreeze it first")
 
 
 _LEGEND = 8  # as many products as a legend can name without hiding the lines
