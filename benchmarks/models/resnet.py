@@ -10,15 +10,18 @@ __all__ = ["BasicBlock", "ResNet", "resnet"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut without parameters.
+    """Two 3×3 convolutions beside a shortcut.
 
     Args:
         in_channels: channels of the input.
         channels: channels of the output; those that the input lacks are zeros in the shortcut.
         stride: of the first convolution and, by subsampling, of the shortcut.
+        shortcut: "padding", without parameters, or a 1×1 "convolution" where channels change.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, shortcut: str = "padding"
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -26,11 +29,20 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.new_channels = channels - in_channels
+        self.downsample = (
+            nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+            if shortcut == "convolution" and self.new_channels
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, channels, H / stride, W / stride)."""
         out = relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            return relu(out + self.downsample(x))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         shortcut = pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
         return relu(out + shortcut)
@@ -44,10 +56,19 @@ class ResNet(nn.Module):
         width: channels of the first stage.
         channels: of the images.
         classes: outputs.
+        shortcut: of the blocks.
     """
 
-    def __init__(self, blocks: int, width: int = 16, channels: int = 3, classes: int = 10) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        width: int = 16,
+        channels: int = 3,
+        classes: int = 10,
+        shortcut: str = "padding",
+    ) -> None:
         super().__init__()
+        self.shortcut = shortcut
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = self._stage(blocks, width, width, stride=1)
@@ -58,9 +79,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
-    @staticmethod
-    def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, channels, stride)
+    def _stage(self, blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride, self.shortcut)
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +90,14 @@ class ResNet(nn.Module):
         return self.fc(torch.mean(x, dim=(2, 3)))
 
 
-def resnet(depth: int, *, width: int = 16, channels: int = 3, classes: int = 10) -> ResNet:
+def resnet(
+    depth: int,
+    *,
+    width: int = 16,
+    channels: int = 3,
+    classes: int = 10,
+    shortcut: str = "padding",
+) -> ResNet:
     """Make the ResNet with so many weighted layers.
 
     Args:
@@ -78,9 +105,10 @@ def resnet(depth: int, *, width: int = 16, channels: int = 3, classes: int = 10)
         width: channels of the first stage.
         channels: of the images.
         classes: outputs.
+        shortcut: "padding" or "convolution", see ``BasicBlock``.
 
     Raises:
-        ValueError: there is no such depth.
+        ValueError: there is no such depth or shortcut.
 
     Example:
         >>> sum(p.numel() for p in resnet(20).parameters())
@@ -88,4 +116,6 @@ def resnet(depth: int, *, width: int = 16, channels: int = 3, classes: int = 10)
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"expected a depth of 6k + 2, such as 8, 14, 20 or 32, got {depth}")
-    return ResNet((depth - 2) // 6, width, channels, classes)
+    if shortcut not in ("padding", "convolution"):
+        raise ValueError(f"expected shortcut to be 'padding' or 'convolution', got {shortcut!r}")
+    return ResNet((depth - 2) // 6, width, channels, classes, shortcut)

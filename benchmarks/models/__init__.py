@@ -1,0 +1,31 @@
+"""The models of the paper's experiments: table MODELS, name -> how to make it.
+
+All are written for images of any number of channels and classes; which of their weights the paper
+factorizes is said by ``DENSE``: the selectors of those that it leaves as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import nn
+
+from benchmarks.models.resnet import ResNet, resnet
+from benchmarks.models.transformer import TranslationTransformer
+from benchmarks.models.vgg import VGG
+from benchmarks.models.wide_resnet import WideResNet
+
+__all__ = ["DENSE", "MODELS", "ResNet", "TranslationTransformer", "VGG", "WideResNet", "resnet"]
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet32x2": partial(resnet, 32, width=64, shortcut="convolution"),
+    "vgg19": VGG,
+    "wrn28-10": WideResNet,
+}
+
+DENSE: Mapping[str, list[str]] = {
+    **{name: ["conv1", "fc"] for name in MODELS},
+    "vgg19": ["features.0", "fc"],
+}
