@@ -173,7 +173,7 @@ def figure(runs: Sequence[Run], title: str) -> Any:
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe what the runs ran on, and the command that started them."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    name = f"-m {module.name}" if module else sys.argv[0]
+    name = f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": f"python {name} {shlex.join(sys.argv[1:])}".strip(),

@@ -17,7 +17,7 @@ from benchmarks.data import ImageData
 from benchmarks.models import resnet
 from frobdecay.diagnostics import QUANTITIES, Recorder
 
-__all__ = ["ARMS", "Arm", "Protocol", "Run", "make", "train"]
+__all__ = ["ARMS", "Arm", "Protocol", "Run", "batches", "evaluate", "make", "train"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def train(
     for epoch in range(protocol.epochs):
         model.train()
         losses = []
-        for images, labels in _batches(data, protocol.batch, generator):
+        for images, labels in batches(data, protocol.batch, generator):
             start = _now(images.device)
             loss = cross_entropy(model(images), labels)
             optimizer.zero_grad()
@@ -163,10 +163,10 @@ def train(
             schedule.step()
             losses.append(loss.detach())
         run.loss.append(float(torch.stack(losses).mean()))
-        run.accuracy.append(_accuracy(model, data, data.val))
+        run.accuracy.append(evaluate(model, data, data.val))
         watch.look(optimizer)
         on_epoch(epoch + 1)
-    run.test_accuracy = _accuracy(model, data, data.test)
+    run.test_accuracy = evaluate(model, data, data.test)
     run.ms_per_step, run.norms = 1e3 * median(times), watch.norms()
     return run
 
@@ -203,7 +203,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _batches(
+def batches(
     data: ImageData, size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training images in random order, augmented if they are photographs."""
@@ -230,7 +230,7 @@ def _augment(images: Tensor, generator: torch.Generator, shift: int = 4) -> Tens
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, data: ImageData, half: tuple[Tensor, Tensor]) -> float:
+def evaluate(model: nn.Module, data: ImageData, half: tuple[Tensor, Tensor]) -> float:
     """Fraction of images whose highest score is their label's."""
     model.eval()
     right = sum(

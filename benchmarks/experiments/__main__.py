@@ -1,0 +1,127 @@
+"""Re-measure the paper's experiments, one table a command.
+
+    python -m benchmarks.experiments compression --preset cpu --workers 2
+    python -m benchmarks.experiments compression --preset paper --data cifar-10-python.tar.gz
+    python -m benchmarks.experiments report results/compression-cpu.json
+
+Trials that are done are not run again, and an interrupted one continues at its last checkpoint:
+give the same command. ``report`` draws table and picture anew from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.experiments import tables
+from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
+from benchmarks.experiments.engine import run_all
+from benchmarks.measure import count
+from benchmarks.report import environment
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, rest = (__doc__ or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description=about,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("what", choices=[*EXPERIMENTS, "report"], help="an experiment, or report FILE")
+    add("file", nargs="?", type=Path, help="of a report")
+    add("--preset", default="cpu", choices=["paper", "cpu", "gpu"], help="default: %(default)s")
+    add("--seeds", type=count, default=3, help="default: %(default)s")
+    add("--arms", type=lambda text: text.split(","), help="some of them")
+    add("--data", help="where the data is, in place of the preset's; benchmarks/README.md")
+    add("--limit", type=count, help="training examples, in place of the preset's")
+    add("--epochs", type=count, help="in place of the preset's")
+    add("--device", help="in place of the preset's")
+    add("--workers", type=count, default=1, help="trials side by side; default: %(default)s")
+    add("--threads", type=count, default=1, help="of each trial; default: %(default)s")
+    add("--out", type=Path, default=Path("experiments-out"), help="default: %(default)s")
+    return made
+
+
+def _write(path: Path, record: dict[str, Any], console: Console) -> None:
+    """Table and picture beside the JSON that they come from."""
+    experiment = EXPERIMENTS[record["experiment"]]
+    rows = tables.summarize(record["trials"], experiment.baseline)
+    console.print(tables.rich_table(rows, experiment, record["caption"]))
+    path.with_suffix(".md").write_text(tables.markdown(rows, experiment, record["caption"]))
+    tables.figure(record["trials"], experiment).savefig(path.with_suffix(".png"), dpi=130)
+    console.print(f"wrote {path}, and .md and .png beside it")
+
+
+def _caption(record: dict[str, Any], options: argparse.Namespace) -> str:
+    experiment = EXPERIMENTS[options.what]
+    changes = experiment.changes.get(options.preset, "none")
+    return (
+        f"Mean ± standard error of {options.seeds} seeds, differences paired by seed; minutes of "
+        f"one trial, {options.workers} side by side with {options.threads} threads each. Changes "
+        f"to the paper's protocol: {changes}. {record['device']}, torch {record['torch']}, "
+        f"{record['date'][:10]}. `{record['command']}`"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run an experiment, or draw its report.
+
+    Args:
+        arguments: of the command line; the program's own unless given.
+
+    Returns:
+        What the JSON holds.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console()
+    if (options.what == "report") != (options.file is not None):
+        parser.error("expected a FILE with report, and with nothing else")
+    if options.what == "report":
+        record = json.loads(options.file.read_text())
+        _write(options.file, record, console)
+        return record
+    given = {key: getattr(options, key) for key in ("data", "limit", "epochs", "device")}
+    changes = {key: value for key, value in given.items() if value is not None}
+    stem = f"{options.what}-{options.preset}"
+    try:
+        chosen = jobs(options.what, options.preset, options.seeds, options.arms, **changes)
+        for job in {job.about["arm"]: job for job in chosen if not job.after}.values():
+            job.make(options.out / stem)  # what cannot be is refused before anything has run
+    except (FileNotFoundError, ImportError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    console.print(EXPERIMENTS[options.what].claim, style="bold")
+    device = torch.device(chosen[0].make.keywords["protocol"].device)  # type: ignore[attr-defined]
+    about = environment(device)
+    trials = run_all(chosen, options.out / stem, workers=options.workers, threads=options.threads)
+    record = {
+        "version": 1,
+        **about,
+        "experiment": options.what,
+        "preset": options.preset,
+        "protocols": {
+            variant: {**asdict(protocol), **changes}
+            for variant, protocol in EXPERIMENTS[options.what].presets[options.preset].items()
+        },
+        "trials": trials,
+    }
+    record["caption"] = _caption(record, options)
+    path = options.out / f"{stem}.json"
+    path.write_text(json.dumps(record) + "\n")
+    _write(path, record, console)
+    return record
+
+
+if __name__ == "__main__":
+    main()

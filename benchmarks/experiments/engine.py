@@ -1,0 +1,180 @@
+"""Trials that can be interrupted: each runs in a process of its own and continues where it was.
+
+A trial is one arm with one seed. It advances an epoch at a time, its state is written to a
+checkpoint between epochs, and its result to a JSON file at the end; what is there already is not
+run again. An interrupted trial ends in the same result as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["Job", "Trial", "run_all", "run_one"]
+
+SAVE_EVERY = 30.0
+"""Seconds between two checkpoints, at least."""
+
+
+class Trial(Protocol):
+    """One arm with one seed, in the making."""
+
+    epoch: int
+    epochs: int
+
+    def advance(self) -> None:
+        """Train for one epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on: tensors, numbers, containers of them."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+
+    def result(self) -> dict[str, Any]:
+        """What the run gave, as JSON takes it; looks at the test set."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to be run.
+
+    Attributes:
+        key: unique, fit for a file name.
+        make: makes the trial from the directory of all results; has to pickle.
+        epochs: it takes.
+        after: keys of jobs that have to be done before.
+        about: what the JSON says beside the result.
+    """
+
+    key: str
+    make: Callable[[Path], Trial]
+    epochs: int
+    after: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_all(
+    jobs: Sequence[Job], out: Path, *, workers: int = 1, threads: int = 1, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Run what has no result yet.
+
+    Args:
+        jobs: in the order in which to begin them.
+        out: directory of results and checkpoints.
+        workers: processes side by side.
+        threads: of each.
+        progress: show bars on the terminal.
+
+    Returns:
+        The results of all jobs, in their order.
+
+    Raises:
+        RuntimeError: a trial failed; the others' results are kept, and it begins at its last
+            checkpoint when it is run again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [job for job in jobs if not _result(out, job.key).exists()]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, max_tasks_per_child=1)
+    with Progress(*columns, *times, disable=not progress) as bars, context.Manager() as manager:
+        queue = manager.Queue()
+        whole = bars.add_task("epochs of all trials", total=sum(job.epochs for job in todo))
+        running: dict[Future[None], Job] = {}
+        tasks: dict[str, TaskID] = {}
+        passed: dict[str, int] = {}
+        try:
+            while todo or running:
+                for job in list(todo):
+                    if len(running) < workers and all(_result(out, k).exists() for k in job.after):
+                        todo.remove(job)
+                        running[pool.submit(run_one, job, out, threads, queue)] = job
+                        tasks[job.key] = bars.add_task(job.key, total=job.epochs)
+                if not running:
+                    raise RuntimeError(f"{todo[0].key} waits for {todo[0].after}, not to be run")
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not queue.empty():
+                    key, epoch = queue.get()
+                    passed[key] = epoch
+                    bars.update(whole, completed=sum(passed.values()))
+                    bars.update(tasks[key], completed=epoch)
+                for future in done:
+                    job = running.pop(future)
+                    bars.remove_task(tasks[job.key])
+                    if error := future.exception():
+                        raise RuntimeError(f"{job.key} failed: {error}") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [json.loads(_result(out, job.key).read_text()) for job in jobs]
+
+
+def run_one(job: Job, out: Path, threads: int, queue: Any = None) -> None:
+    """Run one trial to its end, from its checkpoint if there is one.
+
+    Args:
+        job: which.
+        out: directory of results and checkpoints.
+        threads: for torch.
+        queue: is told (key, epochs done).
+    """
+    torch.set_num_threads(threads)
+    trial = job.make(out)
+    checkpoint, seconds = out / f"{job.key}.pt", 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        trial.load_state_dict(saved["trial"])
+        seconds = saved["seconds"]
+    start = last = time.monotonic()
+    while trial.epoch < trial.epochs:
+        trial.advance()
+        now = time.monotonic()
+        if now - last > SAVE_EVERY and trial.epoch < trial.epochs:
+            _save({"trial": trial.state_dict(), "seconds": seconds + now - start}, checkpoint)
+            last = now
+        if queue is not None:
+            queue.put((job.key, trial.epoch))
+    seconds += time.monotonic() - start
+    record = {**job.about, **trial.result(), "seconds": seconds, "peak_mib": _peak_mib()}
+    part = _result(out, job.key).with_suffix(".part")
+    part.write_text(json.dumps(record) + "\n")
+    os.replace(part, _result(out, job.key))
+    checkpoint.unlink(missing_ok=True)
+
+
+def _result(out: Path, key: str) -> Path:
+    return out / f"{key}.json"
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; an interruption leaves the one before."""
+    part = path.with_suffix(".pt.part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def _peak_mib() -> float:
+    """Of the device's memory where there is one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,168 @@
+"""What a set of trials says: means, standard errors, differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.experiments.catalogue import Experiment
+
+__all__ = ["Row", "figure", "markdown", "rich_table", "summarize"]
+
+Record = dict[str, Any]
+Spread = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of one variant over its seeds.
+
+    Attributes:
+        variant, label: which.
+        score: mean and standard error.
+        gain: the same of the difference to the baseline with the same seed; None for that.
+        parameters, ratio: of the trained model; ratio to the dense one.
+        minutes, peak_mib: median over the seeds, of a whole trial.
+        seeds: how many.
+    """
+
+    variant: str
+    label: str
+    score: Spread
+    gain: Spread | None
+    parameters: int
+    ratio: float
+    minutes: float
+    peak_mib: float
+    seeds: int
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    """Mean and standard error of the mean."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return fmean(values), error
+
+
+def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
+    """Summarize trials by variant and arm, in the order of the records.
+
+    Args:
+        records: results of trials.
+        baseline: the arm to compare with.
+    """
+    rows = []
+    for variant, arm in dict.fromkeys((r["variant"], r["arm"]) for r in records):
+        mine = [r for r in records if (r["variant"], r["arm"]) == (variant, arm)]
+        theirs = {r["seed"]: r for r in records if (r["variant"], r["arm"]) == (variant, baseline)}
+        gains = [r["score"] - theirs[r["seed"]]["score"] for r in mine if r["seed"] in theirs]
+        rows.append(
+            Row(
+                variant=variant,
+                label=mine[0]["label"],
+                score=_spread([r["score"] for r in mine]),
+                gain=_spread(gains) if gains and arm != baseline else None,
+                parameters=mine[0]["parameters"],
+                ratio=mine[0]["ratio"],
+                minutes=median(r["seconds"] for r in mine) / 60,
+                peak_mib=median(r["peak_mib"] for r in mine),
+                seeds=len(mine),
+            )
+        )
+    return rows
+
+
+def _plus_minus(value: Spread | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    mean, error = value
+    return f"{mean:{sign}.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.variant,
+        row.label,
+        _plus_minus(row.score),
+        _plus_minus(row.gain, "+"),
+        f"{row.parameters:,}",
+        f"{row.ratio:.3f}",
+        f"{row.minutes:.1f}",
+        f"{row.peak_mib:,.0f}",
+    )
+
+
+def _header(experiment: Experiment) -> tuple[str, ...]:
+    against = experiment.arms[experiment.baseline].label
+    return (
+        "",
+        "arm",
+        experiment.score,
+        f"vs {against}",
+        "parameters",
+        "of dense",
+        "minutes",
+        "peak MiB",
+    )
+
+
+def rich_table(rows: Sequence[Row], experiment: Experiment, caption: str) -> Table:
+    """Make the table for a terminal."""
+    table = Table(title=experiment.title, caption=caption)
+    for k, name in enumerate(_header(experiment)):
+        table.add_column(name, justify="left" if k < 2 else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def markdown(rows: Sequence[Row], experiment: Experiment, caption: str) -> str:
+    """Make the table, headed by the claim, for the page of results."""
+    header = _header(experiment)
+    lines = [header, ("---", "---", *("---:" for _ in header[2:])), *map(_cells, rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"# {experiment.title}\n\nThe paper: {experiment.claim}\n\n{table}\n\n{caption}\n"
+
+
+def figure(records: Sequence[Record], experiment: Experiment) -> Any:
+    """Draw validation over epochs, and norms where they were recorded: means over the seeds.
+
+    Args:
+        records: results of trials; the first variant is drawn.
+        experiment: gives titles and the order of arms.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(13, 3.8), layout="constrained")
+    variant = records[0]["variant"]
+    left, middle, right = drawn.subplots(1, 3)
+    for key, arm in experiment.arms.items():
+        mine = [r for r in records if (r["arm"], r["variant"]) == (key, variant)]
+        if not mine:
+            continue
+        (line,) = left.plot(_mean([r["validation"] for r in mine]), label=arm.label)
+        norms = [r["norms"] for r in mine if r["norms"]]
+        if norms:
+            colour = line.get_color()
+            step = _mean([each["effective_step"] for each in norms])
+            middle.plot(step, color=colour, label=arm.label)
+            right.plot(_mean([each["nuclear"] for each in norms]), color=colour, label=arm.label)
+            right.plot(_mean([each["bound"] for each in norms]), ":", color=colour)
+    left.set(title="validation", xlabel="epoch")
+    middle.set(title="effective step size lr / ‖W‖²", xlabel="epoch", yscale="log")
+    right.set(title="nuclear norm (dotted: bound)", xlabel="epoch", yscale="log")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    drawn.suptitle(f"{experiment.title}: {variant}")
+    return drawn
+
+
+def _mean(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [fmean(values) for values in zip(*curves, strict=True)]
