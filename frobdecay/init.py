@@ -10,35 +10,35 @@ so that ‖W − UVᵀ‖_F is the smallest possible at that rank (Eckart–Youn
 U = P √S R and V = Q √S R, where R has orthonormal rows: still exact and balanced, and no column is
 zero, as padding with zeros would leave columns that never receive a gradient.
 
-Tensors in, tensors out: nothing here knows modules, except ``balance_``, which writes to the
-parameters of a product.
+Tensors in, tensors out: nothing here knows modules. What already is factored is balanced in
+``balancing.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from frobdecay.chain import full_precision
-from frobdecay.product import Product, as_products
-from frobdecay.structures import CHAIN
-from frobdecay.svd import resolution, sketched_svd, truncated_svd, work_dtype
+from frobdecay.svd import resolution, sketched_svd, truncated_svd
 
 __all__ = [
     "INITS",
     "Init",
-    "balance_",
     "check_weight",
     "kaiming_init",
     "matched_init",
+    "orthonormal_rows",
     "randomized_init",
     "resolve_init",
     "resolve_rank",
     "spectral_init",
+    "split_evenly",
+    "with_inner",
 ]
 
 Rank = int | float
@@ -125,11 +125,11 @@ def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor
     check_weight(weight)
     r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
     with full_precision(weight.device.type):
-        left, right = _split(*truncated_svd(weight, r), r, resolution(weight.dtype))
-    return _with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
+        left, right = split_evenly(*truncated_svd(weight, r), r, resolution(weight.dtype))
+    return with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
 
 
-def _split(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tensor, Tensor]:
+def split_evenly(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tensor, Tensor]:
     """U = P √S R and V = Q √S R from k ≤ r singular triples, signs fixed."""
     largest = q.abs().argmax(-2, keepdim=True)
     sign = q.gather(-2, largest).sign()
@@ -138,11 +138,17 @@ def _split(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tenso
     alive = s > least * s[..., :1]
     if s.shape[-1] == r and bool(alive.all()):
         return left, right
-    # Fewer triples than columns: spread those there are over all columns.
+    # Fewer triples than columns: spread those there are over all columns. Each matrix of a batch
+    # as if it were alone: one with as many triples as columns stays as it is.
     flat = [x.reshape(-1, *x.shape[-2:]) for x in (left, right)]
     counts = alive.sum(-1).reshape(-1).tolist()
     spread = [
-        torch.stack([x[i, :, :k] @ _orthonormal_rows(k, r, x) for i, k in enumerate(counts)])
+        torch.stack(
+            [
+                x[i] if k == r else x[i, :, :k] @ orthonormal_rows(k, r, x)
+                for i, k in enumerate(counts)
+            ]
+        )
         for x in flat
     ]
     return (
@@ -151,7 +157,7 @@ def _split(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tenso
     )
 
 
-def _orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:
+def orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:
     """The first k rows of the r×r orthonormal cosine transform: none of its columns is zero."""
     rows = torch.arange(k, device=like.device, dtype=like.dtype).unsqueeze(-1)
     columns = torch.arange(r, device=like.device, dtype=like.dtype) + 0.5
@@ -160,7 +166,7 @@ def _orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:
     return basis
 
 
-def _with_inner(left: Tensor, right: Tensor, depth: int) -> tuple[Tensor, ...]:
+def with_inner(left: Tensor, right: Tensor, depth: int) -> tuple[Tensor, ...]:
     """(U, M … M, V), all contiguous, with M = I."""
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise ValueError(f"expected depth to be a number of inner factors, got {depth!r}")
@@ -192,8 +198,8 @@ def randomized_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tens
     r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
     with full_precision(weight.device.type):
         triples = sketched_svd(weight, r)
-        left, right = _split(*triples, r, resolution(weight.dtype))
-    return _with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
+        left, right = split_evenly(*triples, r, resolution(weight.dtype))
+    return with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
 
 
 def _normal_init(
@@ -207,7 +213,7 @@ def _normal_init(
     left, right = weight.new_empty(*batch, m, r), weight.new_empty(*batch, n, r)
     left.normal_(0, std_u)
     right.normal_(0, std_v)
-    return _with_inner(left, right, depth)
+    return with_inner(left, right, depth)
 
 
 @torch.no_grad()
@@ -265,85 +271,3 @@ def resolve_init(init: str | Init) -> Init:
     if init not in INITS:
         raise ValueError(f"expected init to be one of {sorted(INITS)} or a callable, got {init!r}")
     return INITS[init]
-
-
-@torch.no_grad()
-def balance_(products: Product | Iterable[Product]) -> None:
-    """Spectrally initialize products that already are factored, in place, W unchanged.
-
-    The product has rank r at most, so the decomposition needs two QR factorizations and one of
-    an r×r matrix, U = Q_U R_U, V = Q_V R_V, R_U M R_Vᵀ = P S Qᵀ; never an m×n matrix:
-
-        U ← Q_U P √S,    M ← I,    V ← Q_V Q √S.
-
-    Args:
-        products: one product or several. For attention this is the spectral initialization of
-            the query–key and output–value products.
-
-    Raises:
-        ValueError: a frozen factor, a parameter that is a factor twice, inner factors that are
-            not square, factors that are not finite, or a product that is zero; nothing was
-            changed then.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.randn(6, 2) * 100, torch.randn(5, 2)
-        >>> before = U @ V.T
-        >>> balance_(Product.of(U, V))
-        >>> torch.allclose(U.T @ U, V.T @ V, atol=1e-3), torch.allclose(U @ V.T, before, atol=1e-3)
-        (True, True)
-    """
-    found = as_products(products)
-    _check_balanceable(found)
-    balanced = [_balanced(product) for product in found]  # all before any is written
-    for product, tensors in zip(found, balanced, strict=True):
-        for factor, tensor in zip(product.factors, tensors, strict=True):
-            view = factor.view(factor.param)
-            view.copy_(tensor.reshape(view.shape))
-
-
-def _check_balanceable(products: list[Product]) -> None:
-    seen: dict[tuple[int, str | None, int | None], str] = {}
-    for product in products:
-        if product.structure != CHAIN:
-            raise ValueError(
-                f"{product.name}: expected a chain of factors, got structure "
-                f"{product.structure.name}, whose balance is not defined"
-            )
-        for factor, view in zip(product.factors, product.views(), strict=True):
-            where = f"{product.name} ({factor.attribute})"
-            if isinstance(factor.param, torch.nn.Parameter) and not factor.param.requires_grad:
-                raise ValueError(f"{where} is frozen; balancing would move it: unfreeze it first")
-            key = (id(factor.param), factor.pattern, factor.index)
-            if key in seen:
-                raise ValueError(
-                    f"{where} is also a factor of {seen[key]}; balancing one product would "
-                    "change the other: balance only one of them"
-                )
-            seen[key] = product.name
-            if not view.isfinite().all():
-                raise ValueError(f"{where} is not finite; initialize it first")
-        for view in product.views()[1:-1]:
-            if view.ndim > product.batch + 2 or view.shape[-1] != view.shape[-2]:
-                raise ValueError(
-                    f"{product.name}: expected square inner factors to become the identity, got "
-                    f"{tuple(view.shape)}"
-                )
-
-
-def _balanced(product: Product) -> tuple[Tensor, ...]:
-    """The balanced factors of one product, in float64."""
-    views = [view.to(work_dtype(view)) for view in product.views()]
-    q_left, core = torch.linalg.qr(views[0].flatten(product.batch, -2))
-    for view in views[1:-1]:
-        core = core @ view
-    q_right, r_right = torch.linalg.qr(views[-1].flatten(product.batch, -2))
-    p, s, qh = torch.linalg.svd(core @ r_right.mT, full_matrices=False)
-    if not bool((s[..., 0] > 0).all()):
-        raise ValueError(
-            f"{product.name}: the product is zero, and so would be its balanced factors, which "
-            "then never train; leave it as it is, or initialize it first"
-        )
-    r = views[0].shape[-1]
-    left, right = _split(q_left @ p, s, q_right @ qh.mT, r, resolution(torch.float64))
-    return _with_inner(left, right, len(views) - 2)

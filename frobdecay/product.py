@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from frobdecay.chain import Coefficient, accumulable, chain_grams, full_precision
+from frobdecay.partitions import why_partitioned
 from frobdecay.structures import CHAIN, Structure
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "check_coefficient",
     "gradients",
     "grams",
+    "is_sharded",
     "penalty",
     "product_norm",
     "squared_norm",
+    "whole",
 ]
 
 
@@ -83,6 +86,25 @@ class Factor:
                 )
         return seen if self.index is None else seen[self.index]
 
+    def outline(self) -> Tensor:
+        """The view of the parameter; of a sharded one, its shape without numbers (meta device)."""
+        param = self.param
+        known = torch.empty(param.shape, device="meta") if is_sharded(param) else param
+        return self.view(known.to(param.dtype))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``: every process of a mesh has a part of it, or a copy."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of a sharded one all of it, by an all-gather. Differentiable."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
 
 @dataclass(frozen=True)
 class Product:
@@ -94,6 +116,11 @@ class Product:
         scale: W = scale · U M Vᵀ (LoRA's α/r); enters the squared norm squared.
         batch: how many leading axes of every factor keep products apart.
         structure: how the factors combine; a chain unless said otherwise.
+        biases: none at all, or for each factor of a pair None or what is added to it at the bond
+            (the bias of a query projection), seen as one more row, (*batch, *summed, 1, r). It is
+            no part of the product and never decays, but moves with the factor in ``balance_``.
+        fixed: what forbids other factors of the same product, such as a nonlinearity between
+            them; ``balance_`` then refuses, and says so.
 
     Example:
         >>> import torch
@@ -110,6 +137,8 @@ class Product:
     scale: float = 1.0
     batch: int = 0
     structure: Structure = CHAIN
+    biases: tuple[Factor | None, ...] = ()
+    fixed: str | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -154,27 +183,40 @@ class Product:
         )
         if batch is None:
             chained = structure == CHAIN
-            batch = min((f.view(f.param).ndim for f in factors), default=2) - 2 if chained else 0
+            batch = min((f.outline().ndim for f in factors), default=2) - 2 if chained else 0
         return cls(name, factors, scale, batch, structure)
 
     @property
     def params(self) -> tuple[Tensor, ...]:
-        """The parameters of the factors, resolved anew."""
-        return tuple(factor.param for factor in self.factors)
+        """The parameters of the factors, resolved anew.
+
+        Raises:
+            ValueError: a parameter that FSDP1 or DeepSpeed has flattened and taken apart.
+        """
+        found = tuple(factor.param for factor in self.factors)
+        for factor, param in zip(self.factors, found, strict=True):
+            if reason := why_partitioned(factor.owner, factor.attribute, param):
+                raise ValueError(f"{self.name}: {factor.attribute} is {reason}")
+        return found
 
     def views(self) -> tuple[Tensor, ...]:
-        """The factors, seen as (*batch, *summed, rows, columns)."""
-        return tuple(factor.view(factor.param) for factor in self.factors)
+        """The factors, seen as (*batch, *summed, rows, columns); sharded ones are gathered."""
+        pairs = zip(self.factors, self.params, strict=True)
+        return tuple(factor.view(whole(param)) for factor, param in pairs)
+
+    def outlines(self) -> tuple[Tensor, ...]:
+        """As ``views``, but of sharded factors the shapes only: nothing is communicated."""
+        return tuple(factor.outline() for factor in self.factors)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense product: (*batch, m, n); more axes where factors have them."""
-        return self.structure.shape(self.views(), self.batch)
+        return self.structure.shape(self.outlines(), self.batch)
 
     @property
     def rank(self) -> int:
         """The smallest inner size."""
-        return self.structure.rank(self.views(), self.batch)
+        return self.structure.rank(self.outlines(), self.batch)
 
     def materialize(self) -> Tensor:
         """Form the dense product, shape ``shape`` and the factors' dtype; differentiable."""
@@ -189,20 +231,38 @@ def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple
 
 def _check(product: Product) -> None:
     """Refuse what is not real, dense, or does not fit together, naming the product."""
-    name = product.name
-    for k, factor in enumerate(product.factors):
-        param = factor.param
+    name, params = product.name, product.params
+    for k, (factor, param) in enumerate(zip(product.factors, params, strict=True)):
         if not param.is_floating_point() or param.layout != torch.strided or param.is_quantized:
             raise TypeError(
                 f"{name}: expected factor {k} ({factor.attribute}) to be a dense real "
                 f"floating-point tensor, got {param.dtype}, {param.layout}; convert it first"
             )
-    views = product.views()
+    views = product.outlines()
     product.structure.check(name, views, product.batch)
-    if len({view.device for view in views}) > 1:
+    devices = [str(param.device) for param in params]
+    if len(set(devices)) > 1:
+        raise ValueError(f"{name}: expected all factors on one device, got {devices}")
+    if product.biases:
+        _check_biases(product, views)
+
+
+def _check_biases(product: Product, views: Sequence[Tensor]) -> None:
+    """Refuse biases that are not further rows of the ends of a chain."""
+    if product.structure != CHAIN or len(product.biases) != 2 or len(views) != 2:
         raise ValueError(
-            f"{name}: expected all factors on one device, got {[str(v.device) for v in views]}"
+            f"{product.name}: expected biases of a chain of two factors, one or None for each, got "
+            f"{len(product.biases)} for {len(views)} factors of structure {product.structure.name}"
         )
+    for bias, view in zip(product.biases, views, strict=True):
+        if bias is None:
+            continue
+        seen = bias.outline()
+        if seen.shape != (*view.shape[:-2], 1, view.shape[-1]):
+            raise ValueError(
+                f"{product.name}: expected the bias {bias.attribute} to be a row beside a factor "
+                f"of shape {tuple(view.shape)}, got {tuple(seen.shape)}"
+            )
 
 
 def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
@@ -210,7 +270,15 @@ def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
 
     Returns:
         Two lists of tensors (*batch, r, r); for a pair: [UᵀU], [VᵀV].
+
+    Raises:
+        ValueError: the structure is no chain and has no bonds.
     """
+    if product.structure != CHAIN:
+        raise ValueError(
+            f"{product.name}: expected a chain of factors, got structure {product.structure.name}, "
+            "which has no bonds"
+        )
     with full_precision(product.params[0].device.type):
         return chain_grams(accumulable(product.views()), product.batch)
 
@@ -252,7 +320,8 @@ def gradients(product: Product) -> tuple[Tensor, ...]:
     out = []
     for factor, grad in zip(product.factors, grads, strict=True):
         assert grad is not None
-        full = torch.zeros_like(factor.param, dtype=grad.dtype)
+        param = factor.param  # with its strides, of which the pattern may make a view
+        full = grad.new_empty_strided(param.shape, param.stride()).zero_()
         factor.view(full).copy_(grad)  # through the view: no inverse of the pattern is needed
         out.append(full)
     return tuple(out)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frobdecay import svd
+from frobdecay.balancing import balance_
 from frobdecay.init import (
     INITS,
-    balance_,
     kaiming_init,
     matched_init,
     randomized_init,

@@ -27,7 +27,7 @@ def exact(product: Product) -> tuple[torch.Tensor, list[torch.Tensor]]:
         Factor(_Owner(wide[id(f.param)]), "tensor", f.pattern, f.axes, f.index)
         for f in product.factors
     )
-    twin = Product(product.name, factors, product.scale, product.batch)
+    twin = Product(product.name, factors, product.scale, product.batch, product.structure)
     value = 0.5 * twin.materialize().square().sum()
     found = torch.autograd.grad(value, list(wide.values()))
     by_id = dict(zip(wide, found, strict=True))
