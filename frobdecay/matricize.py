@@ -17,7 +17,7 @@ from math import prod
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-__all__ = ["Matricization"]
+__all__ = ["Matricization", "fit_pattern"]
 
 _ITEM = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
@@ -77,28 +77,12 @@ class Matricization:
         Raises:
             ValueError: the pattern cannot be read, is not one-to-one, or does not fit the shape.
         """
-        left, arrow, right = pattern.partition("->")
-        if not arrow:
-            raise ValueError(f"expected a pattern 'tensor -> rows columns', got {pattern!r}")
-        tensor_axes, matrix = _items(left, pattern), _items(right, pattern)
-        if len(matrix) < 2:
-            raise ValueError(f"expected rows and columns right of '->' in the pattern {pattern!r}")
-        flat_left = [name for item in tensor_axes for name in item]
-        flat_right = [name for item in matrix for name in item]
-        if sorted(flat_left) != sorted(flat_right) or len(set(flat_left)) != len(flat_left):
-            raise ValueError(
-                f"expected the same axes, each once, on both sides of the pattern {pattern!r}"
-            )
+        tensor_axes, matrix, sizes = fit_pattern(pattern, shape, axes)
         if any(len(item) != 1 for item in matrix[:-2]):
             raise ValueError(f"expected single batch axes before the rows in {pattern!r}")
-        if len(tensor_axes) != len(shape):
-            raise ValueError(
-                f"expected a tensor with {len(tensor_axes)} dimensions for the pattern "
-                f"{pattern!r}, got shape {tuple(shape)}"
-            )
         return cls(
             pattern,
-            _fill(tensor_axes, tuple(shape), dict(axes or {}), pattern),
+            sizes,
             tensor_axes,
             tuple(item[0] for item in matrix[:-2]),
             matrix[-2],
@@ -144,6 +128,38 @@ class Matricization:
         """The inverse of ``matrix``."""
         left, _, right = self.pattern.partition("->")
         return rearrange(matrix, f"{right} -> {left}", **self.sizes)
+
+
+def fit_pattern(
+    pattern: str, shape: tuple[int, ...], axes: Mapping[str, int] | None
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...], dict[str, int]]:
+    """Read a one-to-one pattern and fit it to a shape.
+
+    Returns:
+        The items left of the arrow, those right of it, each a tuple of axis names, and the lengths
+        of all axes.
+
+    Raises:
+        ValueError: the pattern cannot be read, is not one-to-one, or does not fit the shape.
+    """
+    left, arrow, right = pattern.partition("->")
+    if not arrow:
+        raise ValueError(f"expected a pattern 'tensor -> rows columns', got {pattern!r}")
+    tensor_axes, items = _items(left, pattern), _items(right, pattern)
+    if len(items) < 2:
+        raise ValueError(f"expected rows and columns right of '->' in the pattern {pattern!r}")
+    flat_left = [name for item in tensor_axes for name in item]
+    flat_right = [name for item in items for name in item]
+    if sorted(flat_left) != sorted(flat_right) or len(set(flat_left)) != len(flat_left):
+        raise ValueError(
+            f"expected the same axes, each once, on both sides of the pattern {pattern!r}"
+        )
+    if len(tensor_axes) != len(shape):
+        raise ValueError(
+            f"expected a tensor with {len(tensor_axes)} dimensions for the pattern "
+            f"{pattern!r}, got shape {tuple(shape)}"
+        )
+    return tensor_axes, items, _fill(tensor_axes, tuple(shape), dict(axes or {}), pattern)
 
 
 def _fill(

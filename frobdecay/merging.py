@@ -12,7 +12,8 @@ from frobdecay.modules.layouts import layouts
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
 from frobdecay.modules.support import check_unwrapped
 from frobdecay.modules.surgery import factorized, reorder, settle_recurrent, transaction
-from frobdecay.modules.unrolling import unrolled, why_not_unrolled
+from frobdecay.modules.unrolling import reads_weight, unrolled, why_not_unrolled
+from frobdecay.partitions import why_partitioned
 
 __all__ = ["merge", "unroll"]
 
@@ -69,7 +70,11 @@ def _chosen(model: nn.Module, include: Selector | None, exclude: Selector | None
                 f"{[w.name for w in weights(model) if w.attribute in factorized(w.module)][:8]}"
             )
     for weight in found:
-        for factor in factorized(weight.module)[weight.attribute].parameters():
+        held = factorized(weight.module)[weight.attribute]
+        for name in map("original{}".format, range(held.ntensors)):
+            if reason := why_partitioned(held, name, getattr(held, name)):
+                raise ValueError(f"{weight.name}: {name} is {reason}, and merge before")
+        for factor in held.parameters():
             if type(factor) is not nn.Parameter or factor.is_meta:
                 raise ValueError(
                     f"{weight.name} has factors of type {type(factor).__name__} on "
@@ -123,8 +128,9 @@ def unroll(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: layers that cannot be a chain (attention, recurrent and bilinear layers,
-            subclasses with a forward of their own, patterns that split neither way), all named;
-            nothing was changed then.
+            expert stacks, subclasses with a forward of their own, layers whose weight another
+            module's forward reads, patterns that split neither way), all named; nothing was
+            changed then.
 
     Example:
         >>> import torch, frobdecay
@@ -160,7 +166,9 @@ def unroll(model: nn.Module) -> nn.Module:
 def _why_not(model: nn.Module, weight: Weight) -> str | None:
     tree = modules(model)
     for path in weight.paths:
-        parent = tree[path.rpartition(".")[0]] if path else None
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            return "its TransformerEncoderLayer reads the weights of its linear layers itself"
+        parts = path.split(".")
+        for k in range(len(parts) if path else 0):
+            above, below = tree[".".join(parts[:k])], ".".join(parts[k:])
+            if reads_weight(above, below):
+                return f"its {type(above).__name__} reads {below}.weight itself"
     return why_not_unrolled(weight.module)

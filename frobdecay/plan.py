@@ -14,31 +14,35 @@ class PlanRow:
     Attributes:
         name: the weight's qualified name.
         shape: its shape.
-        matrix: how it is read, (*batch, m, n); None where it stays dense.
-        rank: r; None where it stays dense.
+        matrix: how it is read, (*batch, m, n), or the modes of a tensor; None where it stays dense.
+        rank: r, or one for each mode or bond of a tensor; None where it stays dense.
         before, after: numbers of parameters.
         error: ‖W − UVᵀ‖_F / ‖W‖_F of the initialization; None in a dry run.
-        reason: why it stays dense.
+        reason: why it stays dense; what it was untied from.
+        tensor: whether it is read as a tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     matrix: tuple[int, ...] | None
-    rank: int | None
+    rank: int | tuple[int, ...] | None
     before: int
     after: int
     error: float | None = None
     reason: str | None = None
+    tensor: bool = False
 
     def cells(self) -> tuple[str, ...]:
         """The row as it is printed."""
-        *batch, m, n = self.matrix or (0, 0)
-        blocks = "·".join(map(str, batch))
+        matrix = self.matrix or ()
+        count = 0 if self.tensor else len(matrix) - 2
+        blocks = f"{'·'.join(map(str, matrix[:count]))} of " if count > 0 else ""
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         return (
             self.name,
             "×".join(map(str, self.shape)),
-            f"{blocks + ' of ' if batch else ''}{m}×{n}" if self.matrix else "",
-            "dense" if self.rank is None else str(self.rank),
+            blocks + "×".join(map(str, matrix[max(count, 0) :])),
+            "dense" if self.rank is None else "×".join(map(str, ranks)),
             f"{self.before:,}",
             f"{self.after:,}",
             "" if self.error is None else f"{self.error:.3f}",
@@ -46,7 +50,7 @@ class PlanRow:
         )
 
 
-_HEAD = ("weight", "shape", "matrix", "rank", "before", "after", "error", "left dense because")
+_HEAD = ("weight", "shape", "matrix", "rank", "before", "after", "error", "remarks")
 _RIGHT = {3, 4, 5, 6}  # columns of numbers
 
 
@@ -65,7 +69,7 @@ class RankPlan:
         >>> plan.ranks, round(plan.ratio, 3)
         ({'0.weight': 7}, 0.254)
         >>> print(plan)
-        weight          shape  matrix   rank  before  after  error  left dense because
+        weight          shape  matrix   rank  before  after  error  remarks
         0.weight        64×64  64×64       7   4,096    896
         1.weight        2×64           dense     128    128         excluded
         all parameters                         4,290  1,090         ratio 0.254
@@ -81,7 +85,7 @@ class RankPlan:
         return self.after / self.before
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> dict[str, int | tuple[int, ...]]:
         """Weight name -> rank of everything factorized: plain numbers, fit for JSON.
 
         ``factorize(model, rank=plan.ranks)`` repeats the plan on another copy of the model.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.init import resolve_rank
-from frobdecay.modules.candidates import Entry, candidates, check_any
+from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.modules.selection import (
     One,
     Selector,
@@ -32,10 +32,19 @@ from frobdecay.modules.selection import (
 from frobdecay.modules.support import check_initialized, check_values
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
+from frobdecay.tensorize import Rank, Tensorization
 
-__all__ = ["RankRule", "plan_entries", "plan_ranks"]
+__all__ = [
+    "RankRule",
+    "energy_rank",
+    "plan_entries",
+    "plan_ranks",
+    "planned",
+    "size",
+    "squared_singular_values",
+]
 
-RankRule = int | float | Mapping[Any, int | float] | RankPlan
+RankRule = Rank | Mapping[Any, Rank] | RankPlan
 
 
 def plan_ranks(
@@ -47,6 +56,7 @@ def plan_ranks(
     include: Selector | None = None,
     exclude: Selector | None = None,
     parametrization: Callable[..., nn.Module] = LowRank,
+    on_tied: OnTied = "skip",
 ) -> RankPlan:
     """Plan a factorization: a dry run of ``factorize`` that changes nothing.
 
@@ -63,6 +73,7 @@ def plan_ranks(
         include: what to factorize, see ``factorize``.
         exclude: what not to.
         parametrization: as for ``factorize``.
+        on_tied: as for ``factorize``. The copies of "untie" count as the model's, before and after.
 
     Returns:
         The plan; print it. ``factorize(model, rank=plan)`` executes it.
@@ -76,14 +87,18 @@ def plan_ranks(
         >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
         {'weight': 10}
     """
-    return _plan(
-        model, plan_entries(model, ratio, rank, energy, include, exclude, parametrization, {})
-    )
+    found = plan_entries(model, ratio, rank, energy, include, exclude, parametrization, {}, on_tied)
+    return planned(found, size(model, found), {})
 
 
-def _plan(model: nn.Module, found: list[Entry]) -> RankPlan:
-    rows = tuple(entry.row() for entry in found)
-    before = sum(parameter.numel() for parameter in model.parameters())
+def size(model: nn.Module, found: list[Entry]) -> int:
+    """Count the parameters of a model, with the copies of those that are to be untied."""
+    return sum(p.numel() for p in model.parameters()) + sum(entry.copied for entry in found)
+
+
+def planned(found: list[Entry], before: int, errors: Mapping[int, float]) -> RankPlan:
+    """The plan of decided entries; ``errors`` has those of the initialization, by entry's id."""
+    rows = tuple(entry.row(errors.get(id(entry))) for entry in found)
     return RankPlan(rows, before, before + sum(row.after - row.before for row in rows))
 
 
@@ -96,6 +111,7 @@ def plan_entries(
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
+    on_tied: OnTied,
 ) -> list[Entry]:
     """The work of ``plan_ranks`` and the first half of ``factorize``.
 
@@ -114,7 +130,7 @@ def plan_entries(
     check_initialized(model)
     if isinstance(rule, Mapping) and include is None:
         include = list(rule)
-    found = candidates(model, include, exclude, parametrization, options)
+    found = candidates(model, include, exclude, parametrization, options, on_tied)
     if rule is not None:
         _explicit(model, found, rule)
     elif ratio is not None:
@@ -139,12 +155,15 @@ def _check_share(name: str, value: float | None, below: bool) -> None:
 def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
     """The ranks that were asked for."""
     if not isinstance(rule, Mapping):
-        resolve_rank(rule, 1, 1)
+        _check_rank(rule)
         rule = {nn.Module: rule}
     tree, every = modules(model), weights(model)
     for key, value in rule.items():
         check_met(tree, every, key, "rank")
-        _check_rank(key, value)
+        try:
+            _check_rank(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rank[{key!r}]: {error}") from None
     for entry in found:
         if entry.open:
             taken = _first(tree, entry.weight, rule)
@@ -155,11 +174,12 @@ def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
     check_any(model, found, [entry.rank is not None for entry in found])
 
 
-def _check_rank(key: object, value: Any) -> None:
-    try:
-        resolve_rank(value, 1, 1)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"rank[{key!r}]: {error}") from None
+def _check_rank(value: Any) -> None:
+    """Refuse what is no rank, nor a list of ranks (None among them: a mode that stays whole)."""
+    several = isinstance(value, list | tuple)
+    for one in value if several else [value]:
+        if not several or one is not None:
+            resolve_rank(one, 1, 1)
 
 
 def _first(tree: dict[str, nn.Module], weight: Weight, rule: Mapping[Any, Any]) -> One | None:
@@ -170,16 +190,18 @@ def _first(tree: dict[str, nn.Module], weight: Weight, rule: Mapping[Any, Any]) 
 
 def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
     """The common scale whose parameter count comes nearest to the target."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = size(model, found)
     candidates = [entry for entry in found if entry.open]
     fixed = total - sum(entry.dense for entry in candidates)
-    sizes = [functools.cache(entry.size) for entry in candidates]
+    counts = [functools.cache(entry.size) for entry in candidates]
 
     def count(scale: float) -> int:
-        pairs = zip(candidates, sizes, strict=True)
-        return fixed + sum(min(entry.dense, size(entry.rank_at(scale))) for entry, size in pairs)
+        pairs = zip(candidates, counts, strict=True)
+        return fixed + sum(min(entry.dense, at(entry.rank_at(scale))) for entry, at in pairs)
 
     low, high = 5e-324, 1.0  # all ranks 1; and all dense, since r (m + n) ≥ mn at r = min(m, n)
+    while count(high) < ratio * total and high < 2**30:  # a tensor's ranks may exceed its modes
+        high *= 2
     if count(low) > ratio * total:
         raise ValueError(
             f"ratio={ratio} cannot be attained: with every rank 1, {count(low):,} of "
@@ -198,13 +220,23 @@ def _by_energy(found: list[Entry], energy: float) -> None:
     for entry in (entry for entry in found if entry.open):
         assert entry.weight.tensor is not None
         assert entry.view is not None
+        if isinstance(entry.view, Tensorization):
+            raise ValueError(
+                f"{entry.weight.name} is read as a tensor, whose energy is no sum over ranks; plan "
+                "with rank= or ratio="
+            )
         check_values(entry.weight)
-        squares = _squared_singular_values(entry.view.matrix(entry.weight.tensor.detach()))
-        kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
-        entry.settle(1 + int((kept < energy * kept[-1]).sum()))
+        squares = squared_singular_values(entry.view.matrix(entry.weight.tensor.detach()))
+        entry.settle(energy_rank(squares, energy))
 
 
-def _squared_singular_values(matrix: Tensor) -> Tensor:
+def energy_rank(squares: Tensor, energy: float) -> int:
+    """The smallest rank that keeps a share of Σσ², from σ² (*batch, k), largest first."""
+    kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
+    return 1 + int((kept < energy * kept[-1]).sum())
+
+
+def squared_singular_values(matrix: Tensor) -> Tensor:
     """σ², largest first, from the smaller Gram; in float64 where there is one."""
     wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
     tall = wide if wide.shape[-2] >= wide.shape[-1] else wide.mT

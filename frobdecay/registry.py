@@ -7,27 +7,41 @@ what providers registered with ``register_products`` find in other people's modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from frobdecay.init import Init
-from frobdecay.modules.candidates import Entry
-from frobdecay.modules.selection import Selector, modules
+from frobdecay.modules.candidates import Entry, OnTied
+from frobdecay.modules.progress import Progress
+from frobdecay.modules.restoring import restorable
+from frobdecay.modules.selection import ProductSelector, Selector, modules, pick
+from frobdecay.modules.stacking import Stacks
 from frobdecay.modules.support import check_unwrapped, check_values
 from frobdecay.modules.surgery import factorized, settle_recurrent, transaction
+from frobdecay.modules.untying import forget_ties, other_ties, untie
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product import Product
-from frobdecay.ranks import RankRule, plan_entries
+from frobdecay.providers.attention import ATTENTION
+from frobdecay.providers.lora import LORA
+from frobdecay.ranks import RankRule, plan_entries, planned, size
 
-__all__ = ["Provider", "factorize", "products", "register_products"]
+__all__ = [
+    "Provider",
+    "factorize",
+    "parameter_order",
+    "products",
+    "register_products",
+    "relative_error",
+]
 
 Provider = Callable[[nn.Module, str], Iterable[Product]]
 
-_OWN: dict[type | str, Provider] = {}
+_OWN: dict[type | str, Provider] = {**ATTENTION}
 _USERS: dict[type | str, Provider] = {}
 
 
@@ -40,19 +54,23 @@ def factorize(
     exclude: Selector | None = None,
     parametrization: Callable[..., nn.Module] = LowRank,
     init: str | Init = "spectral",
+    on_tied: OnTied = "skip",
+    progress: bool | None = None,
 ) -> RankPlan:
     """Replace dense weights by products of factors, in place.
 
     Give ``rank`` or ``ratio``. Without ``include`` this takes every weight of linear, convolution,
-    embedding, recurrent and attention modules that can be factorized; what cannot is listed in
-    the plan, and is an error only where it was named. Weights keep dtype, device and
-    ``requires_grad``; make the optimizer afterwards. An error leaves the model as it was.
+    embedding, recurrent and attention modules, and of transformers' Conv1D and expert stacks, that
+    can be factorized; what cannot is listed in the plan, as are PEFT's adapters, and is an error
+    only where it was named. Weights keep dtype, device and ``requires_grad``; make the optimizer
+    afterwards. An error leaves the model as it was.
 
     Args:
         model: any module.
         rank: r for all, an int or a float fraction of min(m, n), which may exceed 1; or a dict
             from selectors to ranks, where the exact name of a weight wins, then the first match;
-            or a plan of ``plan_ranks``. Obeyed also where it does not pay.
+            or a plan of ``plan_ranks``. Obeyed also where it does not pay. Parametrizations of
+            tensors also take a list, one for each mode or bond.
         ratio: parameters to keep ÷ all parameters of the model; see ``plan_ranks``.
         include: selectors: exact names of modules or parameters, globs, compiled regular
             expressions, module types, predicates(name, module), or a list of those. Other
@@ -64,6 +82,12 @@ def factorize(
             that many dimensions, others keep their default. "channel" and "spatial" are patterns
             for all convolutions.
         init: "spectral", or another initialization; see ``LowRank``.
+        on_tied: what to do with weights that several modules share: "skip" leaves them dense and
+            lists them, an error only where they were named; "error" refuses all; "untie" gives
+            each that was chosen a copy of its own, which counts as the model's, and which a
+            transformers model does not tie again.
+        progress: True for a progress bar (needs rich), False for none. By default there is one
+            after a second, on a terminal, where rich is installed.
 
     Returns:
         The plan that was executed; prints as a table, with the error of the initialization.
@@ -71,6 +95,7 @@ def factorize(
     Raises:
         TypeError, ValueError: as ``plan_ranks``; also for data-parallel wrappers, weights on the
             meta device, and NaN.
+        ImportError: ``progress=True`` without rich.
 
     Example:
         >>> import torch
@@ -82,18 +107,36 @@ def factorize(
     """
     check_unwrapped(model, "factorize")
     options = {"init": init}
-    found = plan_entries(model, ratio, rank, None, include, exclude, parametrization, options)
-    before = sum(parameter.numel() for parameter in model.parameters())
+    found = plan_entries(
+        model, ratio, rank, None, include, exclude, parametrization, options, on_tied
+    )
+    before = size(model, found)
     chosen = [entry for entry in found if entry.rank is not None]
+    untied = [entry for entry in found if entry.untied]
     for entry in chosen:
         _check_material(entry)
     errors: dict[int, float] = {}
-    with transaction([entry.weight.module for entry in chosen]):
+    others = other_ties(model, untied)
+    work = sum(map(_work, chosen))
+    touched = [entry.weight.module for entry in [*chosen, *untied]]
+    with Progress(work, progress, "factorizing") as bar, transaction(touched):
+        stacks = Stacks(chosen)
         for entry in chosen:
-            errors[id(entry)] = _register(entry)
+            errors[id(entry)] = _register(entry, stacks)
+            bar.advance(_work(entry))
+        for entry in untied:
+            if entry.rank is None:  # factors are a copy already
+                untie(entry)
         settle_recurrent([entry.weight.module for entry in chosen])
-    rows = tuple(entry.row(errors.get(id(entry))) for entry in found)
-    return RankPlan(rows, before, before + sum(row.after - row.before for row in rows))
+        restorable([entry.weight.module for entry in chosen])
+    forget_ties(others)
+    return planned(found, before, errors)
+
+
+def _work(entry: Entry) -> float:
+    """The time of a decomposition, in a unit of its own: m·n·min(m, n)."""
+    assert entry.view is not None
+    return entry.dense * min(entry.view.matrix_shape[len(entry.view.batch) :])
 
 
 def _check_material(entry: Entry) -> None:
@@ -102,24 +145,25 @@ def _check_material(entry: Entry) -> None:
         check_values(entry.weight)
 
 
-def _register(entry: Entry) -> float:
+def _register(entry: Entry, stacks: Stacks) -> float:
     """Put the factors in the weight's place; return the relative error."""
     weight, module = entry.weight, entry.weight.module
     dense = weight.tensor
     assert dense is not None
-    assert entry.make is not None
-    assert entry.rank is not None
-    made = entry.make(entry.rank)
-    made.order = _order(module)
-    try:
+
+    def register(made: Any) -> None:
+        made.order = parameter_order(module)
         register_parametrization(module, weight.attribute, made)
+
+    try:
+        stacks.with_factors(entry, register)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{weight.name}: {error}") from error
     with torch.no_grad():
-        return _relative_error(dense, getattr(module, weight.attribute))
+        return relative_error(dense, getattr(module, weight.attribute))
 
 
-def _order(module: nn.Module) -> tuple[str, ...]:
+def parameter_order(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's parameters while all were dense."""
     if is_parametrized(module):
         for held in module.parametrizations.values():  # type: ignore[operator]
@@ -128,7 +172,7 @@ def _order(module: nn.Module) -> tuple[str, ...]:
     return tuple(module._parameters)
 
 
-def _relative_error(dense: Tensor, product: Tensor) -> float:
+def relative_error(dense: Tensor, product: Tensor) -> float:
     """‖W − UVᵀ‖_F / ‖W‖_F, in float32 at least."""
     work = torch.promote_types(dense.dtype, torch.float32)
     formed = product.materialize() if hasattr(product, "materialize") else product
@@ -136,16 +180,35 @@ def _relative_error(dense: Tensor, product: Tensor) -> float:
     return float(torch.linalg.vector_norm(dense.to(work) - formed.to(work)) / norm)
 
 
-def products(model: nn.Module) -> list[Product]:
+def products(
+    model: nn.Module,
+    *,
+    include: ProductSelector | None = None,
+    exclude: ProductSelector | None = None,
+    lora: Literal["delta", "full"] = "delta",
+) -> list[Product]:
     """List the products of a model, in module order, each once.
 
-    These are the factorized weights, named like the dense weight, and what the providers of
+    These are the factorized weights, named like the dense weight; of dense attention the
+    query–key and output–value products, "….query_key" and "….output_value" (see
+    ``providers/attention.py``); of LoRA layers of PEFT what their active adapters add to the
+    weight, "….<adapter>" (see ``providers/lora.py``); and what the providers of
     ``register_products`` find.
 
+    Args:
+        model: any module.
+        include: which products, by name: exact names, globs, compiled regular expressions,
+            predicates(name, product), or a list of those; all unless given.
+        exclude: which of them not.
+        lora: "delta" for the product s·BA of each active adapter, "full" for the sum W₀ + s·BA,
+            "….weight", which decays to zero instead of to the pretrained weight W₀.
+
     Raises:
-        ValueError: another parametrization on top of a factorized weight, so that the weight is
-            not the product.
-        TypeError: a provider returned something else than products.
+        ValueError: a selector that matches no product; another parametrization on top of a
+            factorized weight, so that the weight is not the product; attention whose weights do
+            not have the numbers and sizes of heads that its attributes say; adapters that are
+            merged or whose update is not s·BA, and for "full" a W₀ that is not dense.
+        TypeError: a selector of an unknown kind; a provider returned something else than products.
 
     Example:
         >>> import torch
@@ -154,15 +217,18 @@ def products(model: nn.Module) -> list[Product]:
         >>> [(product.name, product.shape) for product in products(model)]
         [('0.weight', (4, 6))]
     """
+    if lora not in LORA:
+        raise ValueError(f"expected lora to be one of {list(LORA)}, got {lora!r}")
+    tables = (_USERS, {**_OWN, **LORA[lora]})
     seen: set[int] = set()
     found: dict[object, Product] = {}
     for path, module in modules(model).items():
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for product in (*_provided(module, path), *_parametrized(module, path)):
+        for product in (*_provided(module, path, tables), *_parametrized(module, path)):
             found.setdefault(_identity(product), product)
-    return list(found.values())
+    return pick(list(found.values()), include, exclude)
 
 
 def _identity(product: Product) -> object:
@@ -181,9 +247,11 @@ def _parametrized(module: nn.Module, path: str) -> Iterable[Product]:
         yield held[0].product(name, held)
 
 
-def _provided(module: nn.Module, path: str) -> list[Product]:
-    """What the nearest provider along the class hierarchy yields, a user's before ours."""
-    for table in (_USERS, _OWN):
+def _provided(
+    module: nn.Module, path: str, tables: Sequence[Mapping[type | str, Provider]]
+) -> list[Product]:
+    """What the nearest provider along the class hierarchy yields, of the first table with one."""
+    for table in tables:
         for kind in type(module).__mro__:
             provider = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
             if provider is not None:

@@ -89,7 +89,7 @@ def forbidden(self):
     raise AssertionError("the dense weight was formed")
 
 
-def assert_equal_dense(call, W, *inputs, allowed=False):
+def assert_equal_dense(call, W, *inputs, allowed=False, rtol=1e-8, atol=1e-9):
     """``call`` gives the same value and gradients with the factors as with the dense weight."""
     wanted = [t for t in (*W.factors, *inputs) if t.requires_grad]
     results = []
@@ -109,7 +109,7 @@ def assert_equal_dense(call, W, *inputs, allowed=False):
         assert a.is_contiguous() >= b.is_contiguous(), "a view of the output would fail"
     for mine, theirs in zip(*results, strict=True):
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 # --------------------------------------------------------------------------- forms
@@ -335,6 +335,39 @@ def test_convolution_keeps_the_memory_format(function, shape, choice, layout):
         assert function(x, W).is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("pattern", ["e o i -> e o i", "e i o -> e o i", "e (a o) i -> e o (a i)"])
+@pytest.mark.parametrize("index", [1, -1, torch.tensor(2), torch.tensor([2, 0, 2])])
+def test_matrices_picked_from_a_batch_stay_factored(pattern, index):
+    """An expert, or several, out of the stack of all: no other is formed."""
+    W = weight(pattern, (3, 4, 6), depth=1, **({"a": 2} if "a" in pattern else {}))
+    assert isinstance(W[index], FactoredTensor)
+    assert_equal_dense(lambda W: W[index], W)
+
+
+@pytest.mark.parametrize("index", [(0, 1), slice(0, 2), True, torch.tensor([True, False, True])])
+def test_other_indices_give_the_dense_values(index):
+    """What is no number of a matrix is looked up in the dense tensor."""
+    W = weight("e o i -> e o i", (3, 4, 6))
+    torch.testing.assert_close(W[index], dense_of(W)[index])
+
+
+@pytest.mark.parametrize("pattern", ["e i o -> e i o", "e i o -> e o i"])
+def test_grouped_products_equal_dense(pattern):
+    """Rows in groups, each with its own expert, at a rank that the kernel's rows allow."""
+    W = weight(pattern, (3, 8, 12), rank=4, depth=1, dtype=torch.float32)
+    offs = torch.tensor([2, 2, 7], dtype=torch.int32)
+    call = lambda W, x: F.grouped_mm(x, W, offs=offs)  # noqa: E731
+    assert_equal_dense(call, W, leaf(7, 8, dtype=torch.float32), rtol=1e-4, atol=1e-4)
+
+
+def test_grouped_products_at_other_ranks_are_materialized():
+    """The kernel wants rows of a multiple of 16 bytes, so not rank 3."""
+    W = weight("e i o -> e i o", (3, 8, 12), rank=3, dtype=torch.float32)
+    offs = torch.tensor([2, 2, 7], dtype=torch.int32)
+    call = lambda W, x: F.grouped_mm(x, W, offs=offs)  # noqa: E731
+    assert_equal_dense(call, W, leaf(7, 8, dtype=torch.float32), allowed=True)
+
+
 def test_every_form_is_tested():
     """The functions that these tests call on factors are all that the table has."""
     shape_forms = set(SHAPE_CALLS)
@@ -343,6 +376,7 @@ def test_every_form_is_tested():
         torch._cudnn_rnn_flatten_weight, *CONVS.values(), *TRANSPOSED.values(),
         torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__,
         torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv, torch.addmm, Tensor.addmm,
+        torch._grouped_mm, Tensor.__getitem__,
     }  # fmt: skip
     assert {f for f in FORMS if f not in called} == shape_forms
 

@@ -47,7 +47,7 @@ def _counts(model, depth):
         (r + 0.5) / min(m, n) + e
         for _, m, n in shapes
         for r in range(min(m, n))
-        for e in (-1e-9, 1e-9)
+        for e in (-1e-9, 0, 1e-9)  # 0: halves are rounded to even
     } | {1e-12}
     counts = set()
     for scale in scales:

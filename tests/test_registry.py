@@ -15,6 +15,7 @@ from frobdecay import registry
 from frobdecay.merging import merge, unroll
 from frobdecay.parametrizations import LowRank
 from frobdecay.product import Factor, Product
+from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
 
 
@@ -283,6 +284,117 @@ def test_tied_weights_are_left_dense_and_listed():
     assert list(plan.ranks) == ["other.weight"]
     assert "tied to head.weight" in plan.rows[0].reason
     assert model["head"].weight is model["embed"].weight
+
+
+def _tied():
+    """An embedding whose weight the head has too, and something between."""
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("include", "copies"), [(None, 1), ("0", 1), (["0", "2"], 1), (["1", "2"], 1)]
+)
+def test_untied_weights_get_a_copy_of_their_own(include, copies):
+    """All but the last of a tie add parameters to the model, and the plan counts them."""
+    model, ids = _tied(), torch.arange(20)
+    expected, before = model(ids), sum(p.numel() for p in model.parameters())
+    dry = plan_ranks(model, rank=16, include=include, on_tied="untie")
+    plan = factorize(model, rank=16, include=include, on_tied="untie")
+    assert plan.before == before + copies * 320
+    assert (dry.before, dry.after) == (plan.before, plan.after)
+    assert plan.after == sum(p.numel() for p in model.parameters())
+    assert {row.reason for row in plan.rows if row.name != "1.weight"} <= {
+        "untied from 2.weight",
+        "untied from 0.weight",
+    }
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+    assert "untied from" in str(plan)
+
+
+def test_untied_weights_that_do_not_pay_are_dense_copies():
+    """The plan's count holds for them, too."""
+    model = _tied()
+    model.append(nn.Linear(20, 400))
+    plan = factorize(model, ratio=0.96, on_tied="untie")
+    assert model[0].weight is not model[2].weight
+    assert sum("; does not pay" in (row.reason or "") for row in plan.rows) == 2
+    assert plan.after == sum(p.numel() for p in model.parameters())
+
+
+def test_ties_can_be_errors():
+    """Also where nobody named the weight; what is excluded may be tied."""
+    model = _tied()
+    with pytest.raises(ValueError, match=r"0\.weight cannot be factorized: tied to 2\.weight"):
+        factorize(model, rank=2, on_tied="error")
+    assert factorize(model, rank=2, on_tied="error", exclude=["0", "2"]).ranks == {"1.weight": 2}
+
+
+def test_an_error_leaves_ties_as_they_were():
+    """Untying is part of the transaction."""
+    model = _tied()
+
+    def failing(weight, rank, *, depth):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        factorize(model, rank=2, on_tied="untie", init=failing)
+    assert model[0].weight is model[2].weight
+
+
+def test_types_of_other_packages_are_known_by_name():
+    """A weight that is stored in × out: U has the outputs' rows; it unrolls to linear layers."""
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.randn(9))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+    model, x = nn.Sequential(Conv1D()), torch.randn(4, 6)
+    plan = factorize(model, rank=2)
+    assert plan.rows[0].matrix == (9, 6)
+    expected = model(x)
+    unrolled = unroll(model)
+    assert [type(m) for m in unrolled[0]] == [nn.Linear, nn.Linear]
+    torch.testing.assert_close(unrolled(x), expected)
+
+
+class Peeks(nn.Module):
+    """Reads its layer's weight, in a method that forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        """Two layers, one after a conversion."""
+        return self.other(self._converted(self.inner(x)))
+
+    def _converted(self, x):
+        return x.to(self.inner.weight.dtype)
+
+    def reset(self):
+        """Nothing that forward does."""
+        nn.init.zeros_(self.other.weight)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(lambda m: m, "inner"), (lambda m: nn.Sequential(m), "0.inner")]
+)
+def test_layers_whose_weight_is_read_from_outside_are_not_unrolled(wrap, name):
+    """A chain has no weight to read; the reason names who reads it."""
+    model = wrap(Peeks())
+    factorize(model, rank=2)
+    message = rf"{name}\.weight: its Peeks reads inner\.weight"
+    with pytest.raises(ValueError, match=message) as error:
+        unroll(model)
+    assert "other" not in str(error.value)
 
 
 def test_overlapping_memory_is_tied_too():

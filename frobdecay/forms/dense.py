@@ -58,8 +58,9 @@ def refuse_writes(
             f"expected a tensor that can be written to, got a factored weight ({name}): it is "
             "made anew from its factors at each access, so the change would be lost. Assign the "
             "module's attribute, as in `module.weight = W`, which factorizes W; train, freeze or "
-            "convert the factors themselves, as in `module.parametrizations`; or write to "
-            "weight.clone(), a dense copy"
+            "convert the factors themselves, as in `module.parametrizations`; write to "
+            "weight.clone(), a dense copy; or call frobdecay.merge(model) before tools that write "
+            "to dense weights, such as one that merges adapters into them"
         )
     if name in _HOOKS and _holds(target, kind):
         raise RuntimeError(

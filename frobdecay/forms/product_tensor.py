@@ -83,6 +83,8 @@ class ProductTensor(Tensor):
     factors: tuple[Tensor, ...]
     matricization: Matricization
     constant: bool
+    # A convolution's weight as three, which is no chain of matrices: a hint that copies lose.
+    stages: tuple[Tensor, Tensor, Tensor] | None = None
     _memo: tuple[tuple[Any, ...], Tensor] | None
 
     # Set here and not in __init__: torch.compile calls an __init__ without its arguments.

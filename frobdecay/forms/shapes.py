@@ -9,6 +9,7 @@ along rows or columns splits U or V.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -154,6 +155,27 @@ def _part(weight: ProductTensor, factors: Sequence[Tensor], blocks: int | None) 
     return weight.like(factors, Matricization.of(pattern, (shape[0], shape[1]), axes))
 
 
+def _pick(self: ProductTensor, index: Any) -> Any:
+    """Matrices of a batch by their numbers, as one expert's out of the stack of all."""
+    view = self.matricization
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    if isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.ndim < 2:
+        whole = index.ndim == 0
+    elif not whole:
+        return NotImplemented
+    if len(view.batch_axes) != 1 or view.tensor_axes[0] != view.batch_axes:
+        return NotImplemented
+    factors, (batch,) = [f[index] for f in self.factors], view.batch_axes
+    if not whole:
+        return self.like(factors, replace(view, sizes={**view.sizes, batch: len(factors[0])}))
+    sizes = {name: size for name, size in view.sizes.items() if name != batch}
+    left, right = (
+        " ".join(f"({' '.join(item)})" for item in side)
+        for side in (view.tensor_axes[1:], (view.row_axes, view.column_axes))
+    )
+    return self.like(factors, Matricization.of(f"{left} -> {right}", view.shape[1:], sizes))
+
+
 def _chunk(input: ProductTensor, chunks: int, dim: int = 0) -> Any:
     if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0 or not input.shape[dim]:
         return NotImplemented
@@ -194,5 +216,6 @@ SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.split: _split,
     torch.split: _split,
     Tensor.chunk: _chunk,
+    Tensor.__getitem__: _pick,
     torch.chunk: _chunk,
 }

@@ -148,6 +148,21 @@ def _addmm(
     return torch.addmm(input, mat1 @ U, V.mT, beta=beta, alpha=alpha)
 
 
+def _grouped_mm(input: Tensor, mat2: Tensor, *others: Any, **options: Any) -> Any:
+    """Rows of x in groups, each group times its own matrix: x W = (x U) Vᵀ."""
+    if not isinstance(mat2, ProductTensor) or isinstance(input, ProductTensor) or others:
+        return NotImplemented
+    W = matrix(mat2)
+    if W is None or W.blocks is not None or W.U.ndim != 3 or input.ndim != 2:
+        return NotImplemented
+    # The kernel's rule for rows, which those of x U have to obey too.
+    if W.U.shape[-1] * W.U.itemsize % 16 or not W.cheaper(lambda: len(input) // len(W.U)):
+        return NotImplemented
+    U, V = folded((W.U, *W.inner, W.V))
+    hidden = torch._grouped_mm(input, U, offs=options.get("offs"))
+    return torch._grouped_mm(hidden, V.mT, **options)
+
+
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -251,6 +266,7 @@ FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.mv: _mv,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    torch._grouped_mm: _grouped_mm,
     torch._cudnn_rnn_flatten_weight: _flatten_recurrent_weights,
     **ATTENTION_FORMS,
     **TENSOR_FORMS,

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from frobdecay.init import matched_init, resolve_rank, spectral_init
+from frobdecay.init import matched_init, spectral_init
 from frobdecay.matricize import Matricization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
-from frobdecay.modules.selection import Selector, Weight, select
-from frobdecay.modules.support import check_values, reasons_against
+from frobdecay.modules.selection import Selector, Weight, modules, select, weights
+from frobdecay.modules.support import (
+    adapter_against,
+    check_values,
+    reason_against,
+    tie_against,
+    ties,
+)
 from frobdecay.plan import PlanRow
+from frobdecay.tensorize import FLAT, Rank, Tensorization
 
-__all__ = ["Entry", "candidates", "check_any"]
+__all__ = ["Entry", "OnTied", "candidates", "check_any"]
 
-_PROTOCOL = ("forward", "right_inverse", "matricize", "factor_shapes", "product", "materialized")
+OnTied = Literal["skip", "untie", "error"]
+
+_PROTOCOL = (
+    "forward",
+    "right_inverse",
+    "matricize",
+    "resolve",
+    "factor_shapes",
+    "product",
+    "materialized",
+)
 
 
 @dataclass
@@ -29,17 +47,21 @@ class Entry:
     Attributes:
         weight: which one.
         make: rank -> its parametrization.
-        view: how it is read as a matrix.
-        rank: r, once decided.
+        view: how it is read as a matrix or as a tensor.
+        rank: r, or one for each mode or bond, once decided.
         reason: why it stays dense.
+        untied: names of the weights that it shared memory with, where it gets a copy of its own.
+        copied: parameters that the copy adds to the model.
         shape, dense: the weight's shape and number of parameters.
     """
 
     weight: Weight
-    make: Callable[[int | float], Any] | None = None
-    view: Matricization | None = None
-    rank: int | None = None
+    make: Callable[[Rank], Any] | None = None
+    view: Matricization | Tensorization | None = None
+    rank: Any = None
     reason: str | None = None
+    untied: tuple[str, ...] = ()
+    copied: int = 0
     shape: tuple[int, ...] = ()
     dense: int = 0
 
@@ -53,18 +75,21 @@ class Entry:
         """Whether nothing is decided yet."""
         return self.reason is None and self.rank is None
 
-    def rank_at(self, scale: int | float) -> int:
-        """An int is the rank; a float is a fraction of min(m, n)."""
-        assert self.view is not None
-        return resolve_rank(scale, self.view.rows, self.view.columns)
+    def rank_at(self, scale: Rank) -> Any:
+        """The rank in numbers of columns; a float is a fraction of min(m, n)."""
+        assert self.make is not None
+        try:
+            return self.make(scale).resolve(self.shape)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.weight.name}: {error}") from error
 
-    def size(self, rank: int) -> int:
+    def size(self, rank: Rank) -> int:
         """Parameters of the factors."""
         assert self.make is not None
         assert self.view is not None
         return sum(map(prod, self.make(rank).factor_shapes(self.view.shape)))
 
-    def settle(self, rank: int) -> None:
+    def settle(self, rank: Rank) -> None:
         """Take the rank if it pays, else say that it does not."""
         if self.size(rank) < self.dense:
             self.rank = rank
@@ -74,11 +99,14 @@ class Entry:
     def row(self, error: float | None = None) -> PlanRow:
         """The entry as a row of the plan."""
         name, shape, dense = self.weight.name, self.shape, self.dense
+        remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
+        remark = "; ".join([*remarks, *filter(None, [self.reason])]) or None
         if self.rank is None:
-            return PlanRow(name, shape, None, None, dense, dense, None, self.reason)
+            return PlanRow(name, shape, None, None, dense, dense, None, remark)
         assert self.view is not None
         matrix, after = self.view.matrix_shape, self.size(self.rank)
-        return PlanRow(name, shape, matrix, self.rank, dense, after, error)
+        tensor = isinstance(self.view, Tensorization)
+        return PlanRow(name, shape, matrix, self.rank, dense, after, error, remark, tensor)
 
 
 def candidates(
@@ -87,21 +115,42 @@ def candidates(
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
+    on_tied: OnTied,
 ) -> list[Entry]:
-    """All chosen weights, with their matricization or the reason against them."""
-    reason = reasons_against(model)
-    found = [Entry(weight, reason=reason(weight)) for weight in select(model, include, exclude)]
+    """All chosen weights, with how they are read or the reason against them."""
+    if on_tied not in ("skip", "untie", "error"):
+        raise ValueError(f"expected on_tied to be 'skip', 'untie' or 'error', got {on_tied!r}")
+    tied, tree = ties(model), modules(model)
+    found = [Entry(weight) for weight in select(model, include, exclude)]
     for entry in found:
         if entry.weight.excluded:
             entry.reason = "excluded"
             continue
+        entry.reason = reason_against(entry.weight) or adapter_against(entry.weight, tree)
+        shared = tie_against(entry.weight, tied) if entry.reason is None else None
+        if shared and on_tied == "untie":
+            names = tied[id(entry.weight.tensor)]
+            entry.untied = tuple(name for name in names if name not in entry.weight.names)
+        else:
+            entry.reason = entry.reason or shared
         if entry.reason is None:
             _fit(entry, parametrization, options)
-        if entry.reason is not None and entry.weight.named:
+        if entry.reason is not None and (entry.weight.named or (shared and on_tied == "error")):
             raise ValueError(f"{entry.weight.name} cannot be factorized: {entry.reason}")
+    _count_copies(model, found)
     check_any(model, found, [entry.open for entry in found])
     _check_pattern_used([entry for entry in found if entry.open], parametrization)
     return found
+
+
+def _count_copies(model: nn.Module, found: list[Entry]) -> None:
+    """Note what the copies add: the last of those that share a parameter adds nothing."""
+    left = Counter(id(weight.tensor) for weight in weights(model))
+    for entry in found:
+        entry.untied = entry.untied if entry.open else ()
+        if entry.untied:
+            left[id(entry.weight.tensor)] -= 1
+            entry.copied = entry.dense if left[id(entry.weight.tensor)] else 0
 
 
 def check_any(model: nn.Module, found: list[Entry], taken: list[bool]) -> None:
@@ -118,9 +167,13 @@ def _fit(
     tensor = entry.weight.tensor
     assert tensor is not None
     given = dict(getattr(parametrization, "keywords", {}))
+    own = {name: value for name, value in options.items() if name not in given}
     layout = entry.weight.layout or (default_layout(2) if tensor.ndim == 2 else None)
     pattern, axes = given.get("pattern"), given.get("axes")
-    if pattern == "channel" and layout is not None:
+    if _reads_tensors(parametrization, own):
+        if pattern not in (None, FLAT) and dimensions(pattern) != tensor.ndim:
+            pattern, axes = None, None  # it has a default for weights of any shape
+    elif pattern == "channel" and layout is not None:
         pattern, axes = layout.channel or layout.pattern, layout.axes
     elif pattern is None or pattern in NAMED_PATTERNS or dimensions(pattern) != tensor.ndim:
         if layout is None:
@@ -130,7 +183,6 @@ def _fit(
             )
             return
         pattern, axes = layout.pattern, layout.axes
-    own = {name: value for name, value in options.items() if name not in given}
     settings = {"pattern": pattern, "axes": axes, **own}
     entry.make = functools.partial(_make, parametrization, settings)
     try:
@@ -141,9 +193,12 @@ def _fit(
     _check_numbers(entry)
 
 
-def _make(
-    parametrization: Callable[..., nn.Module], options: Mapping[str, Any], rank: int | float
-) -> Any:
+def _reads_tensors(parametrization: Callable[..., nn.Module], options: Mapping[str, Any]) -> bool:
+    """Whether its patterns have modes on their right side, not rows and columns."""
+    return hasattr(_make(parametrization, {**options, "pattern": None, "axes": None}, 1), "ranks")
+
+
+def _make(parametrization: Callable[..., nn.Module], options: Mapping[str, Any], rank: Rank) -> Any:
     """One parametrization; refuses factories that make something else."""
     if isinstance(parametrization, nn.Module) or not callable(parametrization):
         raise TypeError(
@@ -170,14 +225,15 @@ def _check_numbers(entry: Entry) -> None:
     if entry.weight.tensor.is_meta:
         return
     check_values(entry.weight)
-    derived = getattr(entry.make(1), "init", None) in (spectral_init, matched_init)
+    init = getattr(entry.make(1), "init", None)
+    derived = init in (spectral_init, matched_init) or isinstance(init, str)
     if derived and not bool(entry.weight.tensor.any()):
         entry.reason = "zero, and its factors would be zero and never train; initialize it first"
 
 
 def _check_pattern_used(found: list[Entry], parametrization: Callable[..., nn.Module]) -> None:
     pattern = getattr(parametrization, "keywords", {}).get("pattern")
-    if pattern in (None, *NAMED_PATTERNS):
+    if pattern in (None, FLAT, *NAMED_PATTERNS):
         return
     if not any(entry.view is not None and entry.view.pattern == pattern for entry in found):
         raise ValueError(

@@ -6,10 +6,14 @@
     Conv2d, groups=g                  "(g o) i kh kw -> g (o kh) (i kw)"      one matrix a group
     ConvTranspose2d                   "i o kh kw -> (o kh) (i kw)"
     MultiheadAttention.in_proj_weight "(b o) i -> b o i" with b = 3           queries, keys, values
+    transformers' Conv1D              "i o -> o i"                            stored transposed
+    transformers' expert stacks       "e o i -> e o i"                        one matrix an expert
 
 Convolutions of one and three dimensions likewise. A recurrent layer's stacked gates stay one
 matrix: every gate has its own rows of U, and V, what they read, is shared, as is usual for
-low-rank recurrent layers (Kuchaiev & Ginsburg 2017, arXiv:1703.10722).
+low-rank recurrent layers (Kuchaiev & Ginsburg 2017, arXiv:1703.10722). So do the gate and the
+up projection that experts hold in one stack. Types of other packages are known by name: the
+package is never imported.
 """
 
 from __future__ import annotations
@@ -17,12 +21,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["NAMED_PATTERNS", "Layout", "default_layout", "dimensions", "layouts", "refusal"]
+__all__ = [
+    "NAMED_PATTERNS",
+    "Layout",
+    "default_layout",
+    "dimensions",
+    "is_kind",
+    "layouts",
+    "refusal",
+]
 
 NAMED_PATTERNS = ("spatial", "channel")
 
@@ -89,7 +103,22 @@ def _bilinear_layouts(module: nn.Module) -> dict[str, Layout]:
     return {"weight": Layout("o i j -> o (i j)")}
 
 
-_TABLE: tuple[tuple[type[nn.Module], Callable[[nn.Module], dict[str, Layout]]], ...] = (
+def _transposed_layouts(module: nn.Module) -> dict[str, Layout]:
+    return {"weight": Layout("i o -> o i")}
+
+
+def _expert_layouts(module: nn.Module) -> dict[str, Layout]:
+    """Three dimensions; the decorator that lets kernels run them says in which order."""
+    if not isinstance(getattr(module, "is_transposed", None), bool):
+        return {}
+    layout = Layout("e i o -> e o i" if module.is_transposed else "e o i -> e o i")
+    stacks = ("gate_up_proj", "up_proj", "down_proj")
+    return {name: layout for name in stacks if getattr(module, name, torch.empty(0)).ndim == 3}
+
+
+Kind = type[nn.Module] | str
+
+_TABLE: tuple[tuple[Kind, Callable[[nn.Module], dict[str, Layout]]], ...] = (
     (nn.Linear, _matrix_layouts),
     (nn.Embedding, _matrix_layouts),
     (nn.EmbeddingBag, _matrix_layouts),
@@ -98,7 +127,17 @@ _TABLE: tuple[tuple[type[nn.Module], Callable[[nn.Module], dict[str, Layout]]], 
     (nn.MultiheadAttention, _attention_layouts),
     (nn.RNNBase, _recurrent_layouts),
     (nn.RNNCellBase, _recurrent_layouts),
+    ("transformers.pytorch_utils.Conv1D", _transposed_layouts),
+    ("transformers.models.*Experts", _expert_layouts),
 )
+
+
+def is_kind(module: nn.Module, kind: Kind) -> bool:
+    """Whether a module is of a type, or of one whose full name fits a glob."""
+    if isinstance(kind, type):
+        return isinstance(module, kind)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+    return any(fnmatchcase(name, kind) for name in names)
 
 
 def layouts(module: nn.Module) -> dict[str, Layout]:
@@ -109,7 +148,7 @@ def layouts(module: nn.Module) -> dict[str, Layout]:
         every name has to exist in this instance (``q_proj_weight`` of a packed attention).
     """
     for kind, rows in _TABLE:
-        if isinstance(module, kind):
+        if is_kind(module, kind):
             return rows(module)
     return {}
 

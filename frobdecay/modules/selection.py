@@ -11,6 +11,8 @@ r"""Which weights of a model are meant, and which of those can be factorized.
 A weight of a module type that is not in the table of ``layouts.py`` is taken only where it is
 asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"``, not ``"*"``),
 or by the exact name or the type of the very module that holds it.
+
+Products are chosen likewise, by their names (``pick``).
 """
 
 from __future__ import annotations
@@ -27,21 +29,27 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from frobdecay.modules.layouts import Layout, layouts
+from frobdecay.product import Product
 
 __all__ = [
     "One",
+    "ProductSelector",
     "Selector",
     "Weight",
     "check_met",
     "matches",
     "modules",
     "names_exactly",
+    "pick",
     "select",
+    "strip_wrappers",
     "weights",
 ]
 
 One = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
 Selector = One | Sequence[One]
+OneProduct = str | re.Pattern[str] | Callable[[str, Product], bool]
+ProductSelector = OneProduct | Sequence[OneProduct]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _GLOB = re.compile(r"[*?\[]")
@@ -176,6 +184,47 @@ def select(
     ]
 
 
+def pick(
+    found: Sequence[Product],
+    include: ProductSelector | None = None,
+    exclude: ProductSelector | None = None,
+) -> list[Product]:
+    """Choose products by name.
+
+    Args:
+        found: all products.
+        include: exact names, globs, compiled regular expressions, predicates(name, product), or
+            a list of those; by default everything.
+        exclude: what to leave out of that.
+
+    Raises:
+        TypeError: a selector of an unknown kind.
+        ValueError: a selector that matches nothing.
+    """
+    taken = set(range(len(found))) if include is None else _picked(found, include, "include")
+    left = set() if exclude is None else _picked(found, exclude, "exclude")
+    return [product for k, product in enumerate(found) if k in taken - left]
+
+
+def _picked(found: Sequence[Product], selector: ProductSelector, what: str) -> set[int]:
+    """Positions of the products that any of the selectors takes."""
+    taken: set[int] = set()
+    names = [product.name for product in found]
+    for one in _each(selector, what):  # type: ignore[arg-type]
+        if isinstance(one, type):
+            raise TypeError(f"expected {what} to choose products by name, got the type {one!r}")
+        if isinstance(one, str | re.Pattern):
+            met = {k for k, name in enumerate(names) if _fits(one, name)}
+            near = f"; {_near(one, names)}"
+        else:
+            met = {k for k, product in enumerate(found) if one(product.name, product)}  # type: ignore[arg-type]
+            near = f"; it is called with names such as {names[:5]} and the product"
+        if not met:
+            raise ValueError(f"{what}={_show(one)} takes no product{near}")
+        taken |= met
+    return taken
+
+
 def _each(selector: Selector, what: str) -> list[One]:
     """The selectors as a list, each of a known kind."""
     several = isinstance(selector, list | tuple | set | frozenset)
@@ -186,7 +235,7 @@ def _each(selector: Selector, what: str) -> list[One]:
                 f"expected {what} to be a name, a glob, a compiled regular expression, a module "
                 f"type, a predicate(name, module), or a list of those, got {one!r}"
             )
-    return [_strip(one) if isinstance(one, str) else one for one in listed]
+    return [strip_wrappers(one) if isinstance(one, str) else one for one in listed]
 
 
 def _union(found: list[Weight], parts: Iterable[dict[int, bool]]) -> list[Weight]:
@@ -220,7 +269,8 @@ def names_exactly(weight: Weight, one: One) -> bool:
     return isinstance(one, str) and one in (*weight.names, *weight.paths)
 
 
-def _strip(name: str) -> str:
+def strip_wrappers(name: str) -> str:
+    """Leave out the segments of a qualified name that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

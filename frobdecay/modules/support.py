@@ -8,7 +8,7 @@ What makes the whole model unfit (lazy parameters, weights without numbers) is a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from frobdecay.modules.layouts import refusal
+from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.selection import Weight, modules, weights
+from frobdecay.partitions import why_partitioned
 
-__all__ = ["Reasons", "check_initialized", "check_unwrapped", "check_values", "reasons_against"]
-
-Reasons = Callable[[Weight], str | None]
+__all__ = [
+    "adapter_against",
+    "check_initialized",
+    "check_unwrapped",
+    "check_values",
+    "reason_against",
+    "reasons_against",
+    "tie_against",
+    "ties",
+]
 
 
 def check_unwrapped(model: nn.Module, act: str) -> None:
@@ -75,32 +83,51 @@ def check_values(weight: Weight) -> None:
         )
 
 
-def reasons_against(model: nn.Module) -> Reasons:
+def reasons_against(model: nn.Module) -> Callable[[Weight], str | None]:
     """Prepare the question why a weight cannot be factorized, for all weights of a model.
 
     Returns:
         A function from a weight to the reason with the remedy, or to None where it can be.
     """
-    tied = _ties(model)
+    tied = ties(model)
+    return lambda weight: reason_against(weight) or tie_against(weight, tied)
 
-    def reason(weight: Weight) -> str | None:
-        for question in (_not_a_parameter, _not_plain, _not_a_matrix, _hooked):
-            if found := question(weight):
-                return found
-        assert weight.tensor is not None
-        if id(weight.tensor) in tied:
-            others = [name for name in tied[id(weight.tensor)] if name not in weight.names]
-            return (
-                f"tied to {', '.join(others)}, which would go on with the dense weight; "
-                "untie them first"
-            )
-        if found := refusal(weight.module):
-            return found
-        if not weight.named and weight.layout is not None and weight.layout.depthwise:
-            return "depthwise convolution: its matrices are single channels; name it to factorize"
+
+def tie_against(weight: Weight, tied: Mapping[int, Sequence[str]]) -> str | None:
+    """Say what a weight shares memory with, of the ``ties`` of a model; None for nothing."""
+    others = [name for name in tied.get(id(weight.tensor), ()) if name not in weight.names]
+    if not others:
         return None
+    return (
+        f"tied to {', '.join(others)}, which would go on with the dense weight; "
+        "on_tied='untie' gives it a copy of its own"
+    )
 
-    return reason
+
+def adapter_against(weight: Weight, tree: Mapping[str, nn.Module]) -> str | None:
+    """Say that a weight is an adapter's of PEFT, which trains it beside the base layer's."""
+    if weight.named:
+        return None
+    for path in weight.above:
+        below = weight.name.removeprefix(f"{path}.")
+        if is_kind(tree[path], "peft.tuners.*Layer") and not below.startswith("base_layer."):
+            return "an adapter's own factor; name it to factorize"
+    return None
+
+
+def reason_against(weight: Weight) -> str | None:
+    """Say why a weight cannot be factorized, with the remedy; None where it can be.
+
+    Ties, which concern more than one weight, are another question: ``ties``.
+    """
+    for question in (_not_a_parameter, _not_plain, _not_a_matrix, _hooked):
+        if found := question(weight):
+            return found
+    if found := refusal(weight.module):
+        return found
+    if not weight.named and weight.layout is not None and weight.layout.depthwise:
+        return "depthwise convolution: its matrices are single channels; name it to factorize"
+    return None
 
 
 def _not_a_parameter(weight: Weight) -> str | None:
@@ -136,6 +163,8 @@ def _not_plain(weight: Weight) -> str | None:
     assert tensor is not None
     if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
         return "sharded (DTensor); factorize before fully_shard or parallelize_module"
+    if reason := why_partitioned(weight.module, weight.attribute, tensor):
+        return f"{reason}, and factorize before"
     if type(tensor) is not nn.Parameter:
         return f"a {type(tensor).__name__}, not a plain Parameter; factorize before converting it"
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -164,8 +193,12 @@ def _hooked(weight: Weight) -> str | None:
     return None
 
 
-def _ties(model: nn.Module) -> dict[int, list[str]]:
-    """The id of every parameter whose memory another one uses too -> the names of all of those."""
+def ties(model: nn.Module) -> dict[int, list[str]]:
+    """List the parameters that share memory.
+
+    Returns:
+        The id of each -> the names of all that use its memory, its own among them.
+    """
     owners: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
     for weight in weights(model):
@@ -176,12 +209,12 @@ def _ties(model: nn.Module) -> dict[int, list[str]]:
         for name, held in _parametrized_parameters(module):
             owners[id(held)].append(f"{path}.{name}".lstrip("."))
             tensors[id(held)] = held
-    ties = {key: names for key, names in owners.items() if len(names) > 1}
+    found = {key: names for key, names in owners.items() if len(names) > 1}
     for one, other in _overlaps(tensors):
         both = [*owners[one], *owners[other]]
         for key in (one, other):
-            ties[key] = list(dict.fromkeys([*ties.get(key, []), *both]))
-    return ties
+            found[key] = list(dict.fromkeys([*found.get(key, []), *both]))
+    return found
 
 
 def _parametrized_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

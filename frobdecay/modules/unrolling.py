@@ -10,6 +10,8 @@ axis; all links keep the groups.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +24,48 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import LowRank
 
-__all__ = ["unrolled", "why_not_unrolled"]
+__all__ = ["reads_weight", "unrolled", "why_not_unrolled"]
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _chain(module: nn.Module) -> Callable[..., list[nn.Module]] | None:
+    """What builds the chain for this very type; subclasses have a forward of their own."""
+    kind = type_before_parametrizations(module)
+    return _CHAINS.get(kind) or _CHAINS.get(_name(kind))
+
+
+def reads_weight(module: nn.Module, path: str) -> bool:
+    """Whether a module's forward reads ``self.<path>.weight``, which a chain does not have.
+
+    Looked up in the bytecode of ``forward`` and of the module's methods that it names.
+    """
+    wanted = [*path.split("."), "weight"]
+    seen, waiting = set(), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        found = getattr(type(module), name, None)
+        function = inspect.unwrap(found) if callable(found) else None
+        if name in seen or not inspect.isfunction(function):
+            continue
+        seen.add(name)
+        loads = [i.argval for i in dis.get_instructions(function) if i.opname.startswith("LOAD_")]
+        if any(loads[i : i + len(wanted)] == wanted for i in range(len(loads))):
+            return True
+        waiting += function.__code__.co_names
+    return False
 
 
 def why_not_unrolled(module: nn.Module) -> str | None:
     """Say why this parametrized layer cannot be a chain of plain layers, if so."""
     kind = type_before_parametrizations(module)
     held: Any = module.parametrizations
-    if kind not in _CHAINS:
-        return f"a {kind.__name__} reads its weight itself"
+    if _chain(module) is None:
+        return f"a {_name(kind)} reads its weight itself"
     if list(held) != ["weight"] or len(held["weight"]) > 1:
         return "it has other parametrizations too"
     if not isinstance(held["weight"][0], LowRank):
@@ -44,7 +77,8 @@ def why_not_unrolled(module: nn.Module) -> str | None:
     if isinstance(module, _ConvNd):
         fits = _Axes.of(module, view) is not None
     else:
-        fits = not view.batch and (view.row_axes, view.column_axes) == view.tensor_axes
+        order = 1 if _name(kind) not in _CHAINS else -1  # stored outputs × inputs, or transposed
+        fits = not view.batch and (view.row_axes, view.column_axes)[::order] == view.tensor_axes
     return None if fits else f"the pattern {view.pattern!r} does not give two layers"
 
 
@@ -56,7 +90,8 @@ def unrolled(module: nn.Module) -> nn.Sequential:
     held: Any = module.parametrizations
     weight = held["weight"]
     factors = tuple(getattr(weight, f"original{i}") for i in range(weight.ntensors))
-    build = _CHAINS[type_before_parametrizations(module)]
+    build = _chain(module)
+    assert build is not None
     layers = build(module, weight[0].matricization, factors)
     built = nn.Sequential(*layers).train(module.training)
     for name, value in vars(module).items():
@@ -225,8 +260,9 @@ def _pointwise(M: Tensor, groups: int, dims: int) -> nn.Module:
     return _fill(layer, M.reshape(-1, s, *[1] * dims), M)
 
 
-_CHAINS: dict[type, Callable[..., list[nn.Module]]] = {
+_CHAINS: dict[type | str, Callable[..., list[nn.Module]]] = {
     nn.Linear: _linear_chain,
+    "transformers.pytorch_utils.Conv1D": _linear_chain,  # x W, with U along the outputs too
     nn.Embedding: _embedding_chain,
     **dict.fromkeys(
         (

@@ -1,0 +1,171 @@
+"""Records of factorized weights: what a file has to say besides the factors' numbers.
+
+    {"version": 1,
+     "weights": {"conv.weight": {
+         "kind": "LowRank",
+         "shape": [8, 4, 3, 3],
+         "config": {"rank": 2, "pattern": "o i kh kw -> (o kh) (i kw)", …}}},
+     "tied": {"decoder.weight": "encoder.weight"}}
+
+A kind is a name in ``parametrizations.KINDS`` and is called with its ``config``: nothing is
+imported, unpickled or evaluated. The factors are ``conv.parametrizations.weight.original0``, ….
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.modules.selection import Weight, weights
+from frobdecay.modules.surgery import factorized
+from frobdecay.parametrizations import KINDS
+
+__all__ = [
+    "HEADER",
+    "RECORDS_VERSION",
+    "dense_weight",
+    "factor_key",
+    "factorized_weights",
+    "factors_of",
+    "parse_records",
+    "rebuild",
+    "record_of",
+]
+
+HEADER = "frobdecay"
+RECORDS_VERSION = 1
+
+# Beyond these a record is no weight's; a file must not make us count to what it says.
+_ENTRIES, _FACTORS = 2**40, 64
+
+
+def factorized_weights(model: nn.Module) -> list[Weight]:
+    """The factorized weights of a model, in module order."""
+    return [weight for weight in weights(model) if weight.attribute in factorized(weight.module)]
+
+
+def factor_key(name: str, i: int | str) -> str:
+    """The key of factor i of the weight ``name`` in a ``state_dict``."""
+    path, _, attribute = name.rpartition(".")
+    return f"{path}.parametrizations.{attribute}.original{i}".lstrip(".")
+
+
+def record_of(weight: Weight) -> dict[str, Any]:
+    """The record of one factorized weight.
+
+    Raises:
+        ValueError: a kind that no file can name, or another parametrization on top.
+    """
+    held = factorized(weight.module)[weight.attribute]
+    if len(held) > 1:
+        raise ValueError(
+            f"{weight.name} has {type(held[1]).__name__} on top of {type(held[0]).__name__}, which "
+            "a file cannot tell; remove one of the two"
+        )
+    kind = type(held[0])
+    if KINDS.get(kind.__name__) is not kind:
+        raise ValueError(
+            f"{weight.name} is parametrized by {kind.__module__}.{kind.__qualname__}, which is not "
+            f"among the known kinds {sorted(KINDS)}; add it to frobdecay.parametrizations.KINDS "
+            "here and where the file is to be loaded"
+        )
+    record: dict[str, Any] = json.loads(json.dumps(held[0].record()))  # as it comes back
+    return record
+
+
+def rebuild(name: str, record: Mapping[str, Any]) -> Any:
+    """Make the parametrization of a record, fitted to its shape.
+
+    Raises:
+        ValueError: an unknown kind, or a config or a shape that is none; names the weight.
+    """
+    kind, config = record.get("kind"), record.get("config")
+    shape: Any = record.get("shape")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(
+            f"{name} is of kind {kind!r}, but known are {sorted(KINDS)}; upgrade frobdecay, or add "
+            "a kind of your own to frobdecay.parametrizations.KINDS"
+        )
+    if not isinstance(config, Mapping) or not _is_shape(shape) or _many(config):
+        raise ValueError(f"{name}: expected a config and a shape in its record, got {record!r}")
+    try:
+        made: Any = KINDS[kind](**config)
+        made.adopt(tuple(shape))
+        made.factor_shapes(tuple(shape))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {kind} cannot be made from its record: {error}") from error
+    return made
+
+
+def _is_shape(shape: Any) -> bool:
+    sizes = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
+    return sizes and prod(shape) <= _ENTRIES
+
+
+def _many(config: Mapping[str, Any]) -> bool:
+    counts = [config.get(key, 0) for key in ("depth", "modes")]
+    return any(isinstance(count, int) and count > _FACTORS for count in counts)
+
+
+def parse_records(text: str) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Read the header of a file.
+
+    Returns:
+        Weight name -> record, and tied name -> the name its numbers are saved under.
+
+    Raises:
+        ValueError: not such a header, or one of a later version.
+    """
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its structure is not JSON: {error}") from None
+    version = header.get("version") if isinstance(header, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"expected a structure with a version, got {text[:80]!r}")
+    if version > RECORDS_VERSION:
+        raise ValueError(
+            f"its structure is of version {version}, but this frobdecay reads up to "
+            f"{RECORDS_VERSION}; upgrade frobdecay"
+        )
+    found, tied = header.get("weights"), header.get("tied", {})
+    if not isinstance(found, dict) or not all(isinstance(r, dict) for r in found.values()):
+        raise ValueError(f"expected a table of weights in its structure, got {found!r:.80}")
+    if not isinstance(tied, dict) or not all(isinstance(n, str) for n in tied.values()):
+        raise ValueError(f"expected a table of tied names in its structure, got {tied!r:.80}")
+    return found, tied
+
+
+@torch.no_grad()
+def dense_weight(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Multiply the factors of one weight out, from a table of tensors by ``state_dict`` key.
+
+    Raises:
+        ValueError: factors that are missing or do not fit their record.
+    """
+    made, factors = factors_of(name, record, tensors)
+    made.materialized = True
+    dense: Tensor = made(*factors)
+    return dense
+
+
+def factors_of(
+    name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Any, list[Tensor]]:
+    """The parametrization of one weight and its factors, in order.
+
+    Raises:
+        ValueError: factors that are missing or do not fit their record.
+    """
+    made = rebuild(name, record)
+    shapes = [tuple(shape) for shape in made.factor_shapes(tuple(record["shape"]))]
+    found = [tensors.get(factor_key(name, i)) for i in range(len(shapes))]
+    got = [None if factor is None else tuple(factor.shape) for factor in found]
+    if got != shapes:
+        raise ValueError(f"{name}: expected factors of shapes {shapes}, got {got}")
+    return made, [factor for factor in found if factor is not None]

@@ -1,0 +1,207 @@
+"""What ``load_state_dict`` and ``reset_parameters`` mean for a module with factorized weights.
+
+torch gives a parametrized module a class of its own. ``restorable`` defines these two there, so
+that they are gone with the last parametrization and a deep copy has them:
+
+    load_state_dict     takes the dense weight, too, and keeps its spectral factors
+    reset_parameters    draws the dense weights as the dense module does, and factorizes them
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.modules.surgery import factorized, reorder
+from frobdecay.parametrizations import VERSION
+from frobdecay.product import is_sharded
+
+__all__ = ["dense_to_factors", "restorable"]
+
+_RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
+
+
+def restorable(modules: Iterable[nn.Module]) -> None:
+    """Teach the classes of factorized modules to load dense weights and to reset."""
+    for module in modules:
+        if factorized(module):
+            _extend(type(module))
+
+
+def _extend(kind: Any) -> None:
+    # The original class is named, not found through super(): classes are copied and derived from.
+    base = kind.__bases__[0]
+
+    def _load_from_state_dict(
+        self: nn.Module,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        error_msgs.extend(_accept(self, state_dict, prefix, assign))
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+
+    kind._load_from_state_dict = _load_from_state_dict
+    for name in _RESETS:
+        if hasattr(base, name):
+            setattr(kind, name, _resetting(base, getattr(base, name)))
+
+
+# --- load_state_dict ----------------------------------------------------------------------------
+
+
+def _accept(
+    module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, assign: bool
+) -> Iterator[str]:
+    """Put factors in the place of dense weights; yield what is wrong with what there is."""
+    if assign:
+        VERSION.bump()  # there will be other parameters
+    for attribute, held in factorized(module).items():
+        key, inside = f"{prefix}{attribute}", f"{prefix}parametrizations.{attribute}.original"
+        ours = {f"{inside}{i}": tuple(p.shape) for i, p in enumerate(_factors(held))}
+        theirs = {
+            name: tuple(getattr(value, "shape", ()))
+            for name, value in state_dict.items()
+            if name.startswith(inside)
+        }
+        if key in state_dict and not theirs:
+            try:
+                factors = dense_to_factors(held, state_dict.pop(key), like_model=not assign)
+            except (TypeError, ValueError, RuntimeError) as error:
+                yield f"{key}: {error}"
+            else:
+                state_dict.update(zip(ours, factors, strict=True))
+        elif any(ours.get(name) != shape for name, shape in theirs.items()):
+            yield (
+                f"{key}: the checkpoint has factors of shapes {list(theirs.values())}, the model "
+                f"{list(ours.values())}; factorize the model with the checkpoint's ranks (as "
+                "frobdecay.load_factorized does), or load the merged, dense checkpoint"
+            )
+
+
+def _factors(held: Any) -> list[Tensor]:
+    return [getattr(held, f"original{i}") for i in range(held.ntensors)]
+
+
+@torch.no_grad()
+def dense_to_factors(held: Any, dense: Tensor, like_model: bool = True) -> tuple[Tensor, ...]:
+    """The factors of a dense weight, at the structure that a ``ParametrizationList`` has.
+
+    Args:
+        held: ``module.parametrizations[attribute]``; is not changed.
+        dense: the weight, of the parametrized weight's shape.
+        like_model: work on the device of the factors that are to be replaced.
+
+    Raises:
+        TypeError, ValueError: a weight that has no factors, or only such as never train; a model
+            that cannot take them.
+    """
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"expected a tensor, got {type(dense).__name__}")
+    if tuple(dense.shape) != (shape := tuple(held().shape)):
+        raise ValueError(
+            f"expected the dense weight to have shape {shape}, got {tuple(dense.shape)}"
+        )
+    if like_model:
+        _check_writable(held, "load with assign=True")
+        dense = dense.to(_factors(held)[0].device)
+    _check_alive(dense)
+    value: Any = dense
+    for parametrization in reversed(list(held)):
+        invert = getattr(parametrization, "approximate", None) or parametrization.right_inverse
+        value = invert(value)
+    return tuple(value)
+
+
+def _check_writable(held: Any, advice: str) -> None:
+    """Refuse factors that have no numbers, or only a part of them."""
+    for factor in _factors(held):
+        if is_sharded(factor):
+            raise ValueError(
+                "the factors are sharded (DTensor); do this before fully_shard or "
+                "parallelize_module"
+            )
+        if factor.is_meta:
+            raise ValueError(
+                f"the factors are on the meta device and hold no numbers; {advice}, or "
+                "materialize the module first: to_empty(device=...)"
+            )
+
+
+def _check_alive(dense: Tensor) -> None:
+    if not dense.is_meta and not bool(dense.any()):
+        raise ValueError(
+            "the dense weight is zero, and its factors would be zero and never train; merge this "
+            "weight to have it dense"
+        )
+
+
+# --- reset_parameters ---------------------------------------------------------------------------
+
+
+def _resetting(base: type, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, on dense weights that are factorized afterwards."""
+
+    @functools.wraps(original)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lists = factorized(self)
+        if len(lists) < len(self.parametrizations):
+            raise ValueError(
+                f"cannot reset a {base.__name__} that has other parametrizations beside the "
+                f"factorized {list(lists)}; remove those first"
+            )
+        where = f"cannot reset {base.__name__}"
+        for attribute, held in lists.items():
+            with _named(f"{where}.{attribute}"):
+                _check_writable(held, "there is nothing to reset")
+        with _dense_for_now(self, base, lists) as dense:
+            result = original(self, *args, **kwargs)
+        for attribute, weight in dense.items():
+            with _named(f"{where}.{attribute}"):
+                _check_alive(weight)
+                lists[attribute].right_inverse(weight.detach())
+        return result
+
+    return reset
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+@contextmanager
+def _dense_for_now(module: nn.Module, base: type, lists: Any) -> Iterator[dict[str, Tensor]]:
+    """The module with empty dense weights and its original class; both are taken back."""
+    kind, order = type(module), dict(module._parameters)
+    dense: dict[str, Tensor] = {}
+    for attribute, held in lists.items():
+        like = _factors(held)[0]
+        empty = torch.empty(held().shape, dtype=like.dtype, device=like.device)
+        dense[attribute] = nn.Parameter(empty)
+    inner = module._modules.pop("parametrizations")
+    module.__class__ = base
+    try:
+        module._parameters.update(dense)  # type: ignore[arg-type]
+        reorder(module, getattr(next(iter(lists.values()))[0], "order", ()))
+        yield dense
+    finally:
+        module.__class__ = kind
+        module._modules["parametrizations"] = inner
+        for attribute in dense:
+            del module._parameters[attribute]
+        reorder(module, tuple(order))

@@ -1,0 +1,59 @@
+"""Weights that several modules share: a copy of its own for each that is factorized.
+
+Models of transformers tie weights again whenever ``tie_weights`` is called, as in resizing, by a
+table that each model has. It is told which are tied no more. The configuration stays as it is: it
+speaks of all ties of a model at once, and of other things. A dense model with copies that differ
+is saved with all of them, and loaded so by transformers 5, which says so in a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from frobdecay.modules.candidates import Entry
+from frobdecay.modules.selection import modules
+
+__all__ = ["forget_ties", "other_ties", "untie"]
+
+Ties = dict[str, str]
+
+
+def untie(entry: Entry) -> None:
+    """Give the module a copy of the weight that it shares; for use in a transaction."""
+    tensor = entry.weight.tensor
+    assert tensor is not None
+    own = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    entry.weight.module._parameters[entry.weight.attribute] = own
+
+
+def other_ties(model: nn.Module, untied: Iterable[Entry]) -> list[tuple[Any, Ties, Ties]]:
+    """Look up, while all weights are dense, what stays tied in transformers' models.
+
+    Returns:
+        The models that lose a tie, with their own ties that stay, and with those below too.
+    """
+    names = {name for entry in untied for name in entry.weight.names}
+    found: dict[str, Any] = modules(model) if names else {}
+    others = []
+    for path, module in found.items():
+        prefix = f"{path}." if path else ""
+        every = getattr(module, "all_tied_weights_keys", None)
+        if isinstance(every, dict):
+            # Its own are patterns, which it expands to names.
+            tables = (module.get_expanded_tied_weights_keys(), every)
+            own, rest = (
+                {to: by for to, by in table.items() if not {prefix + to, prefix + by} & names}
+                for table in tables
+            )
+            if rest != every:
+                others.append((module, own, rest))
+    return others
+
+
+def forget_ties(others: Iterable[tuple[Any, Ties, Ties]]) -> None:
+    """Have models tie again what stays tied, and nothing else."""
+    for module, own, rest in others:
+        module._tied_weights_keys, module.all_tied_weights_keys = own, rest
