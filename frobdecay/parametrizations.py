@@ -5,26 +5,37 @@ into the factors (U, M.., V), which become the module's parameters ``original0``
 and ``forward`` turns them into a ``FactoredTensor``, the weight that is never formed where its
 factors can be applied one after the other.
 
-Any parametrization that ``factorize`` takes has, besides these two methods, ``factor_shapes``
-(what the planner counts), ``product`` (the record that decay and diagnostics read) and the flag
-``materialized`` (what ``merge`` sets to get the dense weight).
+Any parametrization that ``factorize`` takes has, besides these two methods, ``matricize`` (how the
+weight is read: a ``Matricization``, or a ``Tensorization`` of ``tensorize.py``), ``resolve`` and
+``factor_shapes`` (what the planner counts), ``product`` (the record that decay and diagnostics
+read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be saved and
+loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines, and is
+listed in ``KINDS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from frobdecay.factored import FactoredTensor
-from frobdecay.init import Init, resolve_init, resolve_rank
+from frobdecay.init import (
+    INITS,
+    Init,
+    randomized_init,
+    resolve_init,
+    resolve_rank,
+    spectral_init,
+)
 from frobdecay.matricize import Matricization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.product import Factor, Product
 
-__all__ = ["VERSION", "LowRank", "Version"]
+__all__ = ["KINDS", "VERSION", "LowRank", "Recorded", "Version"]
 
 
 class Version:
@@ -44,7 +55,81 @@ class Version:
 VERSION = Version()
 
 
-class LowRank(nn.Module):
+class Recorded(nn.Module):
+    """A parametrization that says in every ``state_dict`` how its factors are to be read.
+
+    The shapes of factors do not say it: U Vᵀ and V Uᵀ of a square weight have the same. The record
+    lies in the metadata of the ``state_dict``, where it adds no keys; formats that drop metadata
+    drop the check with it.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the dense weight, once it is known."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make this parametrization again: numbers, strings, dicts."""
+        raise NotImplementedError
+
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Take the shape of the dense weight, without a weight.
+
+        Raises:
+            ValueError: it cannot be factorized, or another shape was adopted before.
+        """
+        raise NotImplementedError
+
+    def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Factors of a weight that is to be kept, as ``right_inverse``, but never random ones."""
+        factors: tuple[Tensor, ...] = self.right_inverse(weight)  # type: ignore[operator]
+        return factors
+
+    def record(self) -> dict[str, Any]:
+        """The entry of this weight in a file: the kind's name in ``KINDS``, shape and config."""
+        shape = list(self.shape) if self.shape is not None else None
+        return {"kind": type(self).__name__, "shape": shape, "config": self.config()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})["frobdecay"] = self.record()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        theirs, ours = local_metadata.get("frobdecay"), self.record()
+        if theirs is not None and _reading(theirs) != _reading(ours):
+            error_msgs.append(
+                f"{prefix[:-1]}: the checkpoint's factors are to be read as {theirs}, but this "
+                f"model reads them as {ours}; factorize the model the same way"
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+def _reading(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what the shapes of factors say, and without the initialization."""
+    settings = record.get("config") or {}
+    config = {k: v for k, v in settings.items() if k not in ("rank", "depth", "init")}
+    return {**record, "config": config}
+
+
+class LowRank(Recorded):
     """Parametrize a weight as W = U M₁ … M_d Vᵀ, spectrally initialized from the dense weight.
 
     U (m×r) and V (n×r) are both stored tall and contiguous; a weight that is read as a batch of
@@ -95,6 +180,28 @@ class LowRank(nn.Module):
         self.materialized = False
         self.order: tuple[str, ...] = ()  # the module's parameters while dense, for merge
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the dense weight, once it is known."""
+        return None if self.matricization is None else self.matricization.shape
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make this parametrization again.
+
+        The rank as a number of columns and the pattern itself, once the shape is known. An
+        initialization of one's own has no name and is left out.
+        """
+        view = self.matricization
+        rank = self.rank if view is None else resolve_rank(self.rank, view.rows, view.columns)
+        config: dict[str, Any] = {
+            "rank": rank,
+            "pattern": self.pattern if view is None else view.pattern,
+            "axes": dict(self.axes),
+            "depth": self.depth,
+        }
+        names = [name for name, init in INITS.items() if init is self.init]
+        return {**config, "init": names[0]} if names else config
+
     def matricize(self, shape: tuple[int, ...]) -> Matricization:
         """Fit the pattern to a weight's shape.
 
@@ -114,12 +221,33 @@ class LowRank(nn.Module):
         assert pattern is not None
         return Matricization.of(pattern, tuple(shape), self.axes)
 
+    def resolve(self, shape: tuple[int, ...]) -> int:
+        """The rank in numbers of columns for a weight of this shape."""
+        view = self.matricize(shape)
+        return resolve_rank(self.rank, view.rows, view.columns)
+
     def factor_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Shapes of U, M.., V for a weight of this shape, from the shape alone."""
         view = self.matricize(shape)
         r = resolve_rank(self.rank, view.rows, view.columns)
         inner = [(*view.batch, r, r)] * self.depth
         return ((*view.batch, view.rows, r), *inner, (*view.batch, view.columns, r))
+
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Take the shape of the dense weight, without a weight.
+
+        Raises:
+            ValueError: it cannot be factorized, or another shape was adopted before.
+        """
+        known = self.matricization
+        if known is None:
+            self.matricization = self.matricize(shape)
+            VERSION.bump()
+        elif known.shape != shape:
+            raise ValueError(
+                f"expected a weight of shape {known.shape}, got {shape}; "
+                "merge first to change the shape of a factorized weight"
+            )
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -128,23 +256,33 @@ class LowRank(nn.Module):
         Raises:
             TypeError, ValueError: a weight that cannot be factorized.
         """
-        known = self.matricization
-        if known is not None and known.shape != tuple(weight.shape):
-            raise ValueError(
-                f"expected a weight of shape {known.shape}, got {tuple(weight.shape)}; "
-                "merge first to change the shape of a factorized weight"
-            )
-        view = known or self.matricize(tuple(weight.shape))
+        return self._factorize(weight, self.init)
+
+    @torch.no_grad()
+    def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Factorize a weight that is to be kept: its spectral factors, whatever ``init`` is.
+
+        Only "randomized", which approximates the weight as well, stays what it is.
+
+        Raises:
+            TypeError, ValueError: a weight that cannot be factorized.
+        """
+        init = self.init if self.init is randomized_init else spectral_init
+        return self._factorize(weight, init)
+
+    def _factorize(self, weight: Tensor, init: Init) -> tuple[Tensor, ...]:
+        shape = tuple(weight.shape)
+        if self.matricization is not None:
+            self.adopt(shape)  # refuses another one
+        view = self.matricization or self.matricize(shape)
         rank = resolve_rank(self.rank, view.rows, view.columns)
         try:
-            factors = self.init(view.matrix(weight.detach()), rank, depth=self.depth)
+            factors = init(view.matrix(weight.detach()), rank, depth=self.depth)
         except NotImplementedError as error:
             # parametrize would take it for "has no right_inverse" and fail obscurely later.
             raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error
         self._check(factors, weight)
-        if known is None:
-            self.matricization = view
-            VERSION.bump()
+        self.adopt(shape)
         return factors
 
     def _check(self, factors: tuple[Tensor, ...], weight: Tensor) -> None:
@@ -183,3 +321,7 @@ class LowRank(nn.Module):
         shapes = self.factor_shapes(view.shape)
         factors = " · ".join("×".join(map(str, shape)) for shape in shapes)
         return f"{view.pattern!r}, {factors}, kept {sum(map(prod, shapes)) / prod(view.shape):.3g}"
+
+
+KINDS: dict[str, type[Recorded]] = {"LowRank": LowRank}
+"""Name in a file -> the class that ``config`` makes again; to load your own, put it here."""

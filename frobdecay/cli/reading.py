@@ -1,0 +1,214 @@
+"""A file -> named tensors. Whatever is in the file, nothing in it is run.
+
+Three formats, told apart by their first bytes: safetensors, the zip archives of ``torch.save``,
+and what it wrote before those. The latter two are unpickled by ``torch.load(weights_only=True)``,
+which makes tensors and plain containers and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frobdecay.modules.files import read_safetensors
+from frobdecay.modules.records import HEADER, parse_records
+
+__all__ = ["Checkpoint", "check_memory", "printable", "read"]
+
+_DEPTH = 4
+_ORIGINAL = re.compile(r"(?P<path>(?:.*\.)?)parametrizations\.(?P<name>[^.]+)\.original\d+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        path: of the file.
+        key: where in the file the tensors are, "" at the top.
+        tensors: by name.
+        records: of the factorized weights, by name.
+        others: what lies beside the tensors in their table.
+    """
+
+    path: str
+    key: str
+    tensors: dict[str, Tensor]
+    records: Mapping[str, Mapping[str, Any]]
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of weights whose factors are here, but not how they are to be read."""
+        met = (_ORIGINAL.fullmatch(key) for key in self.tensors)
+        names = dict.fromkeys(m["path"] + m["name"] for m in met if m)
+        return [name for name in names if name not in self.records]
+
+
+def printable(text: str) -> str:
+    """The text without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def read(path: str, key: str | None = None) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: of the file.
+        key: the keys of nested dictionaries that lead to the tensors, joined by "/"; by default
+            the only dictionary of weights is taken, those of optimizers left aside.
+
+    Raises:
+        ImportError: a safetensors file, but no safetensors.
+        OSError: the file cannot be opened.
+        ValueError: not a checkpoint, a damaged one, one that asks for code to be run, or one with
+            no weights or with several dictionaries of them.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+        if head[8:9] == b"{":
+            return _checked(_from_safetensors(path, key))
+        return _checked(_from_torch(path, head, key))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _from_safetensors(path: str, key: str | None) -> Checkpoint:
+    if key is not None:
+        raise ValueError(f"a safetensors file is one flat table, without a key {key!r}")
+    tensors, metadata = read_safetensors(path)
+    if HEADER not in metadata:
+        return Checkpoint(path, "", tensors, {})
+    records, tied = parse_records(metadata[HEADER])
+    for name, source in tied.items():
+        if source not in tensors:
+            raise ValueError(f"{name} is said to be {source}, which is not in the file")
+        tensors[name] = tensors[source]
+    return Checkpoint(path, "", tensors, records)
+
+
+def _from_torch(path: str, head: bytes, key: str | None) -> Checkpoint:
+    if not head:
+        raise ValueError("the file is empty")
+    zipped = head.startswith(b"PK\x03\x04")
+    if not zipped and not head.startswith(b"\x80"):
+        raise ValueError("neither a safetensors file nor one of torch.save")
+    if zipped:
+        _check_archive(path)
+    where, table = _table(_unpickled(path, zipped), key)
+    tensors = {name: value for name, value in table.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in table.items() if name not in tensors}
+    return Checkpoint(path, where, tensors, _records(table), others)
+
+
+def _check_archive(path: str) -> None:
+    """Refuse archives of something else, and those that unpack to more than they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"a damaged or truncated archive: {error}") from error
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        raise ValueError("a zip archive of something else than torch.save's")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("a compressed archive, which torch.save does not write")
+
+
+def _unpickled(path: str, zipped: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that torch still reads
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # whatever a damaged pickle leads torch to
+        text = str(error)
+        unsupported = re.search(r"Unsupported [^\n]*?(?=\.? ?(?:\n|$| was not| Please))", text)
+        if unsupported or "UnpicklingError" in type(error).__name__:
+            what = unsupported[0] if unsupported else text.partition("\n")[0]
+            raise ValueError(
+                f"refused, since only tensors and plain containers are unpickled ({what}); save "
+                "the weights alone: torch.save(model.state_dict(), ...)"
+            ) from error
+        line = text.partition("\n")[0] or type(error).__name__
+        raise ValueError(f"damaged, or not a file of torch.save: {line}") from error
+
+
+def _table(loaded: Any, key: str | None) -> tuple[str, Mapping[str, Any]]:
+    """The dictionary of weights, and where it is."""
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"expected a dictionary of tensors, got a {type(loaded).__name__}")
+    found = dict(_tables(loaded, ()))
+    if key is not None:
+        if key not in found:
+            raise ValueError(f"no weights under {key!r}; there are some under {_listed(found)}")
+        return key, found[key]
+    likely = [where for where in found if "optim" not in where.lower()]
+    if not likely:
+        keys = [str(name) for name in loaded][:8]
+        raise ValueError(f"no weights found, under none of its keys {keys}")
+    if len(likely) > 1:
+        raise ValueError(f"weights under {_listed(likely)}; choose with --key")
+    return likely[0], found[likely[0]]
+
+
+def _listed(keys: Any) -> str:
+    names = [repr(key) if key else "the top ('')" for key in keys]
+    return ", ".join(names[:8]) or "no key"
+
+
+def _tables(table: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Dictionaries that hold a matrix, by their keys."""
+    matrices = any(isinstance(value, Tensor) and value.ndim >= 2 for value in table.values())
+    if matrices and all(isinstance(name, str) for name in table):
+        yield "/".join(path), table
+    for name, value in table.items():
+        if isinstance(name, str) and isinstance(value, Mapping) and len(path) < _DEPTH:
+            yield from _tables(value, (*path, name))
+
+
+def _records(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The records in the metadata of a ``state_dict``; see ``parametrizations.Recorded``."""
+    metadata = getattr(table, "_metadata", None)
+    found: dict[str, Mapping[str, Any]] = {}
+    for place, entry in metadata.items() if isinstance(metadata, Mapping) else ():
+        record = entry.get("frobdecay") if isinstance(entry, Mapping) else None
+        inside = _ORIGINAL.fullmatch(f"{str(place).rpartition('.')[0]}.original0")
+        if isinstance(record, Mapping) and inside:
+            found[inside["path"] + inside["name"]] = record
+    return found
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Refuse tensors that say they are larger than what is in the file (by strides of zero)."""
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            continue
+        there = tensor.untyped_storage().nbytes()
+        if tensor.nbytes > there:
+            raise ValueError(
+                f"{name} says that it is of shape {tuple(tensor.shape)}, {tensor.nbytes:,} bytes, "
+                f"but the file has {there:,}"
+            )
+    if not checkpoint.tensors:
+        raise ValueError("no tensors in it")
+    return checkpoint
+
+
+def check_memory(needed: int) -> None:
+    """Refuse dense weights that the machine's memory cannot hold, where the system says its size.
+
+    Raises:
+        ValueError: saying how much is needed.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(f"its dense weights take {needed:,} bytes, more than there is memory")

@@ -1,0 +1,565 @@
+"""``python -m frobdecay``: reports, merged files, and what hostile files do (nothing)."""
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from frobdecay import CP, TensorTrain, Tucker
+from frobdecay.checkpoints import save_factorized
+from frobdecay.cli import merging, reading
+from frobdecay.cli.main import main
+from frobdecay.init import spectral_init
+from frobdecay.modules import progress
+from frobdecay.ranks import plan_ranks
+from frobdecay.registry import factorize
+
+pytest.importorskip("rich")
+needs_safetensors = pytest.mark.skipif(
+    importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
+)
+SUFFIXES = [".pt", pytest.param(".safetensors", marks=needs_safetensors)]
+
+
+def _net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 10), nn.Embedding(9, 6)
+    )
+
+
+def _saved(path, model=None):
+    """Write a model's state dict in the format of the suffix."""
+    model = _net() if model is None else model
+    if path.suffix == ".safetensors":
+        save_factorized(model, path)
+    else:
+        torch.save(model.state_dict(), path)
+    return model
+
+
+def _run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def _report(capsys, *arguments):
+    assert _run("inspect", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def _refused(capsys, *arguments):
+    """The one line of an error."""
+    assert _run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("frobdecay: error: ")
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+    return err
+
+
+# --- inspect ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_spectra_are_those_of_the_weights(tmp_path, capsys, suffix):
+    """Against the singular values of each matricized weight, in float64."""
+    model = _saved(tmp_path / f"model{suffix}")
+    report = _report(capsys, tmp_path / f"model{suffix}", "--energy", "0.8")
+    matrices = {
+        "0.weight": model[0].weight.detach().permute(0, 2, 1, 3).reshape(24, 9),
+        "3.weight": model[3].weight.detach(),
+        "4.weight": model[4].weight.detach(),
+    }
+    rows = {row["name"]: row for row in report["weights"]}
+    assert list(rows) == list(matrices)
+    for name, matrix in matrices.items():
+        sigma = torch.linalg.svdvals(matrix.double())
+        share = sigma.square().cumsum(0) / sigma.square().sum()
+        row = rows[name]
+        assert row["matrix"] == list(matrix.shape)
+        assert row["norm"] == pytest.approx(float(matrix.norm()), rel=1e-5)
+        assert row["stable_rank"] == pytest.approx(float((sigma / sigma[0]).square().sum()))
+        assert row["energy_rank"] == 1 + int((share < 0.8).sum())
+        assert row["singular_values"] == pytest.approx(sigma.tolist(), abs=1e-6)
+
+
+def test_planned_ranks_are_those_of_the_model(tmp_path, capsys):
+    """``plan_ranks`` on the model, where its buffers count as the file's numbers do."""
+    model = _saved(tmp_path / "model.pt")
+    report = _report(capsys, tmp_path / "model.pt", "--ratio", "0.5")
+    for name, buffer in list(model[1].named_buffers()):
+        if buffer.is_floating_point():
+            delattr(model[1], name)
+            model[1].register_parameter(name, nn.Parameter(buffer))
+    plan = plan_ranks(model, ratio=0.5)
+    rows = {row["name"]: row for row in report["weights"]}
+    assert {name: row["planned_rank"] for name, row in rows.items() if row["planned_rank"]} == (
+        plan.ranks
+    )
+    assert report["planned"] == {"before": plan.before, "after": plan.after}
+    weight = model[3].weight.detach().double()
+    U, V = spectral_init(weight, rows["3.weight"]["planned_rank"])
+    kept = float((U @ V.T).norm().square() / weight.norm().square())
+    assert rows["3.weight"]["planned_energy"] == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_factors_are_read_as_their_product(tmp_path, capsys, suffix):
+    """Norms and ranks of the product, under the dense weight's name and shape."""
+    model = _net()
+    factorize(model, 2)
+    _saved(tmp_path / f"model{suffix}", model)
+    report = _report(capsys, tmp_path / f"model{suffix}", "--ratio", "0.9")
+    rows = {row["name"]: row for row in report["weights"]}
+    assert set(rows) == {"0.weight", "3.weight", "4.weight"}
+    for name, row in rows.items():
+        weight = model[int(name[0])].weight.materialize().detach()
+        assert (row["kind"], row["rank"], row["shape"]) == ("LowRank", 2, list(weight.shape))
+        assert row["norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
+        assert len(row["singular_values"]) == 2
+    assert report["planned"]["before"] == sum(
+        t.numel() for t in _net().state_dict().values() if t.is_floating_point()
+    )
+
+
+@pytest.mark.parametrize("kind", [Tucker, TensorTrain, CP])
+def test_tensors_are_read_as_the_dense_weight_is(tmp_path, capsys, kind):
+    """Their own ranks beside the spectrum of the weight that they multiply to."""
+    model = _net()
+    factorize(model, 2, include=["0", "3"], parametrization=kind)
+    _saved(tmp_path / "factors.pt", model)
+    assert _run("merge", tmp_path / "factors.pt", tmp_path / "dense.pt") == 0
+    capsys.readouterr()
+    ours, dense = (
+        _report(capsys, tmp_path / f"{name}.pt", "--ratio", "0.5")["weights"]
+        for name in ("factors", "dense")
+    )
+    rows = {row["name"]: row for row in dense}
+    assert {row["kind"] for row in ours} == {kind.__name__, "dense"}
+    for row in ours:
+        same = ("shape", "matrix", "norm", "energy_rank", "planned_rank", "planned_energy")
+        assert {key: row[key] for key in same} == {key: rows[row["name"]][key] for key in same}
+
+
+def test_the_table_has_a_line_for_every_weight(tmp_path, capsys):
+    """With shapes, numbers and remarks, and no broken lines where there is no terminal."""
+    model = _net()
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("nan")
+        model[4].weight.zero_()
+    _saved(tmp_path / "model.pt", model)
+    assert _run("inspect", tmp_path / "model.pt", "--ratio", "0.5") == 0
+    out = capsys.readouterr().out
+    lines = {name: line for line in out.splitlines() for name in ("0", "3", "4")
+             if f"{name}.weight" in line}  # fmt: skip
+    assert "8×3×3×3" in lines["0"]
+    assert "24×9" in lines["0"]
+    assert "has NaN or infinity" in lines["3"]
+    assert "zero" in lines["4"]
+    assert "305 of 640 when dense, ratio 0.477" in out
+
+
+def test_what_is_no_matrix_of_numbers_is_listed(tmp_path, capsys):
+    """Integers, complex, sparse, empty, six dimensions, eight bits, factors without a record."""
+    tensors = {
+        "int.weight": torch.ones(3, 3, dtype=torch.int8),
+        "complex.weight": torch.ones(3, 3) + 0j,
+        "sparse.weight": torch.eye(3).to_sparse(),
+        "deep.weight": torch.ones(1, 2, 1, 2, 1, 2),
+        "none.weight": torch.ones(0, 3),
+        "eight.weight": torch.eye(4).to(torch.float8_e4m3fn),
+        "fc.parametrizations.weight.original0": torch.ones(4, 2),
+    }
+    torch.save(tensors, tmp_path / "model.pt")
+    report = _report(capsys, tmp_path / "model.pt")
+    remarks = {row["name"]: row["remark"] for row in report["weights"]}
+    assert {name for name, remark in remarks.items() if remark} == set(tensors) - {"eight.weight"}
+    norms = {row["name"]: row["norm"] for row in report["weights"]}
+    assert norms["eight.weight"] == pytest.approx(2.0)
+
+
+def test_the_plot_is_a_picture(tmp_path, capsys):
+    """Of the kind that the suffix says."""
+    pytest.importorskip("matplotlib")
+    _saved(tmp_path / "model.pt")
+    assert _run("inspect", tmp_path / "model.pt", "--plot", tmp_path / "spectra.png") == 0
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert "'nonsense'" in _refused(
+        capsys, "inspect", tmp_path / "model.pt", "--plot", tmp_path / "spectra.nonsense"
+    )
+
+
+# Contents of a file -> (the key that is found, a part of the error, if it is one).
+NESTED = {
+    "flat": (lambda s: s, "", None),
+    "model": (lambda s: {"epoch": 3, "loss": torch.tensor(0.1), "model": s}, "model", None),
+    "deep": (lambda s: {"a": {"state_dict": s}}, "a/state_dict", None),
+    "optimizer": (
+        lambda s: {"model": s, "optimizer": {"state": {0: {"m": torch.eye(2)}}}}, "model", None),
+    "named optimizer": (
+        lambda s: {"model": s, "optim": {"state": {"w": {"m": torch.ones(2, 2)}}}}, "model", None),
+    "two": (lambda s: {"model": s, "ema": s}, None, "'model', 'ema'; choose with --key"),
+    "none": (lambda s: {"args": {"lr": 0.1}, "v": torch.ones(3)}, None, r"no weights.*'args', 'v'"),
+    "no names": (lambda s: {0: torch.ones(2, 2)}, None, "no weights"),
+    "a list": (lambda s: [torch.ones(2, 2)], None, "a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_weights_are_found_in_nested_dictionaries(tmp_path, capsys, case):
+    """Or the keys that there are are listed."""
+    wrap, key, message = NESTED[case]
+    path = tmp_path / "model.pt"
+    torch.save(wrap(_net().state_dict()), path)
+    if message is None:
+        report = _report(capsys, path)
+        assert report["key"] == key
+        assert len(report["weights"]) == 3
+    else:
+        assert re.search(message, _refused(capsys, "inspect", path))
+
+
+def test_the_key_chooses(tmp_path, capsys):
+    """Among several, by the path that the error lists."""
+    torch.save({"model": _net().state_dict(), "ema": {"x": torch.eye(3)}}, tmp_path / "model.pt")
+    assert len(_report(capsys, tmp_path / "model.pt", "--key", "ema")["weights"]) == 1
+    error = _refused(capsys, "inspect", tmp_path / "model.pt", "--key", "nope")
+    assert "'nope'; there are some under 'model', 'ema'" in error
+
+
+# --- merge --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", SUFFIXES)
+@pytest.mark.parametrize("given", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_writes_what_the_original_class_loads(tmp_path, capsys, given, out, dtype):
+    """From either format to either: its keys, its dtype, the merged weights."""
+    model = _net().to(dtype)
+    factorize(model, 2)
+    _saved(tmp_path / f"in{given}", model)
+    assert _run("merge", tmp_path / f"in{given}", tmp_path / f"out{out}") == 0
+    assert "3 weights merged" in capsys.readouterr().out
+    if out == ".safetensors":
+        from safetensors.torch import load_file
+
+        found = load_file(tmp_path / f"out{out}")
+    else:
+        found = torch.load(tmp_path / f"out{out}", weights_only=True)
+    dense = _net().to(dtype)
+    dense.load_state_dict(found)
+    for k in (0, 3, 4):
+        assert torch.equal(dense[k].weight, model[k].weight.materialize())
+    assert torch.equal(dense[1].running_var, model[1].running_var)
+
+
+@needs_safetensors
+def test_merge_expands_ties(tmp_path, capsys):
+    """The original class expects both names."""
+
+    def make():
+        model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    model = make()
+    factorize(model, 2)
+    save_factorized(model, tmp_path / "in.safetensors")
+    for name in ("out.safetensors", "out.pt"):
+        assert _run("merge", tmp_path / "in.safetensors", tmp_path / name) == 0
+        assert set(reading.read(str(tmp_path / name)).tensors) == set(make().state_dict())
+    capsys.readouterr()
+
+
+def test_merge_keeps_what_lies_beside_the_tensors(tmp_path, capsys):
+    """Extra state stays, where the format can hold it."""
+    model = _net()
+    factorize(model, 2)
+    state = model.state_dict()
+    state["extra"] = {"answer": 42}
+    torch.save(state, tmp_path / "in.pt")
+    assert _run("merge", tmp_path / "in.pt", tmp_path / "out.pt") == 0
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["extra"] == {"answer": 42}
+    capsys.readouterr()
+    error = _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.safetensors")
+    assert "more than tensors" in error
+
+
+def _factorized_file(path):
+    model = _net()
+    factorize(model, 2)
+    return _saved(path, model)
+
+
+def test_merge_does_not_overwrite(tmp_path, capsys):
+    """Unless it is told to."""
+    _factorized_file(tmp_path / "in.pt")
+    (tmp_path / "out.pt").write_text("precious")
+    error = _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.pt")
+    assert "exists already; --force" in error
+    assert (tmp_path / "out.pt").read_text() == "precious"
+    assert _run("merge", tmp_path / "in.pt", tmp_path / "out.pt", "--force") == 0
+    assert _run("merge", tmp_path / "in.pt", tmp_path / "in.pt", "--force") == 0
+    assert "0.weight" in torch.load(tmp_path / "in.pt", weights_only=True)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, capsys, monkeypatch):
+    """And no half of a new one."""
+    _factorized_file(tmp_path / "in.pt")
+    (tmp_path / "out.pt").write_text("precious")
+
+    def fail(content, path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging.torch, "save", fail)
+    _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.pt", "--force")
+    assert (tmp_path / "out.pt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out.pt"]
+
+
+def _state(edit):
+    model = _net()
+    factorize(model, 2)
+    state = model.state_dict()
+    edit(state)
+    return state
+
+
+def _record(state):
+    return state._metadata["3.parametrizations.weight.0"]["frobdecay"]
+
+
+FIRST = "3.parametrizations.weight.original0"
+
+# What cannot be merged -> (what is done to a factorized state dict, a part of the error).
+UNMERGED = {
+    "no record": (
+        lambda s: s._metadata.clear(), "0.weight', '3.weight', '4.weight'.*how they are to be"),
+    "a factor missing": (lambda s: s.pop("3.parametrizations.weight.original1"), "3.weight.*None"),
+    "the first missing": (lambda s: s.pop(FIRST), "3.weight.*missing"),
+    "another shape": (lambda s: s.update({FIRST: torch.ones(10, 3)}), r"3.weight.*\(10, 3\)"),
+    "unknown kind": (lambda s: _record(s).update(kind="eval"), "3.weight.*'eval'.*LowRank"),
+    "no config": (lambda s: _record(s).update(config=7), "3.weight.*config"),
+    "no shape": (lambda s: _record(s).update(shape=None), "3.weight.*shape"),
+    "no memory has it": (lambda s: _record(s).update(shape=[2**40, 2**40]), "3.weight.*shape"),
+    "endless": (lambda s: _record(s)["config"].update(depth=10**12), "3.weight.*config"),
+    "dense, too": (lambda s: s.update({"3.weight": torch.ones(10, 32)}), "both the factors.*3.w"),
+    "huge": (
+        lambda s: (_record(s).update(shape=[2**20, 2**20]),
+                   s.update({FIRST: torch.ones(2**20, 1).bfloat16(),
+                             FIRST[:-1] + "1": torch.ones(2**20, 1).bfloat16()}),
+                   _record(s)["config"].update(rank=1)), "more than there is memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNMERGED)
+def test_what_cannot_be_merged_is_named(tmp_path, capsys, case):
+    """And nothing is written."""
+    edit, message = UNMERGED[case]
+    torch.save(_state(edit), tmp_path / "in.pt")
+    error = _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.pt")
+    assert re.search(f"in.pt: .*(?:{message})", error)
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_nothing_to_merge(tmp_path, capsys):
+    """A dense file, and a name that says no format."""
+    _saved(tmp_path / "in.pt")
+    assert "nothing to merge" in _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.pt")
+    assert "ends with" in _refused(capsys, "merge", tmp_path / "in.pt", tmp_path / "out.txt")
+
+
+# --- hostile files ------------------------------------------------------------------------------
+
+
+class _Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def _legacy(content):
+    def write(path):
+        torch.save(content(path), path, _use_new_zipfile_serialization=False)
+
+    return write
+
+
+def _zip(compression=zipfile.ZIP_STORED, **entries):
+    def write(path):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in entries.items():
+                archive.writestr(name.replace("__", "/").replace("_pkl", ".pkl"), content)
+
+    return write
+
+
+def _compressed(path):
+    """A real checkpoint, packed again: a small file that could unpack to anything."""
+    torch.save({"w": torch.zeros(1000, 1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def _truncated(path):
+    torch.save(_net().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def _header(header, data=b""):
+    def write(path):
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    return write
+
+
+def _entry(shape, end, dtype="F32"):
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
+
+
+# Files from nowhere -> (how they are written, a part of the error).
+HOSTILE = {
+    "missing": (lambda path: None, "No such file"),
+    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_text("hello, world, this is text"), "neither"),
+    "random": (lambda path: path.write_bytes(os.urandom(7) + bytes(range(1, 100))), "neither"),
+    "zip": (_zip(readme="hello"), "something else than torch.save's"),
+    "zip with a pickle": (_zip(archive__data_pkl=b"cos\nsystem\n(S'x'\ntR."), "x.pt: "),
+    "bomb": (_compressed, "compressed archive"),
+    "truncated zip": (_truncated, "damaged or truncated"),
+    "truncated pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"w": [1] * 99}, 2)[:40]), "damaged"),
+    "evil": (lambda path: torch.save({"w": _Evil(path.with_name("pwned"))}, path), "refused"),
+    "evil, old format": (_legacy(lambda path: _Evil(path.with_name("pwned"))), "refused"),
+    "evil, bare": (
+        lambda path: path.write_bytes(pickle.dumps(_Evil(path.with_name("pwned")))), "x.pt: "),
+    "a whole model": (lambda path: torch.save(_net(), path), "refused.*state_dict"),
+    "expanded": (
+        lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path),
+        r"w says.*1000000, 1000000.*the file has 4"),
+    "header that lies in length": (
+        lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b'{"w": {}}'), "not a whole"),
+    "header that is no JSON": (
+        lambda path: path.write_bytes(struct.pack("<Q", 5) + b"{nope"), "not a whole"),
+    "header that lies in shape": (_header(_entry([10**6, 10**6], 16), bytes(16)), "not a whole"),
+    "header past the end": (_header(_entry([2, 2], 16), bytes(4)), "not a whole"),
+    "no tensors": (_header({}), "no tensors|not a whole"),
+    "only vectors": (lambda path: torch.save({"a": {"b": torch.ones(3)}}, path), "no weights"),
+    "broken structure": (
+        _header({"__metadata__": {"frobdecay": "["}, **_entry([2, 2], 16)}, bytes(16)), "not JSON"),
+    "nested structure": (
+        _header({"__metadata__": {"frobdecay": "[" * 10**5}, **_entry([2, 2], 16)}, bytes(16)),
+        "not JSON"),
+    "tie to nowhere": (
+        _header({"__metadata__": {"frobdecay": json.dumps(
+            {"version": 1, "weights": {}, "tied": {"a": "b"}})}, **_entry([2, 2], 16)},
+            bytes(16)), "a is said to be b"),
+}  # fmt: skip
+SAFETENSORS = ("header", "no tensors", "broken", "nested", "tie")
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge"])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_one_line(tmp_path, capsys, case, command):
+    """No traceback, nothing run, nothing written."""
+    if case.startswith(SAFETENSORS):
+        pytest.importorskip("safetensors")
+    write, message = HOSTILE[case]
+    path = tmp_path / "x.pt"
+    write(path)
+    rest = [tmp_path / "out.pt"] if command == "merge" else []
+    error = _refused(capsys, command, path, *rest)
+    assert re.search(message, error)
+    assert {file.name for file in tmp_path.iterdir()} <= {"x.pt"}
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
+    """Escape sequences and markup in names are shown, not obeyed."""
+    torch.save({"a\x1b[31m\n[bold].weight": torch.eye(3)}, tmp_path / "model.pt")
+    assert _run("inspect", tmp_path / "model.pt") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"a\x1b[31m\n[bold].weight" in out
+
+
+# --- the command itself -------------------------------------------------------------------------
+
+
+def test_wrong_arguments_end_with_2(capsys):
+    """As argparse ends, with the usage."""
+    for arguments in ([], ["inspect"], ["nope"], ["inspect", "x", "--energy", "2"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "usage: python -m frobdecay" in capsys.readouterr().err
+
+
+def test_an_unattainable_ratio_is_one_line(tmp_path, capsys):
+    """It says what can be attained."""
+    _saved(tmp_path / "model.pt")
+    assert "attainable" in _refused(capsys, "inspect", tmp_path / "model.pt", "--ratio", "0.001")
+
+
+def test_it_runs_as_a_module(tmp_path):
+    """In an interpreter of its own; the reader may leave early."""
+    _saved(tmp_path / "model.pt")
+    command = [sys.executable, "-m", "frobdecay", "inspect", str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "3.weight" in done.stdout
+    assert done.stderr == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("package", "message"), [("rich", r"needs rich.*frobdecay\[cli\]"),
+                             ("safetensors", r"need safetensors.*frobdecay\[cli\]")],
+)  # fmt: skip
+def test_missing_packages_are_named(tmp_path, capsys, monkeypatch, package, message):
+    """By the extra that has them."""
+    path = tmp_path / "model.safetensors"
+    _header(_entry([2, 2], 16), bytes(16))(path)
+    if package == "rich":
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "rich" else find(name)
+        )
+    else:
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    error = _refused(capsys, "inspect", path)
+    assert re.search(message, error)
+
+
+def test_long_work_shows_a_bar_on_stderr(tmp_path, capsys, monkeypatch):
+    """On a terminal, after a second; JSON on stdout stays JSON."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _saved(tmp_path / "model.pt")
+    assert _run("inspect", tmp_path / "model.pt", "--json") == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["weights"]) == 3
+    assert "decomposing" in err
