@@ -20,15 +20,13 @@ from frobdecay.parametrizations import VERSION
 from frobdecay.product import Product
 from frobdecay.registry import products as products_of
 from frobdecay.wrapper.checks import (
+    check_again,
     check_arguments,
-    check_membership,
-    convention,
     find_products,
-    ignores_the_loss,
     plan_groups,
     plan_wrapping,
-    reads_the_parameter,
 )
+from frobdecay.wrapper.conventions import convention, ignores_the_loss, reads_the_parameter
 from frobdecay.wrapper.decay import Decay, Increments, PenalizedClosure
 from frobdecay.wrapper.param_groups import adapt_plain, is_plain
 from frobdecay.wrapper.proxy import OptimizerProxy
@@ -255,13 +253,7 @@ class FrobeniusDecay(OptimizerProxy):
             return
         version, products = VERSION.value, self._products_now()
         model = None if self._model is None else self._model()
-        check_membership(products, self.param_groups, model)
-        lost = {p.name for p in self.products} - {p.name for p in products}
-        if lost:
-            raise ValueError(
-                f"expected {min(lost)!r} to be a product, as when the optimizer was wrapped, but "
-                "it was merged or unrolled: nothing would decay it; build a new optimizer"
-            )
+        check_again(self.products, products, self.param_groups, model)
         self._adopt(products, version)
 
     def _products_now(self) -> list[Product]:
@@ -325,12 +317,17 @@ class FrobeniusDecay(OptimizerProxy):
         super().load_state_dict(state_dict)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rounder = self._rounder
-        if _KEY in state_dict:
+        rounder, ours = self._rounder, _KEY in state_dict
+        if ours:
             rounder = StochasticRounder()
             rounder.load_state_dict(state_dict.pop(_KEY))
-        saved = state_dict["param_groups"]
-        if is_plain(saved):
+        saved = state_dict.get("param_groups")
+        if saved is None and not ours:
+            raise ValueError(
+                f"expected 'param_groups' in the checkpoint, got {sorted(map(str, state_dict))}: "
+                f"it is of a {type(self._base).__name__} that was not wrapped, laid out its own way"
+            )
+        if saved is not None and is_plain(saved):
             state_dict["param_groups"] = adapt_plain(saved, self._layout, self.param_groups)
         self._base.load_state_dict(state_dict)
         self._rounder = rounder

@@ -2,80 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frobdecay.chain import Coefficient
+from frobdecay.partitions import refusal_of_division, refusal_of_optimizer
 from frobdecay.product import Product, as_products, check_coefficient
 from frobdecay.registry import products as products_of
+from frobdecay.wrapper.conventions import convention, refusal, refusal_of_decoupled
 from frobdecay.wrapper.decay import factor_name
 from frobdecay.wrapper.param_groups import Division, plan_division
 from frobdecay.wrapper.proxy import OptimizerProxy
 from frobdecay.wrapper.rates import Group, has_weight_decay, is_zero, known_value
 
 __all__ = [
+    "check_again",
     "check_arguments",
     "check_membership",
-    "convention",
     "find_products",
-    "ignores_the_loss",
     "plan_groups",
     "plan_wrapping",
-    "reads_the_parameter",
 ]
-
-Convention = Literal["coupled", "decoupled"]
-
-# What torch's optimizers do with weight_decay where no option of a group says otherwise.
-_COUPLED = "Adadelta Adagrad Adam Adamax ASGD LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam"
-_DECOUPLED = "Adafactor AdamW Muon"
-_CONVENTIONS: dict[type[Optimizer], Convention] = {
-    **{getattr(optim, name): "coupled" for name in _COUPLED.split()},
-    **{getattr(optim, name): "decoupled" for name in _DECOUPLED.split() if hasattr(optim, name)},
-}
-
-
-def _known_class(cls: type[Optimizer]) -> type[Optimizer] | None:
-    """The class of torch whose step this class runs."""
-    step = inspect.unwrap(cls.step)  # torch wraps hooks around the steps of classes
-    for base in cls.__mro__:
-        if base in _CONVENTIONS and inspect.unwrap(base.step) is step:
-            return base
-    return None
-
-
-def ignores_the_loss(optimizer: Optimizer) -> bool:
-    """Whether it is known that a closure's return value is only handed through."""
-    known = _known_class(type(optimizer))
-    return known is not None and known is not optim.LBFGS
-
-
-def reads_the_parameter(optimizer: Optimizer) -> bool:
-    """Whether the update depends on the parameter, so that decay has to come after it."""
-    return _known_class(type(optimizer)) is getattr(optim, "Adafactor", optim.Optimizer)
-
-
-def convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Convention:
-    """Tell how an optimizer applies the weight decay of a group.
-
-    Raises:
-        ValueError: the optimizer is not one of torch's, nor runs the step of one.
-    """
-    if group.get("decoupled_weight_decay"):
-        return "decoupled"
-    known = _known_class(type(optimizer))
-    if known is None:
-        raise ValueError(
-            f"expected mode='coupled' or mode='decoupled' for {type(optimizer).__name__}, got "
-            "'auto': how it applies weight decay cannot be known; 'coupled' adds the decay to "
-            "the gradient (as SGD does), 'decoupled' subtracts it from the parameter (as AdamW)"
-        )
-    return _CONVENTIONS[known]
 
 
 def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:
@@ -84,21 +35,39 @@ def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:
     Raises:
         TypeError, ValueError: see ``FrobeniusDecay``.
     """
+    if reason := refusal_of_optimizer(optimizer):
+        raise ValueError(
+            f"expected an optimizer of whole parameters, got a {type(optimizer).__name__}: {reason}"
+        )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}; build one over "
             "the factorized model's parameters first"
         )
-    if isinstance(optimizer, OptimizerProxy):
+    if _is_wrapped(optimizer):
         raise ValueError(
             f"expected an optimizer that is not wrapped, got a {type(optimizer).__name__}: the "
-            "factors would decay twice; pass its .optimizer, or use it as it is"
+            "factors would decay twice; pass the optimizer behind, or use it as it is"
+        )
+    reason = refusal(optimizer)
+    if reason is not None:
+        raise ValueError(
+            f"expected an optimizer that decay can be added to, got a {type(optimizer).__name__}: "
+            f"{reason}"
         )
     if mode not in ("coupled", "decoupled", "auto"):
         raise ValueError(f"expected mode to be 'coupled', 'decoupled' or 'auto', got {mode!r}")
     if decay is not None:
         check_coefficient(decay, "decay")
         check_coefficient(known_value(decay), "decay")
+
+
+def _is_wrapped(optimizer: Optimizer) -> bool:
+    """Whether a FrobeniusDecay is this optimizer or one inside it, as in a Lookahead."""
+    if isinstance(optimizer, OptimizerProxy):
+        return True
+    inside = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    return any(_is_wrapped(value) for value in inside if value is not optimizer)
 
 
 def find_products(model_or_products: nn.Module | Product | Iterable[Product]) -> list[Product]:
@@ -141,6 +110,26 @@ def check_membership(
                 raise ValueError(_missing(product, j, groups, model))
 
 
+def check_again(
+    before: Sequence[Product],
+    now: Sequence[Product],
+    groups: Sequence[Group],
+    model: nn.Module | None,
+) -> None:
+    """Refuse products that came or went after the optimizer was built.
+
+    Raises:
+        ValueError: names a factor that the optimizer does not hold, or a product that is gone.
+    """
+    check_membership(now, groups, model)
+    lost = {product.name for product in before} - {product.name for product in now}
+    if lost:
+        raise ValueError(
+            f"expected {min(lost)!r} to be a product, as when the optimizer was wrapped, but "
+            "it was merged or unrolled: nothing would decay it; build a new optimizer"
+        )
+
+
 def _missing(product: Product, j: int, groups: Sequence[Group], model: nn.Module | None) -> str:
     message = (
         f"expected {factor_name(product, j)} in a param group, but the optimizer does not hold "
@@ -150,15 +139,20 @@ def _missing(product: Product, j: int, groups: Sequence[Group], model: nn.Module
     stale = [] if model is None else _stale(groups, model)
     if not stale:
         return message
-    shown = ", ".join(stale[:3]) + (f", … ({len(stale)})" if len(stale) > 3 else "")
+    shown = ", ".join(name for name, _ in stale[:3]) + (f", … ({len(stale)})" if stale[3:] else "")
+    if all(param.ndim == 1 and param.numel() > 1 for _, param in stale):
+        return (
+            f"{message}. The optimizer holds {shown}, flat, as ZeRO and FSDP1 make them: shard "
+            "with fully_shard, or call frobdecay.add_penalty_grad_ before their step"
+        )
     return f"{message}. The optimizer was built too early: it holds {shown}, not in the model now"
 
 
-def _stale(groups: Sequence[Group], model: nn.Module) -> list[str]:
-    """Parameters that the optimizer holds and the model does not."""
+def _stale(groups: Sequence[Group], model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters that the optimizer holds and the model does not, with what messages call them."""
     alive = {id(param) for param in model.parameters()}
     return [
-        f"{name} {tuple(param.shape)}"
+        (f"{name} {tuple(param.shape)}", param)
         for group in groups
         for name, param in _named(group)
         if id(param) not in alive
@@ -222,6 +216,11 @@ def plan_groups(
         division = plan_division(
             group, lambda param: id(param) in factors, decay, where, own_first=own_first
         )
+        if division.split and (reason := refusal_of_division(optimizer)):
+            raise ValueError(
+                f"expected only factors, or none, in {where} of {type(optimizer).__name__}, got "
+                f"both: {reason}"
+            )
         if any(division.flags):
             _check_group(optimizer, group, division, mode, where)
             _check_coverage(products, group)
@@ -235,7 +234,7 @@ def _check_coverage(products: Sequence[Product], group: Group) -> None:
     for product in products:
         for j, factor in enumerate(product.factors):
             param = factor.param
-            name, size = factor_name(product, j), factor.view(param).numel()
+            name, size = factor_name(product, j), factor.outline().numel()
             parts[id(param), factor.index] = name, param, size
     held = {id(param) for param in group["params"]} if has_weight_decay(group) else set()
     covered = Counter[int]()
@@ -254,10 +253,15 @@ def _check_group(
     optimizer: Optimizer, group: Group, division: Division, mode: str, where: str
 ) -> None:
     kind = convention(optimizer, group) if mode == "auto" else mode
-    if kind == "decoupled" and "lr" not in group:
+    if kind == "decoupled" and group.get("lr") is None:
         raise ValueError(
             f"expected an 'lr' in {where} of {type(optimizer).__name__} for mode='decoupled' "
             "(the decay is lr·λ·gradient), got none; use mode='coupled'"
+        )
+    reason = refusal_of_decoupled(optimizer) if kind == "decoupled" else None
+    if reason is not None:
+        raise ValueError(
+            f"expected mode='coupled' for {type(optimizer).__name__}, got decoupled decay: {reason}"
         )
     if group.get("differentiable") and not is_zero(division.coef):
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from frobdecay.accumulate import Accumulator, place_of
 from frobdecay.chain import HALF, Coefficient
-from frobdecay.product import Product, squared_norm
+from frobdecay.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder
 
@@ -187,8 +187,10 @@ class Decay:
 
     def _value(self, targets: Targets, coefs: Coefs) -> Tensor | None:
         total: Tensor | None = None
-        for product, params, target_row, coef_row in zip(
-            self.products, self._params, targets, coefs, strict=True
+        # Of all products: sharded ones are measured together, whatever gradients are here.
+        norms = self.accumulator.squared_norms()
+        for product, norm, params, target_row, coef_row in zip(
+            self.products, norms, self._params, targets, coefs, strict=True
         ):
             if all(target is None for target in target_row):
                 continue
@@ -203,7 +205,7 @@ class Decay:
                     f"{[float(coef) for coef in moving]}: the optimizer reads the loss, and no "
                     "one penalty has these gradients; put its factors into one param group"
                 )
-            term = 0.5 * moving[0] * squared_norm(product)
+            term = 0.5 * moving[0] * norm
             total = term if total is None else total + term.to(total.device)
         return total
 

@@ -94,9 +94,16 @@ class OptimizerProxy(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # Schedule-free optimizers have train() and eval(); callers ask with hasattr.
-        if name in ("train", "eval") and "_base" in self.__dict__:
-            return getattr(self._base, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        base = self.__dict__.get("_base")
+        if name in ("train", "eval") and base is not None:
+            return getattr(base, name)
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if base is not None and not name.startswith("_") and hasattr(base, name):
+            message += (
+                f"; the {type(base).__name__} behind has it, as .optimizer.{name}, but what is "
+                f"done there goes past this {type(self).__name__}"
+            )
+        raise AttributeError(message)
 
     def _patch_step_function(self) -> None:
         """Do nothing: the step behind has torch's chain of hooks, a second would double it."""

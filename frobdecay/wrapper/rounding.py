@@ -5,7 +5,8 @@ rounding to nearest never moves it at all. Rounding up with the probability that
 remainder, round(x) = ⌊x/ulp + u⌋·ulp with u uniform in [0, 1), has the expectation x.
 
 The random numbers come from generators that belong to the rounder alone, one a device. All start
-from one constant: replicas of a model, each with its own global seed, have to round alike.
+from one constant: replicas of a model, each with its own global seed, have to round alike. So
+have copies of one part of a sharded parameter, while different parts should not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from frobdecay.placement import part_number, part_of
+from frobdecay.product import is_sharded
 
 __all__ = ["StochasticRounder", "round_stochastically"]
 
@@ -67,7 +71,8 @@ class StochasticRounder:
         [1.0078125, 1.0078125, 1.0078125]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = _SEED) -> None:
+        self._seed = seed
         self._generators: dict[torch.device, tuple[str, torch.Generator]] = {}
         self._saved: dict[str, Tensor] = {}
 
@@ -75,9 +80,32 @@ class StochasticRounder:
         """Add to every tensor its increment, in place.
 
         Args:
-            tensors: of a half-precision dtype.
+            tensors: of a half-precision dtype; of sharded ones, this process' part is rounded.
             increments: float32, of the same shapes.
         """
+        plain = [k for k, tensor in enumerate(tensors) if not is_sharded(tensor)]
+        self._add([tensors[k] for k in plain], [increments[k] for k in plain])
+        parts = [k for k, tensor in enumerate(tensors) if is_sharded(tensor)]
+        if parts:
+            self._add_parts([tensors[k] for k in parts], [increments[k] for k in parts])
+
+    def _add_parts(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
+        """Round parts of sharded tensors: copies of a part alike, different parts differently.
+
+        Every process draws one seed, so that the generator, which is saved, stays the same on all,
+        however unequal the parts are.
+        """
+        own = self._generator(torch.device("cpu"))
+        seed = int(torch.randint(1 << 48, (), generator=own))
+        streams = {part_number(tensor) for tensor in tensors}
+        for stream in sorted(streams):
+            members = [k for k, tensor in enumerate(tensors) if part_number(tensor) == stream]
+            rounder = StochasticRounder(seed + stream)
+            rounder._add(
+                [part_of(tensors[k]) for k in members], [part_of(increments[k]) for k in members]
+            )
+
+    def _add(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for k, tensor in enumerate(tensors):
             batch = alike.setdefault((tensor.device, tensor.dtype), [])
@@ -104,7 +132,7 @@ class StochasticRounder:
             # Numbered by first use, not by index: a checkpoint of cuda:0 resumes on cuda:1.
             number = sum(known.type == device.type for known in self._generators)
             name = f"{device.type}:{number}"
-            generator = torch.Generator(device).manual_seed(_SEED)
+            generator = torch.Generator(device).manual_seed(self._seed)
             if name in self._saved:
                 generator.set_state(self._saved[name])
             self._generators[device] = (name, generator)
@@ -140,4 +168,5 @@ class StochasticRounder:
         return self.state_dict()
 
     def __setstate__(self, state_dict: dict[str, Any]) -> None:
+        self._seed = _SEED
         self.load_state_dict(state_dict)

@@ -1,0 +1,133 @@
+"""Param groups for those who build them: what decays, what does not, and the factors apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from frobdecay.chain import Coefficient
+from frobdecay.product import check_coefficient
+from frobdecay.registry import products
+
+__all__ = ["split_param_groups"]
+
+Pattern = str | re.Pattern[str] | type[nn.Module]
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original\d*$")
+_ORDER = _DENSE, _SPARED, _FACTOR = "dense", "spared", "factor"
+
+
+def split_param_groups(
+    model: nn.Module,
+    weight_decay: Coefficient,
+    *,
+    no_decay: Pattern | Sequence[Pattern] = (),
+) -> list[dict[str, Any]]:
+    """Make the param groups of a model: the usual two, and one for the factors.
+
+        {dense weights, weight_decay}  {norms, biases, one-dimensional, 0}  {factors, weight_decay}
+
+    Every trainable parameter is in one group, a shared one once. Factors are told by identity,
+    not by name. ``FrobeniusDecay`` turns the last group's weight decay into that of the products;
+    a plain optimizer decays the factors themselves by it. Parameters on different device meshes
+    get different groups, as optimizers that update many at once need them.
+
+    Args:
+        model: factorized or not; is not changed.
+        weight_decay: λ, a number or a tensor without dimensions.
+        no_decay: more that shall not decay, factors too: exact names or globs of parameters or
+            modules (with all below), compiled regular expressions, module types, or a list of
+            those. A factorized weight goes by its own name, ``"head.weight"``. What a module's
+            ``no_weight_decay()`` names, as timm's models have it, is left out as well.
+
+    Returns:
+        Those groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
+
+    Raises:
+        TypeError: no model, or a pattern of another kind.
+        ValueError: a negative or infinite λ, or a pattern that matches nothing.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4, include="0")
+        >>> groups = split_param_groups(model, 0.1)
+        >>> for group in groups:
+        ...     print(group["weight_decay"], *group["param_names"])
+        0.1 2.weight
+        0.0 0.bias 1.weight 1.bias 2.bias
+        0.1 0.parametrizations.weight.original0 0.parametrizations.weight.original1
+        >>> optimizer = frobdecay.FrobeniusDecay(torch.optim.AdamW(groups), model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got a {type(model).__name__}")
+    check_coefficient(weight_decay, "weight_decay")
+    spared = _spared(model, no_decay)
+    factors = {id(param) for product in products(model) for param in product.params}
+    norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
+
+    def kind(name: str, param: nn.Parameter) -> str:
+        if id(param) in spared:
+            return _SPARED
+        if id(param) in factors:
+            return _FACTOR
+        small = param.ndim <= 1 or name.endswith("bias") or id(param) in norms
+        return _SPARED if small else _DENSE
+
+    groups: dict[tuple[str, Any], dict[str, Any]] = {}
+    kinds = {name: kind(name, param) for name, param in model.named_parameters()}
+    named = sorted(model.named_parameters(), key=lambda item: _ORDER.index(kinds[item[0]]))
+    for name, param in (item for item in named if item[1].requires_grad):
+        value = 0.0 if kinds[name] == _SPARED else weight_decay
+        empty: dict[str, Any] = {"params": [], "param_names": [], "weight_decay": value}
+        group = groups.setdefault((kinds[name], getattr(param, "device_mesh", None)), empty)
+        group["params"].append(param)
+        group["param_names"].append(name)
+    return list(groups.values())
+
+
+def _spared(model: nn.Module, no_decay: Pattern | Sequence[Pattern]) -> set[int]:
+    """Ids of the parameters that the user or a module excepts by name."""
+    names = [
+        (_ORIGINAL.sub(r"\1", name), name, id(param))
+        for name, param in model.named_parameters(remove_duplicate=False)
+    ]
+    patterns = [no_decay] if isinstance(no_decay, str | re.Pattern | type) else no_decay
+    spared: set[int] = set()
+    for pattern in patterns:
+        if isinstance(pattern, type):
+            met = {id(p) for m in model.modules() if isinstance(m, pattern) for p in m.parameters()}
+        elif isinstance(pattern, str | re.Pattern):
+            met = {key for *both, key in names if any(_fits(pattern, name) for name in both)}
+        else:
+            raise TypeError(f"expected no_decay to hold names, patterns or types, got {pattern!r}")
+        if not met:
+            near = get_close_matches(str(pattern), [dense for dense, _, _ in names], cutoff=0.5)
+            raise ValueError(
+                f"no_decay={pattern!r} matches no parameter; near matches: "
+                f"{', '.join(near) or 'none'}"
+            )
+        spared |= met
+    for path, module in model.named_modules():
+        for name in _excepted(module):
+            pattern = f"{path}.{name}".lstrip(".")
+            spared |= {key for *both, key in names if any(_fits(pattern, n) for n in both)}
+    return spared
+
+
+def _fits(pattern: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+def _excepted(module: nn.Module) -> Iterable[str]:
+    """What timm's models name themselves; there need not be parameters of all these names."""
+    method = getattr(module, "no_weight_decay", None)
+    return method() if callable(method) else ()

@@ -1,0 +1,168 @@
+"""What is known of optimizers: how they apply ``weight_decay``, and which cannot be wrapped.
+
+    coupled      into the gradient: SGD, Adam, …        decoupled    beside it: AdamW, Lion, …
+
+Optimizers of other packages are recognized by package and class name; nothing is imported. A name
+is in a table only if a test has measured it: for W = U·I, whose decay is U's own weight decay, the
+wrapped optimizer takes the steps of the optimizer itself. Of others nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+__all__ = [
+    "Convention",
+    "convention",
+    "ignores_the_loss",
+    "reads_the_parameter",
+    "refusal",
+    "refusal_of_decoupled",
+]
+
+Convention = Literal["coupled", "decoupled"]
+
+# An option of the param group says which of the two lists is meant; without it the only one is.
+_OPTIONS = {
+    "pytorch_optimizer": ("weight_decouple", "decoupled_weight_decay"),
+    "timm": ("decoupled_decay", "decoupled"),
+}
+_COUPLED = {
+    "torch": """
+        Adadelta Adagrad Adam Adamax ASGD LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam""",
+    "pytorch_optimizer": """
+        ADOPT APOLLO ASGD AccSGD AdEMAMix AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaGO
+        AdaHessian AdaMax AdaMod AdaMuon AdaNorm AdaPNM AdaSmooth AdaTAM Adai Adalite AdamC AdamG
+        AdamS AggMo Aida Alice Ano ApolloDQN AvaGrad CAME DAdaptAdaGrad DAdaptAdam DAdaptLion
+        DiffGrad DistributedMuon DualAdam EXAdam EmoFact EmoLynx EmoNavi Kate Kron Lion MADGRAD
+        Muon NorMuon PAdam PID PNM QHAdam QHM RACS ROSE SCION SCIONLight SGDW SPlus SWATS
+        ScalableShampoo ScheduleFreeSGD SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere
+        StableAdamW Tiger VSGD Yogi""",
+    "schedulefree": "SGDScheduleFree",
+    "timm": "Adopt MADGRAD NAdamLegacy RMSpropTF",
+    "torchao": "Adam4bit Adam8bit AdamFp8",
+}
+_DECOUPLED = {
+    "torch": "Adafactor Adam AdamW Muon NAdam RAdam",
+    "pytorch_optimizer": """
+        ADOPT AdEMAMix AdaBelief AdaBound AdaDelta AdaGC AdaGO AdaHessian AdaMax AdaMod AdaMuon
+        AdaNorm AdaPNM AdaTAM Adai Adalite AdamC AdamG AdamMini AdamP AdamWSN Adan AggMo Aida
+        Alice Ano AvaGrad BCOS CAME Conda DASH DeMo DiffGrad DistributedMuon DualAdam EXAdam
+        EmoFact EmoLynx EmoNavi Fira GaLore Grams GrokFastAdamW Kate Kron LaProp Lamb Lion
+        MADGRAD MARS Muon MuonClip NorMuon NovoGrad PAdam PID PNM QHAdam QHM RACS ROSE SCION
+        SCIONLight SGDSaI SGDW SPAM SWATS SaRA ScalableShampoo Shampoo SignSGD SimplifiedAdEMAMix
+        SophiaH SpectralSphere StableAdamW StableSPAM TAM Tiger VSGD Yogi""",
+    "timm": """
+        AdaBelief AdafactorBigVision Adahessian AdamP AdamWLegacy LaProp Lion Mars Muon NAdamW
+        NvNovoGrad RAdamLegacy RMSpropTF SGDW""",
+    "torchao": "AdamW4bit AdamW8bit AdamWFp8",
+    "transformers": "Adafactor",
+}
+# Options by which decoupled decay is something else than lr·λ.
+_MODIFIERS = (
+    "fixed_decay",
+    "stable_weight_decay",
+    "wd_schedule",
+    "corrected_weight_decay",
+    "scale_parameter",
+    "relative_step",
+)
+
+_OUTSIDE = "wrap the optimizer before it is prepared: what stands around it has to go around both"
+_BACKWARD = "it updates in the backward pass, where no step could decay anything"
+_REFUSED = {
+    "accelerate.optimizer.AcceleratedOptimizer": _OUTSIDE,
+    "lightning.pytorch.core.optimizer.LightningOptimizer": _OUTSIDE,
+    "pytorch_lightning.core.optimizer.LightningOptimizer": _OUTSIDE,
+    "frobdecay.flambe.Flambe": "it decays products itself: give them to it, and use it as it is",
+    "pytorch_optimizer.optimizer.lomo.LOMO": _BACKWARD,
+    "pytorch_optimizer.optimizer.lomo.AdaLOMO": _BACKWARD,
+    "pytorch_optimizer.optimizer.sam.BSAM": (
+        "it multiplies every gradient by its weight_decay, without which the factors would not "
+        "train; add frobdecay.penalty(products, λ) to the loss"
+    ),
+    "torchao.optim.cpu_offload.CPUOffloadOptimizer": (
+        "it steps on copies of parameters and gradients that decay would not reach; add "
+        "frobdecay.penalty(products, λ) to the loss"
+    ),
+}
+_RESTORING = {
+    "pytorch_optimizer.optimizer.nero.Nero": "it restores the norms of all rows in every step",
+}
+
+
+def _names(table: Mapping[str, str]) -> set[tuple[str, str]]:
+    return {(package, name) for package, names in table.items() for name in names.split()}
+
+
+_IN = {"coupled": _names(_COUPLED), "decoupled": _names(_DECOUPLED)}
+
+
+def _known(cls: type[Optimizer]) -> tuple[str, str] | None:
+    """Package and name of the class in the tables whose step this class runs."""
+    step = inspect.unwrap(cls.step)  # torch wraps hooks around the steps of classes
+    for base in cls.__mro__:
+        key = base.__module__.partition(".")[0], base.__name__
+        listed = any(key in names for names in _IN.values())
+        if listed and issubclass(base, Optimizer) and inspect.unwrap(base.step) is step:
+            return key
+    return None
+
+
+def ignores_the_loss(optimizer: Optimizer) -> bool:
+    """Whether it is known that a closure's return value is only handed through."""
+    known = _known(type(optimizer))
+    return known is not None and known[0] == "torch" and known[1] != "LBFGS"
+
+
+def reads_the_parameter(optimizer: Optimizer) -> bool:
+    """Whether the update depends on the parameter, so that decay has to come after it."""
+    return _known(type(optimizer)) == ("torch", "Adafactor")
+
+
+def convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Convention:
+    """Tell how an optimizer applies the weight decay of a group.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    known = _known(type(optimizer))
+    options = _OPTIONS.get(known[0] if known else "", ("decoupled_weight_decay",))
+    flag = next((group[name] for name in options if name in group), None)
+    if known in _IN["coupled"] and not flag:
+        return "coupled"
+    if known in _IN["decoupled"] and flag is not False and not any(map(group.get, _MODIFIERS)):
+        return "decoupled"
+    if flag and type(optimizer).__module__.partition(".")[0] not in _COUPLED:
+        return "decoupled"  # torch's name for it, and nothing measured that says otherwise
+    said = {name: group[name] for name in (*options, *_MODIFIERS) if group.get(name) is not None}
+    raise ValueError(
+        f"expected mode='coupled' or mode='decoupled' for {type(optimizer).__name__}"
+        f"{f' with {said}' if said else ''}, got 'auto': how it applies weight decay cannot "
+        "be known; 'coupled' adds the decay to the gradient (as SGD does), 'decoupled' subtracts "
+        "it from the parameter (as AdamW)"
+    )
+
+
+def refusal(optimizer: Optimizer) -> str | None:
+    """Why an optimizer cannot be wrapped at all."""
+    reason = _reason(optimizer, _REFUSED)
+    if reason is None and optimizer.param_groups is not optimizer.param_groups:
+        return "its param_groups are made anew at every look, so no change to them would last"
+    return reason
+
+
+def refusal_of_decoupled(optimizer: Optimizer) -> str | None:
+    """Why an optimizer would lose what is subtracted from its parameters between steps."""
+    if any("ScheduleFree" in cls.__name__ for cls in type(optimizer).__mro__):
+        return "it keeps a second copy of the weights, which the decay would not reach"
+    return _reason(optimizer, _RESTORING)
+
+
+def _reason(optimizer: Optimizer, reasons: Mapping[str, str]) -> str | None:
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(optimizer).__mro__)
+    return next((reasons[name] for name in names if name in reasons), None)
