@@ -56,3 +56,17 @@ def _seed():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks of the integration matrix, ``third_party/matrix.py``."""
+    config.addinivalue_line(
+        "markers", "integration(row, column, refused): the cell of the matrix that the test fills"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the cell written beside the outcome in the file of ``--junitxml``."""
+    for item in items:
+        for mark in reversed(list(item.iter_markers("integration"))):  # the closest says it last
+            item.user_properties += mark.kwargs.items()

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from cases import PRODUCTS
 from torch import nn
 
 import frobdecay
 from frobdecay.diagnostics import Recorder
 from frobdecay.product import Product, product_norm
-from tests.cases import PRODUCTS
 
 SCALABLE = sorted(set(PRODUCTS) - {"symmetric"})
 
