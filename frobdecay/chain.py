@@ -39,8 +39,12 @@ __all__ = [
     "chain_materialize",
     "chain_squared_norm",
     "contraction_plan",
+    "end_gram",
     "full_precision",
+    "gram_gradient",
+    "left_grams",
     "plan_of",
+    "right_grams",
 ]
 
 Coefficient = float | Tensor
@@ -139,23 +143,31 @@ def _sum(gram: Tensor, batch: int) -> Tensor:
     return gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
 
 
-def _left_grams(views: Sequence[Tensor], batch: int) -> list[Tensor]:
-    grams = [_sum(views[0].mT @ views[0], batch)]
-    for view in views[1:-1]:
+def end_gram(view: Tensor, batch: int) -> Tensor:
+    """UᵀU (*batch, r, r) of an end of a chain."""
+    return _sum(view.mT @ view, batch)
+
+
+def left_grams(first: Tensor, inner: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """The left Grams at every bond, from UᵀU and the inner factors."""
+    grams = [first]
+    for view in inner:
         grams.append(_sum(view.mT @ _lift(grams[-1], view) @ view, batch))
     return grams
 
 
-def _right_grams(views: Sequence[Tensor], batch: int) -> list[Tensor]:
-    grams = [_sum(views[-1].mT @ views[-1], batch)]
-    for view in reversed(views[1:-1]):
+def right_grams(last: Tensor, inner: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """The right Grams at every bond, from VᵀV and the inner factors."""
+    grams = [last]
+    for view in reversed(inner):
         grams.append(_sum(view @ _lift(grams[-1], view) @ view.mT, batch))
     return grams[::-1]
 
 
 def chain_grams(views: Sequence[Tensor], batch: int) -> tuple[list[Tensor], list[Tensor]]:
     """Left and right Grams (*batch, r, r) at every bond of a chain."""
-    return _left_grams(views, batch), _right_grams(views, batch)
+    first, inner, last = end_gram(views[0], batch), views[1:-1], end_gram(views[-1], batch)
+    return left_grams(first, inner, batch), right_grams(last, inner, batch)
 
 
 def chain_materialize(views: Sequence[Tensor], batch: int) -> Tensor:
@@ -181,8 +193,8 @@ def chain_squared_norm(views: Sequence[Tensor], batch: int) -> Tensor:
     """‖U M Vᵀ‖_F² summed over the batch; by the cheaper route; differentiable."""
     views = accumulable(views)
     if plan_of(views, batch).value == "gram":
-        left = _left_grams(views, batch)[-1]
-        return (left * _sum(views[-1].mT @ views[-1], batch)).sum()
+        left = left_grams(end_gram(views[0], batch), views[1:-1], batch)[-1]
+        return (left * end_gram(views[-1], batch)).sum()
     dense = views[0]
     for view in views[1:-1]:
         dense = dense @ view
@@ -212,17 +224,25 @@ def _gram_gradients(
     views: Sequence[Tensor], batch: int, coefs: Sequence[Coefficient | None]
 ) -> list[Tensor | None]:
     lefts, rights = chain_grams(views, batch)
-    out: list[Tensor | None] = []
-    for k, (view, coef) in enumerate(zip(views, coefs, strict=True)):
-        if coef is None:
-            out.append(None)
-        elif k == len(views) - 1:
-            out.append(view @ _lift(lefts[-1] * coef, view))
-        elif k == 0:
-            out.append(view @ _lift(rights[0] * coef, view))
-        else:
-            out.append(_lift(lefts[k - 1] * coef, view) @ view @ _lift(rights[k], view))
-    return out
+    around = zip([None, *lefts], views, [*rights, None], coefs, strict=True)
+    return [
+        None if coef is None else gram_gradient(left, view, right, coef)
+        for left, view, right, coef in around
+    ]
+
+
+def gram_gradient(
+    left: Tensor | None, view: Tensor, right: Tensor | None, coef: Coefficient
+) -> Tensor:
+    """Compute coef · L C R of a factor C between its Grams; None for the one that an end lacks.
+
+    Both ends are stored tall, so that V, too, is multiplied from the right.
+    """
+    if left is None or right is None:
+        gram = right if left is None else left
+        assert gram is not None
+        return view @ _lift(gram * coef, view)
+    return _lift(left * coef, view) @ view @ _lift(right, view)
 
 
 def _dense_gradients(

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from frobdecay.product import Product, as_products
+from frobdecay.product import Product, as_products, product_norm
+from frobdecay.structures import CHAIN
+from frobdecay.svd import work_dtype
 
 __all__ = ["QUANTITIES", "LearningRate", "Measurement", "ProductMeasurement", "measure", "total"]
 
@@ -68,10 +70,13 @@ class ProductMeasurement:
     Attributes:
         name: the product's name.
         shape: of the dense product.
-        spectrum: singular values (*batch, min(m, n, r)), descending, float64 on the CPU.
+        spectrum: singular values (*batch, min(m, n, r)), descending, float64 on the CPU; empty
+            where the structure is no chain.
         norm, nuclear, bound, imbalance, stable_rank, rank: see the module's docstring. For more
             than two factors ``bound`` is half the sum of all their squares, which bounds no
-            nuclear norm, and ``imbalance`` is the largest over neighbours in the chain.
+            nuclear norm, and ``imbalance`` is the largest over neighbours in the chain. A tensor
+            that is no chain (Tucker, CP) has no singular values: what needs them is NaN, and
+            ``rank`` is the smallest inner size.
         effective_step: lr / ‖W‖_F², None where no lr was given.
     """
 
@@ -173,8 +178,8 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
             over the param groups that hold a product's factors.
 
     Returns:
-        A record that prints as a table. Numbers are computed in float64 and are NaN where a
-        factor has a NaN or an infinity.
+        A record that prints as a table. Numbers are computed in float64 (those of products that
+        are no chain in float32 at least) and are NaN where a factor has a NaN or an infinity.
 
     Raises:
         ValueError: no products, two of one name, or factors that the optimizer does not hold.
@@ -284,7 +289,33 @@ def _imbalance(factors: Sequence[Tensor], batch: int) -> float:
     return worst
 
 
+def _effective_step(rate: float | None, square: float) -> float | None:
+    return None if rate is None else rate / square if square else rate * inf
+
+
 def _measure(product: Product, rate: float | None) -> ProductMeasurement:
+    return (_measure_chain if product.structure == CHAIN else _measure_other)(product, rate)
+
+
+def _measure_other(product: Product, rate: float | None) -> ProductMeasurement:
+    """What holds for every structure: norm, bound, effective step."""
+    norm = float(product_norm(product))
+    sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in product.views()]
+    return ProductMeasurement(
+        name=product.name,
+        shape=product.shape,
+        spectrum=torch.empty(0, dtype=torch.float64),
+        norm=norm,
+        nuclear=nan,
+        bound=abs(product.scale) * 0.5 * float(sum(size.square() for size in sizes)),
+        imbalance=nan,
+        stable_rank=nan,
+        rank=product.rank,
+        effective_step=_effective_step(rate, norm**2),
+    )
+
+
+def _measure_chain(product: Product, rate: float | None) -> ProductMeasurement:
     factors, batch, scale = _triangles(product), product.batch, abs(product.scale)
     if all(bool(factor.isfinite().all()) for factor in factors):
         spectrum = scale * _spectrum(factors, batch)
@@ -303,7 +334,7 @@ def _measure(product: Product, rate: float | None) -> ProductMeasurement:
         imbalance=imbalance,
         stable_rank=square / top**2 if top else 0.0,
         rank=_rank(product, spectrum),
-        effective_step=None if rate is None else rate / square if square else rate * inf,
+        effective_step=_effective_step(rate, square),
     )
 
 

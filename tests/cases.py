@@ -7,16 +7,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.product import Factor, Product
+from frobdecay.stars import CP, TUCKER, Tucker
+from frobdecay.structures import CHAIN, Structure
 
 Maker = Callable[[torch.dtype], Product]
 
 
-def bare(*shapes: tuple[int, ...], scale: float = 1.0, batch: int | None = None) -> Maker:
+def bare(
+    *shapes: tuple[int, ...],
+    scale: float = 1.0,
+    batch: int | None = None,
+    structure: Structure = CHAIN,
+) -> Maker:
     """A product of random parameters of the given shapes."""
 
     def make(dtype: torch.dtype) -> Product:
         tensors = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-        return Product.of(*tensors, scale=scale, batch=batch)
+        return Product.of(*tensors, scale=scale, batch=batch, structure=structure)
 
     return make
 
@@ -84,4 +91,10 @@ PRODUCTS: dict[str, Maker] = {
     "grouped queries": grouped_queries,
     "packed heads": packed,
     "symmetric": symmetric,
+    "tucker": bare((3, 2, 4), (5, 3), (4, 2), (6, 4), structure=TUCKER),
+    "tucker, order 2": bare((3, 2), (5, 3), (4, 2), structure=TUCKER, scale=0.5),
+    "tucker, a whole mode": bare((3, 5, 2), (7, 3), (4, 2), structure=Tucker(whole=(1,))),
+    "cp": bare((5, 3), (4, 3), (6, 3), structure=CP),
+    "cp, order 5": bare((2, 3), (3, 3), (4, 3), (2, 3), (3, 3), structure=CP, scale=0.5),
+    "cp above its modes": bare((3, 7), (2, 7), (4, 7), structure=CP),
 }

@@ -10,13 +10,21 @@ from torch import nn
 from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.backends import BACKENDS
 from frobdecay.product import Factor, Product, gradients, penalty
+from frobdecay.structures import CHAIN
 
-ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
-# The backends that refuse nothing in the table; kernels that do have tests of their own.
+CHAINS = {name for name, make in PRODUCTS.items() if make(torch.float64).structure == CHAIN}
+# The backends that refuse no chain in the table; kernels that do have tests of their own.
 GENERAL = [
     name
     for name, backend in BACKENDS.items()
-    if not backend.why_not([make(torch.float64) for make in PRODUCTS.values()])
+    if not backend.why_not([PRODUCTS[kind](torch.float64) for kind in CHAINS])
+]
+# What each runs, None being the automatic choice: all chains, and what it does not refuse.
+RUN = [
+    pytest.param(PRODUCTS[kind], name, id=f"{kind}-{name}")
+    for kind in PRODUCTS
+    for name in [*GENERAL, None]
+    if name is None or not BACKENDS[name].why_not([PRODUCTS[kind](torch.float64)])
 ]
 NAMES = pytest.mark.parametrize("backend", [*GENERAL, None])
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
@@ -25,6 +33,17 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).remove
 def test_the_table_has_general_backends():
     """Reference and fast paths that run everything, whatever else there is."""
     assert {"reference", "per_product", "bucketed"} <= set(GENERAL)
+
+
+@pytest.mark.parametrize("kind", sorted(PRODUCTS.keys() - CHAINS))
+def test_other_structures_run_on_the_reference(kind):
+    """Only the reference runs what is no chain; the others say why not, and nothing is chosen."""
+    product = PRODUCTS[kind](torch.float64)
+    able = {name for name, backend in BACKENDS.items() if not backend.why_not([product])}
+    assert able == {"reference"}
+    assert explain(product).startswith("reference")
+    with pytest.raises(ValueError, match="not a chain"):
+        Accumulator(product, "bucketed")
 
 
 def with_gradients(make, dtype, count=3):
@@ -36,8 +55,7 @@ def with_gradients(make, dtype, count=3):
     return products
 
 
-@ALL
-@NAMES
+@pytest.mark.parametrize(("make", "backend"), RUN)
 @DTYPES
 def test_every_backend_adds_the_exact_gradient(make, backend, dtype):
     """coef·∇ arrives in every ``.grad``: every backend, kind of product and dtype."""

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import forward, init, measure, penalty, step
+from benchmarks import forward, init, measure, penalty, step, tensors
 from benchmarks.cases import CASES, choose, stack
 from benchmarks.measure import Report, Target, interleave, memory
 
@@ -20,6 +20,7 @@ SCRIPTS = {
     "forward": (forward, [*LAYERS, *CONVOLUTIONS, "--no-compile"]),
     "init": (init, ["--case", "tiny", "--rounds", "1"]),
     "step": (step, ["--case", "resnet", "--depth", "8", "--batch", "2", "--rounds", "1"]),
+    "tensors": (tensors, ["--case", "tiny", "--convs", "ResNet-32 stage 3"]),
 }
 PLOTS = ["scaling", "forward"]
 
@@ -48,7 +49,7 @@ def test_every_script_runs_and_writes_json(name, tmp_path, tiny_scales, capsys):
     assert record["verdict"] in lines
 
 
-@pytest.mark.parametrize("module", [penalty, init, step, forward])
+@pytest.mark.parametrize("module", [penalty, init, step, forward, tensors])
 def test_unknown_cases_are_refused(module, capsys):
     """The message lists those there are."""
     option = "--layers" if module is forward else "--case"
