@@ -14,10 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.backends import BACKENDS, select
+from frobdecay.backends import BACKENDS, Choice, select
 from frobdecay.bucketed import Job
 from frobdecay.chain import Coefficient, full_precision
-from frobdecay.product import Factor, Product, as_products, check_coefficient
+from frobdecay.distributed import Exchange, exchanges, localized
+from frobdecay.placement import check_targets, part_of
+from frobdecay.product import (
+    Factor,
+    Product,
+    as_products,
+    check_coefficient,
+    is_sharded,
+    squared_norm,
+)
+from frobdecay.structures import CHAIN
 
 __all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain", "place_of"]
 
@@ -39,11 +49,15 @@ class Accumulator:
         self._plan()
 
     def _plan(self) -> None:
-        products = self.products
-        self.choices = select(products, self.backend)
-        jobs = [Job(product.views(), product.batch, product.structure) for product in products]
-        self._routes = [job.structure.route(job.views, job.batch) for job in jobs]
-        self._shapes = [[tuple(view.shape) for view in job.views] for job in jobs]
+        self._parts = [localized(product) for product in self.products]
+        here = {k: part for k, part in enumerate(self._parts) if part is not None}
+        apart = [k for k, part in enumerate(self._parts) if part is None]
+        places = list(here)
+        self.choices = [
+            Choice(choice.backend, tuple(places[i] for i in choice.members), choice.reason)
+            for choice in select(list(here.values()), self.backend)
+        ]
+        jobs = {k: Job(part.views(), part.batch, part.structure) for k, part in here.items()}
         together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
         for choice in self.choices:
             for k in choice.members:
@@ -52,24 +66,39 @@ class Accumulator:
             (members, BACKENDS[name].prepare([jobs[k] for k in members]))
             for (name, _), members in together.items()
         ]
-        self._device = jobs[0].views[0].device.type if jobs else "cpu"
-        self._squared_scales = [product.scale**2 for product in products]
+        self._exchanges = [
+            ([apart[i] for i in members], exchange)
+            for members, exchange in exchanges([self.products[k] for k in apart])
+        ]
+        self.choices += [
+            Choice(Exchange.name, tuple(members), exchange.reason)
+            for members, exchange in self._exchanges
+        ]
+        factors = [factor for product in self.products for factor in product.factors]
+        self._device = factors[0].param.device.type if factors else "cpu"
+        self._squared_scales = [product.scale**2 for product in self.products]
         self._plain = all(
-            factor.pattern is None and factor.index is None
-            for product in products
-            for factor in product.factors
+            factor.pattern is None and factor.index is None and not is_sharded(factor.param)
+            for factor in factors
         )
         self._unscaled = all(scale == 1 for scale in self._squared_scales)
         self._watched = [
-            (*place_of(factor), factor.param, factor.param.data_ptr())
-            for product in products
-            for factor in product.factors
+            (*place_of(factor), factor.param, factor.param.data_ptr()) for factor in factors
+        ]
+        self._watched_parts = [  # a DTensor has no memory but that of this process' part
+            (factor, part_of(factor.param).data_ptr())
+            for factor in factors
+            if is_sharded(factor.param)
         ]
 
     def refresh(self) -> None:
         """Plan anew if a parameter is not the tensor, or not in the memory, that it was."""
         for attributes, name, param, address in self._watched:
             if attributes.get(name) is not param or param.data_ptr() != address:
+                self._plan()
+                return
+        for factor, address in self._watched_parts:
+            if part_of(factor.param).data_ptr() != address:
                 self._plan()
                 return
 
@@ -89,20 +118,47 @@ class Accumulator:
             coefs: numbers or tensors without dimensions, nested like the targets.
         """
         self.refresh()
+        if self._watched_parts:
+            for product, one in zip(self.products, targets, strict=True):
+                check_targets(product, one)
         if not self._plain:
             targets = [self._seen(k, one) for k, one in enumerate(targets)]
         if not self._unscaled:
             pairs = zip(coefs, self._squared_scales, strict=True)
             coefs = [[coef * scale for coef in one] for one, scale in pairs]
         with full_precision(self._device):
-            for members, run in self._runners:
+            for _, exchange in self._exchanges:
+                exchange.start()
+            for members, run in self._runners:  # while the others' Grams are on their way
                 run([targets[k] for k in members], [coefs[k] for k in members])
+            for members, exchange in self._exchanges:
+                exchange.wait()
+                exchange.add([targets[k] for k in members], [coefs[k] for k in members])
+
+    @torch.no_grad()
+    def squared_norms(self) -> list[Tensor]:
+        """‖W‖_F² of every product, on all processes the same; one all-reduce for each mesh."""
+        self.refresh()
+        found: dict[int, Tensor] = {}
+        with full_precision(self._device):
+            for _, exchange in self._exchanges:
+                exchange.start()
+            for members, exchange in self._exchanges:
+                exchange.wait()
+                found.update(zip(members, exchange.squared_norms(), strict=True))
+        return [
+            found[k] if k in found else squared_norm(product)
+            for k, product in enumerate(self.products)
+        ]
 
     def _seen(self, k: int, targets: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The targets of a product, seen as its factors."""
+        """The targets of a product that runs here alone, seen as its factors."""
+        part = self._parts[k]
+        if part is None:
+            return targets
         return [
-            None if target is None else factor.view(target)
-            for factor, target in zip(self.products[k].factors, targets, strict=True)
+            None if target is None else factor.view(part_of(target))
+            for factor, target in zip(part.factors, targets, strict=True)
         ]
 
     def explain(self) -> str:
@@ -111,9 +167,13 @@ class Accumulator:
         for choice in self.choices:
             names = [self.products[k].name for k in choice.members]
             shown = ", ".join(names[:2]) + (f", … ({len(names)})" if len(names) > 2 else "")
-            k = choice.members[0]
-            shape = " · ".join("×".join(map(str, shape)) for shape in self._shapes[k])
-            lines.append(f"{choice.backend:<12} {self._routes[k]:<6} {shape:<24} {shown}")
+            first = self.products[choice.members[0]]
+            outlines = first.outlines()
+            route = first.structure.route(outlines, first.batch)
+            if choice.backend == Exchange.name and first.structure == CHAIN:
+                route = "gram"  # also where a process alone would form W
+            shape = " · ".join("×".join(map(str, view.shape)) for view in outlines)
+            lines.append(f"{choice.backend:<12} {route:<6} {shape:<24} {shown}")
             lines.append(f"{'':<12} {choice.reason}")
         return "\n".join(lines)
 

@@ -150,7 +150,7 @@ def _gram(view: Tensor) -> Tensor:
     tall = view.device.type == "cpu" and view.ndim == 2 and view.shape[0] >= TALL and stacks > 2
     if not tall or view.shape[0] % stacks or not NARROW[0] <= view.shape[1] <= NARROW[1]:
         return view.mT @ view
-    rows = view.unflatten(0, (stacks, -1))
+    rows = view.view(stacks, -1, view.shape[1])
     return (rows.mT @ rows).sum(0)
 
 
@@ -229,7 +229,7 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
     times = Counter(id(param) for product in products for param in product.params)
     alike: dict[tuple[object, object, int, bool], list[int]] = defaultdict(list)
     for k, product in enumerate(products):
-        about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.views())
+        about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.outlines())
         shared = any(times[id(param)] > 1 for param in product.params)
         alike[about, product.structure, product.batch, shared].append(k)
     choices = []

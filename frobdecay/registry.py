@@ -157,7 +157,7 @@ def _register(entry: Entry, stacks: Stacks) -> float:
 
     try:
         stacks.with_factors(entry, register)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{weight.name}: {error}") from error
     with torch.no_grad():
         return relative_error(dense, getattr(module, weight.attribute))

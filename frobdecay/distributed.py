@@ -1,0 +1,375 @@
+"""Frobenius decay of sharded factors: exact, for one small all-reduce a step.
+
+Every process of a ``DeviceMesh`` holds some rows of U and V. A Gram is a sum over rows, so
+
+    UᵀU = Σ_p U_pᵀU_p,    ∇_{U_p} ½‖W‖² = U_p (VᵀV),
+
+and all that processes have to tell each other are r×r numbers: the Grams of all products on a mesh
+go into one buffer and through one all-reduce, whose sum all processes then read bit for bit alike.
+What cannot be summed by rows travels whole in that buffer, every process adding its part to zeros:
+inner factors M (r×r), and factors that are cut where a Gram has its columns (a LoRA A of r×n
+numbers that ``fully_shard`` cuts by r; ``shard_rows`` has it cut by n). Of copies of a part, as
+in hybrid sharding and tensor parallelism, one contributes. Products that are kept apart by a batch
+axis (attention heads) and are cut between them need nothing of each other.
+
+What is sent depends on the products alone, never on gradients, and the order on their names and
+meshes: a process that has no gradient for a layer does not fall out of step with the others.
+Which part of a factor a process holds is in ``placement.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.chain import Coefficient, end_gram, gram_gradient, left_grams, right_grams
+from frobdecay.placement import Placed, part_of, place, refuse_unfit
+from frobdecay.product import Factor, Product, as_products, is_sharded
+from frobdecay.structures import CHAIN
+
+__all__ = ["Exchange", "check_replicas", "exchanges", "localized", "shard_rows"]
+
+Targets = Sequence[Tensor | None]
+Coefs = Sequence[Coefficient]
+
+
+@dataclass(frozen=True)
+class _Part(Factor):
+    """What this process holds of a sharded factor, as a factor of its own."""
+
+    placed: Placed | None = None
+
+    @property
+    def param(self) -> Tensor:
+        """This process' part of the parameter."""
+        return part_of(super().param)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """See a tensor of the part's shape as the factor."""
+        assert self.placed is not None
+        return self.placed.view(tensor)
+
+
+def localized(product: Product) -> Product | None:
+    """The product of the parts that this process holds, where its decay needs no other parts.
+
+    Returns:
+        The product itself if it is not sharded; None if Grams have to be exchanged.
+
+    Raises:
+        ValueError: factors on different meshes, or placements without a meaning for factors.
+    """
+    if not any(is_sharded(param) for param in product.params):
+        return product
+    refuse_unfit(product)
+    placed = [place(factor) for factor in product.factors]
+    apart = range(product.batch)  # axes between which products are kept apart
+    if not all(cuts is not None and set(cuts) <= set(apart) for p in placed for cuts in p.cuts):
+        return None
+    if any(p.cuts != placed[0].cuts for p in placed):
+        return None
+    parts = tuple(_Part(p.factor.owner, p.factor.attribute, placed=p) for p in placed)
+    return Product(product.name, parts, product.scale, product.batch, product.structure)
+
+
+class _Sent:
+    """What is sent of one product, and what is made of the sum."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+        self.placed = [place(factor) for factor in product.factors]
+        self.dtype = torch.promote_types(product.params[0].dtype, torch.float32)
+        ends = (0, len(self.placed) - 1) if product.structure == CHAIN else ()
+        self.by_rows = [k in ends and _by_rows(p) for k, p in enumerate(self.placed)]
+        self.shapes = [
+            self._gram_shape(p) if rows else tuple(p.factor.param.shape)
+            for p, rows in zip(self.placed, self.by_rows, strict=True)
+        ]
+
+    def _gram_shape(self, placed: Placed) -> tuple[int, ...]:
+        *_, r = placed.sizes
+        return (*placed.sizes[: self.product.batch], r, r)
+
+    def put(self, segments: Sequence[Tensor]) -> None:
+        """Add this process' part to zeros."""
+        batch = self.product.batch
+        for placed, rows, segment in zip(self.placed, self.by_rows, segments, strict=True):
+            if not placed.contributes:
+                continue
+            part = part_of(placed.factor.param)
+            if rows:
+                gram = end_gram(placed.view(part).to(self.dtype), batch)
+                segment[placed.slices(batch)].copy_(gram)
+            else:
+                segment[placed.box].copy_(part)
+
+    def add(self, segments: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
+        """Add coef·∇ to this process' parts of the targets; the scale is in the coefficients."""
+        if all(target is None for target in targets):
+            return
+        wanted = [
+            None if target is None else coef for target, coef in zip(targets, coefs, strict=True)
+        ]
+        for k, gradient in enumerate(self._gradients(self._summed(segments), wanted)):
+            target = targets[k]
+            if target is None or gradient is None:
+                continue
+            placed, part = self.placed[k], part_of(target)
+            if self.by_rows[k]:
+                placed.view(part).add_(gradient)
+            else:
+                full = gradient.new_zeros(placed.factor.param.shape)
+                placed.factor.view(full).copy_(gradient)
+                part.add_(full[placed.box])
+
+    def _summed(self, segments: Sequence[Tensor]) -> list[Tensor]:
+        """Grams of the factors summed by rows, views of the others."""
+        device = self.product.params[0].device  # of an offloaded factor not that of the mesh
+        found = [segment.to(device, self.dtype) for segment in segments]
+        return [
+            sum_ if rows else placed.factor.view(sum_)
+            for placed, rows, sum_ in zip(self.placed, self.by_rows, found, strict=True)
+        ]
+
+    def _bonds(self, summed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Left and right Grams at every bond of a chain."""
+        batch = self.product.batch
+        first, last = (
+            summed[k] if self.by_rows[k] else end_gram(summed[k], batch) for k in (0, -1)
+        )
+        inner = summed[1:-1]
+        return left_grams(first, inner, batch), right_grams(last, inner, batch)
+
+    def _gradients(
+        self, summed: Sequence[Tensor], coefs: Sequence[Coefficient | None]
+    ) -> Iterator[Tensor | None]:
+        """Of factors summed by rows for this process' part, of others for all of them."""
+        if self.product.structure != CHAIN:
+            yield from self.product.structure.gradients(summed, self.product.batch, coefs)
+            return
+        lefts, rights = self._bonds(summed)
+        around = zip([None, *lefts], [*rights, None], coefs, strict=True)
+        for k, (left, right, coef) in enumerate(around):
+            if coef is None:
+                yield None
+            elif self.by_rows[k]:
+                placed = self.placed[k]
+                own = placed.slices(self.product.batch)
+                view = placed.view(part_of(placed.factor.param)).to(self.dtype)
+                left, right = (None if gram is None else gram[own] for gram in (left, right))
+                yield gram_gradient(left, view, right, coef)
+            else:
+                yield gram_gradient(left, summed[k], right, coef)
+
+    def squared_norm(self, segments: Sequence[Tensor]) -> Tensor:
+        """‖W‖_F², the same on every process."""
+        product, summed = self.product, self._summed(segments)
+        if product.structure != CHAIN:
+            return product.structure.squared_norm(summed, product.batch) * product.scale**2
+        lefts, rights = self._bonds(summed)
+        return (lefts[0] * rights[0]).sum() * product.scale**2
+
+
+def _by_rows(placed: Placed) -> bool:
+    """Whether the Gram is the sum of those of all processes' parts."""
+    columns = len(placed.sizes) - 1
+    return all(cuts is not None and columns not in cuts for cuts in placed.cuts)
+
+
+class Exchange:
+    """The products of one mesh and what is sent for them: one all-reduce.
+
+    Args:
+        products: sharded over one mesh, in an order that is the same on all processes.
+    """
+
+    name = "exchange"
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.mesh: Any = products[0].params[0].device_mesh  # type: ignore[attr-defined]
+        self.sent = [_Sent(product) for product in products]
+        dtype = torch.float32
+        for sent in self.sent:
+            dtype = torch.promote_types(dtype, sent.dtype)
+        shapes = [shape for sent in self.sent for shape in sent.shapes]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        self.buffer = torch.zeros(sum(sizes), dtype=dtype, device=self.mesh.device_type)
+        pieces = iter(zip(torch.split(self.buffer, sizes), shapes, strict=True))
+        self.segments = [
+            [piece.view(shape) for _, (piece, shape) in zip(sent.shapes, pieces, strict=False)]
+            for sent in self.sent
+        ]
+        self.group = _group_of(self.mesh)
+        _agree(self.mesh, self.group, str([(s.product.name, s.shapes) for s in self.sent]))
+        self._work: Any = None
+
+    @property
+    def reason(self) -> str:
+        """What is sent, for tables."""
+        size = "×".join(map(str, self.mesh.shape))
+        return (
+            f"{len(self.sent)} on a mesh of {size}: {self.buffer.numel():,} numbers "
+            "in one all-reduce"
+        )
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Form the Grams of this process' parts and begin to add up those of all."""
+        self.buffer.zero_()
+        for sent, segments in zip(self.sent, self.segments, strict=True):
+            sent.put(segments)
+        self._work = torch.distributed.all_reduce(self.buffer, group=self.group, async_op=True)
+
+    def wait(self) -> None:
+        """Wait for the sums."""
+        self._work.wait()
+
+    @torch.no_grad()
+    def add(self, targets: Sequence[Targets], coefs: Sequence[Coefs]) -> None:
+        """Add coef·∇½‖W‖² of every product to this process' parts of its targets."""
+        for one in zip(self.sent, self.segments, targets, coefs, strict=True):
+            sent, *rest = one
+            sent.add(*rest)
+
+    @torch.no_grad()
+    def squared_norms(self) -> list[Tensor]:
+        """‖W‖_F² of every product, from the sums."""
+        pairs = zip(self.sent, self.segments, strict=True)
+        return [sent.squared_norm(segments) for sent, segments in pairs]
+
+
+def exchanges(products: Sequence[Product]) -> list[tuple[tuple[int, ...], Exchange]]:
+    """Put products whose Grams have to be exchanged together by mesh.
+
+    Args:
+        products: sharded products, in any order, also in another one on other processes.
+
+    Returns:
+        For each mesh the positions of its products and their exchange, in an order that is the
+        same on all processes.
+
+    Raises:
+        RuntimeError: processes of one mesh have other products than this one.
+    """
+    meshes: dict[Any, list[int]] = defaultdict(list)
+    for k, product in enumerate(products):
+        meshes[product.params[0].device_mesh].append(k)  # type: ignore[attr-defined]
+    found = []
+    for mesh in sorted(meshes, key=lambda mesh: (mesh.mesh.flatten().tolist(), mesh.ndim)):
+        members = sorted(meshes[mesh], key=lambda k: (products[k].name, products[k].shape))
+        found.append((tuple(members), Exchange([products[k] for k in members])))
+    return found
+
+
+_GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_AGREED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def _group_of(mesh: Any) -> Any:
+    """The process group of all of a mesh."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh not in _GROUPS:
+        ranks = mesh.mesh.flatten().tolist()
+        _GROUPS[mesh] = torch.distributed.new_group(ranks, use_local_synchronization=True)
+    return _GROUPS[mesh]
+
+
+def _agree(mesh: Any, group: Any, layout: str) -> None:
+    """Make sure, once, that all processes send the same: sums of other things would be silent."""
+    agreed = _AGREED.setdefault(mesh, set())
+    if layout in agreed:
+        return
+    digest = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:7], "big")
+    extremes = torch.tensor([digest, -digest], device=mesh.device_type)
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
+    if int(extremes[0]) != digest or int(extremes[1]) != -digest:
+        raise RuntimeError(
+            f"expected the same products, with factors of the same shapes, on all processes of "
+            f"{mesh}, but others have not what this one has: {shorten(layout, 200)}; products are "
+            "matched by name: build the same model, with the same ranks, on every process"
+        )
+    agreed.add(layout)
+
+
+def shard_rows(size: int) -> Callable[[nn.Parameter], Any]:
+    """Make a ``shard_placement_fn`` that has ``fully_shard`` cut matrices along their longer side.
+
+    ``fully_shard`` cuts dimension 0. Of a factor that is stored wide, as LoRA's A (r×n), those
+    are the r columns of V, and n·r numbers travel for its decay; cut along n, r·r do. Torch asks
+    for even cuts of dimension 1: matrices that have none are cut along dimension 0.
+
+    Args:
+        size: number of processes that one copy of the model is sharded over.
+
+    Example:
+        >>> from torch import nn
+        >>> placement = shard_rows(4)
+        >>> placement(nn.Parameter(torch.ones(8, 64))), placement(nn.Parameter(torch.ones(64, 8)))
+        (Shard(dim=1), None)
+    """
+
+    def placement(parameter: nn.Parameter) -> Any:
+        from torch.distributed.tensor import Shard
+
+        wide = parameter.ndim == 2 and parameter.shape[0] < parameter.shape[1]
+        return Shard(1) if wide and parameter.shape[1] % size == 0 else None
+
+    return placement
+
+
+@torch.no_grad()
+def check_replicas(products: Product | Iterable[Product], group: Any = None) -> None:
+    """Make sure that all processes have the same factors, bit for bit; for debugging.
+
+    Data-parallel copies stay alike because every process adds the same decay to the same averaged
+    gradient. What breaks that (another seed, a step that one process skips, other products) shows
+    here. Every factor is broadcast once; of sharded factors, the copies of a part are compared.
+
+    Args:
+        products: one product or several, in any order.
+        group: the processes to compare; by default all. For sharded factors leave it out: their
+            mesh says which processes have copies.
+
+    Raises:
+        RuntimeError: on all processes, naming the first factor, by name, that differs.
+
+    Example:
+        check_replicas(optimizer.products)        # after every epoch
+    """
+    found = sorted(as_products(products), key=lambda product: (product.name, product.shape))
+    for product in found:
+        for factor in product.factors:
+            if not _are_alike(factor.param, group):
+                raise RuntimeError(
+                    f"expected the same numbers in {factor.attribute} of {product.name!r} on all "
+                    "processes, got others: from here on the copies of the model drift apart; "
+                    "load one checkpoint on all, and look for a step or a seed that they do not "
+                    "share"
+                )
+
+
+def _are_alike(param: Any, group: Any) -> bool:
+    """Whether the copies of a parameter, or of a part of it, are the same; known to all."""
+    comm, part, device = torch.distributed, param, param.device
+    groups, everyone = [group], group
+    if is_sharded(param):
+        mesh, part = param.device_mesh, part_of(param)
+        device, everyone = torch.device(mesh.device_type), _group_of(mesh)
+        groups = [mesh.get_group(d) for d, p in enumerate(param.placements) if p.is_replicate()]
+    differ = torch.zeros((), dtype=torch.int64, device=device)
+    raw = part.detach().to(device).contiguous().flatten().view(torch.uint8)  # NaN equals itself
+    for one in groups:
+        first = raw.clone()
+        comm.broadcast(first, group=one, group_src=0)
+        differ += not torch.equal(first, raw)
+    comm.all_reduce(differ, comm.ReduceOp.MAX, group=everyone)
+    return not bool(differ)
