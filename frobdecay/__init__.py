@@ -14,34 +14,49 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 
 from frobdecay import diagnostics
 from frobdecay.accumulate import add_penalty_grad_, explain
+from frobdecay.balancing import balance_
+from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.factored import FactoredTensor
-from frobdecay.init import balance_, spectral_init
+from frobdecay.factory import FrobeniusDecayFactory
+from frobdecay.flambe import Flambe
+from frobdecay.groups import split_param_groups
+from frobdecay.init import spectral_init
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
 from frobdecay.product import Factor, Product, penalty, product_norm
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
+from frobdecay.tensorized.kinds import CP, TensorTrain, Tucker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CP",
     "Factor",
     "FactoredTensor",
+    "Flambe",
     "FrobeniusDecay",
+    "FrobeniusDecayFactory",
     "LowRank",
     "Product",
+    "TensorTrain",
+    "Tucker",
     "add_penalty_grad_",
     "balance_",
     "diagnostics",
     "explain",
     "factorize",
+    "load_dense_",
+    "load_factorized",
     "merge",
     "penalty",
     "plan_ranks",
     "product_norm",
     "products",
     "register_products",
+    "save_factorized",
     "spectral_init",
+    "split_param_groups",
     "unroll",
 ]

@@ -15,18 +15,20 @@ from xml.etree import ElementTree
 
 __all__ = ["cells", "table"]
 
+Cells = dict[tuple[str, str, str], set[str]]
 OUTCOMES = ("failed", "passed", "refused", "not supported")
 
 
-def cells(files: Iterable[str]) -> dict[tuple[str, str], set[str]]:
-    """(row, column) -> outcomes of its tests."""
-    found: dict[tuple[str, str], set[str]] = {}
+def cells(files: Iterable[str]) -> Cells:
+    """(test file, row, column) -> outcomes of its tests."""
+    found: Cells = {}
     for file in files:
         for case in ElementTree.parse(file).iter("testcase"):
             said = {p.get("name"): p.get("value", "") for p in case.iter("property")}
             if "row" in said and "column" in said:
                 outcome = _outcome(case, said.get("refused") == "True")
-                found.setdefault((said["row"], said["column"]), set()).add(outcome)
+                where = str(case.get("classname")).rpartition(".")[2].removeprefix("test_")
+                found.setdefault((where, said["row"], said["column"]), set()).add(outcome)
     return found
 
 
@@ -38,14 +40,27 @@ def _outcome(case: ElementTree.Element, refused: bool) -> str:
     return "refused" if refused else "passed"
 
 
-def table(found: dict[tuple[str, str], set[str]]) -> str:
-    """Rows and columns in the order of their first test."""
-    rows = list(dict.fromkeys(row for row, _ in found))
+def table(found: Cells) -> str:
+    """One table for each test file; rows and columns in the order of their first test.
+
+    Rows ``package.Name`` of one package with equal outcomes are one row, with their number.
+    """
+    files = dict.fromkeys(file for file, _, _ in found)
+    parts = ({key[1:]: found[key] for key in found if key[0] == file} for file in files)
+    return "\n\n".join(map(_table, parts))
+
+
+def _table(found: dict[tuple[str, str], set[str]]) -> str:
     columns = list(dict.fromkeys(column for _, column in found))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    for row in rows:
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in dict.fromkeys(row for row, _ in found):
         outcomes = (found.get((row, column), set()) for column in columns)
-        lines.append([row, *(", ".join(sorted(o, key=OUTCOMES.index)) for o in outcomes)])
+        cells = tuple(", ".join(sorted(each, key=OUTCOMES.index)) for each in outcomes)
+        package = row.partition(".")[0] if "." in row else row
+        alike.setdefault((package, *cells), []).append(row)
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for (package, *cells), rows in alike.items():
+        lines.append([rows[0] if len(rows) == 1 else f"{package} ({len(rows)})", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
