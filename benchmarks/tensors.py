@@ -252,7 +252,7 @@ def _targets(tables: Mapping[str, list[dict[str, Any]]]) -> list[Target]:
 
     worst("decay", "÷ autograd", 0.5)
     worst("forward", "÷ formed", 1.1)
-    worst("initialization", "÷ tensorly", 1.5)
+    worst("initialization", "÷ tensorly", 1.1)
     worst("initialization", "error ÷ tensorly's", 1.01)
     return found
 

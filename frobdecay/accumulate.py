@@ -203,7 +203,8 @@ def add_penalty_grad_(
 
     The same as ``penalty(products, coef).backward()`` at a fraction of the cost, for training
     loops that clip the decay along with the gradient. As with weight decay in ``torch.optim``, a
-    factor without a gradient is left alone: call it after ``backward()``.
+    factor without a gradient is left alone: call it after ``backward()``. With sharded factors all
+    processes of their mesh have to call it; see ``distributed.py``.
 
     Args:
         products: one product or several.

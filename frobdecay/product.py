@@ -286,6 +286,8 @@ def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
 def squared_norm(product: Product) -> Tensor:
     """Compute ‖W‖_F² from the factors, summed over the batch; differentiable.
 
+    Sharded factors are gathered, each by one collective: right on every process.
+
     Returns:
         A tensor without dimensions, at least float32.
     """

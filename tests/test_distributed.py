@@ -149,8 +149,8 @@ def test_layer_by_layer_from_the_meta_device(world):
 
 
 def test_a_killed_process_and_a_restart_from_the_checkpoint(tmp_path):
-    """Killed between two others' Grams; from the last checkpoint they end where they would have."""
-    with pytest.raises(AssertionError, match="exit codes.*-9"):
+    """It dies within a step; restarted from the last checkpoint, all end where they would have."""
+    with pytest.raises(AssertionError, match=r"exit codes .*-9"):
         run(workers.restarted, 2, str(tmp_path), 0)
     assert run(workers.restarted, 2, str(tmp_path), 1) == [(3, True), (3, True)]
 

@@ -104,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(EXPERIMENTS[options.what].claim, style="bold")
     device = torch.device(chosen[0].make.keywords["protocol"].device)  # type: ignore[attr-defined]
     about = environment(device)
-    trials = run_all(chosen, options.out / stem, workers=options.workers, threads=options.threads)
+    side = {"workers": options.workers, "threads": options.threads}
+    try:
+        trials = run_all(chosen, options.out / stem, **side)
+    except ValueError as error:
+        parser.error(str(error))
     record = {
         "version": 1,
         **about,
@@ -114,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             variant: {**asdict(protocol), **changes}
             for variant, protocol in EXPERIMENTS[options.what].presets[options.preset].items()
         },
-        "trials": trials,
+        "trials": [{k: v for k, v in trial.items() if k != "settings"} for trial in trials],
     }
     record["caption"] = _caption(record, options)
     path = options.out / f"{stem}.json"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -61,14 +62,13 @@ class Job:
     Attributes:
         key: unique, fit for a file name.
         make: makes the trial from the directory of all results; has to pickle.
-        epochs: it takes.
         after: keys of jobs that have to be done before.
-        about: what the JSON says beside the result.
+        about: what the JSON says beside the result, its protocol above all: a result or
+            checkpoint that says otherwise is another job's, and refused.
     """
 
     key: str
     make: Callable[[Path], Trial]
-    epochs: int
     after: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,8 +91,11 @@ def run_all(
     Raises:
         RuntimeError: a trial failed; the others' results are kept, and it begins at its last
             checkpoint when it is run again.
+        ValueError: there are results of another protocol.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        _check_same(job, out)
     todo = [job for job in jobs if not _result(out, job.key).exists()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
@@ -100,25 +103,25 @@ def run_all(
     pool = ProcessPoolExecutor(workers, context, max_tasks_per_child=1)
     with Progress(*columns, *times, disable=not progress) as bars, context.Manager() as manager:
         queue = manager.Queue()
-        whole = bars.add_task("epochs of all trials", total=sum(job.epochs for job in todo))
+        whole = bars.add_task("trials", total=len(todo))
         running: dict[Future[None], Job] = {}
         tasks: dict[str, TaskID] = {}
-        passed: dict[str, int] = {}
+        passed: dict[str, float] = {}
         try:
             while todo or running:
                 for job in list(todo):
                     if len(running) < workers and all(_result(out, k).exists() for k in job.after):
                         todo.remove(job)
                         running[pool.submit(run_one, job, out, threads, queue)] = job
-                        tasks[job.key] = bars.add_task(job.key, total=job.epochs)
+                        tasks[job.key] = bars.add_task(job.key, total=None)
                 if not running:
                     raise RuntimeError(f"{todo[0].key} waits for {todo[0].after}, not to be run")
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not queue.empty():
-                    key, epoch = queue.get()
-                    passed[key] = epoch
+                    key, epoch, epochs = queue.get()
+                    passed[key] = epoch / epochs
                     bars.update(whole, completed=sum(passed.values()))
-                    bars.update(tasks[key], completed=epoch)
+                    bars.update(tasks[key], completed=epoch, total=epochs)
                 for future in done:
                     job = running.pop(future)
                     bars.remove_task(tasks[job.key])
@@ -136,28 +139,31 @@ def run_one(job: Job, out: Path, threads: int, queue: Any = None) -> None:
         job: which.
         out: directory of results and checkpoints.
         threads: for torch.
-        queue: is told (key, epochs done).
+        queue: is told (key, epochs done, epochs in all).
     """
     torch.set_num_threads(threads)
     trial = job.make(out)
-    checkpoint, seconds = out / f"{job.key}.pt", 0.0
+    checkpoint, seconds, peak = out / f"{job.key}.pt", 0.0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        _compare(job, json.loads(saved["about"]), checkpoint)
         trial.load_state_dict(saved["trial"])
-        seconds = saved["seconds"]
+        seconds, peak = saved["seconds"], saved["peak_mib"]
     start = last = time.monotonic()
     while trial.epoch < trial.epochs:
         trial.advance()
         now = time.monotonic()
         if now - last > SAVE_EVERY and trial.epoch < trial.epochs:
-            _save({"trial": trial.state_dict(), "seconds": seconds + now - start}, checkpoint)
+            costs = {"seconds": seconds + now - start, "peak_mib": max(peak, _peak_mib())}
+            about = json.dumps(job.about)
+            _save({"trial": trial.state_dict(), "about": about, **costs}, checkpoint)
             last = now
         if queue is not None:
-            queue.put((job.key, trial.epoch))
+            queue.put((job.key, trial.epoch, trial.epochs))
     seconds += time.monotonic() - start
-    record = {**job.about, **trial.result(), "seconds": seconds, "peak_mib": _peak_mib()}
-    part = _result(out, job.key).with_suffix(".part")
-    part.write_text(json.dumps(record) + "\n")
+    costs = {"seconds": seconds, "peak_mib": max(peak, _peak_mib())}
+    part = out / f"{job.key}.json.part"
+    part.write_text(json.dumps({**job.about, **trial.result(), **costs}) + "\n")
     os.replace(part, _result(out, job.key))
     checkpoint.unlink(missing_ok=True)
 
@@ -166,9 +172,25 @@ def _result(out: Path, key: str) -> Path:
     return out / f"{key}.json"
 
 
+def _check_same(job: Job, out: Path) -> None:
+    if _result(out, job.key).exists():
+        _compare(job, json.loads(_result(out, job.key).read_text()), _result(out, job.key))
+
+
+def _compare(job: Job, found: Mapping[str, Any], path: Path) -> None:
+    """Refuse what was made by another protocol."""
+    wanted = json.loads(json.dumps(job.about))
+    differ = [key for key, value in wanted.items() if found.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"{path} is of another protocol: expected {differ[0]} = {wanted[differ[0]]}, got "
+            f"{found.get(differ[0])}; give another --out, or remove it"
+        )
+
+
 def _save(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; an interruption leaves the one before."""
-    part = path.with_suffix(".pt.part")
+    part = path.with_name(f"{path.name}.part")
     torch.save(state, part)
     os.replace(part, path)
 
@@ -177,4 +199,9 @@ def _peak_mib() -> float:
     """Of the device's memory where there is one, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    status = Path("/proc/self/status")
+    if status.exists():  # there ru_maxrss begins at the peak of the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

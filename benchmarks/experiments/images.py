@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
 import frobdecay
 from benchmarks.data import ImageData, load
-from benchmarks.models import DENSE, MODELS
+from benchmarks.experiments.trials import Arm, Common, Training, count_parameters
+from benchmarks.models import DENSE, MODELS, separate_
 from benchmarks.training import batches, evaluate
-from frobdecay.diagnostics import QUANTITIES, Recorder
+from frobdecay.diagnostics import Recorder
 
-__all__ = ["DECAYS", "KINDS", "Arm", "ImageTrial", "Protocol"]
+__all__ = ["DECAYS", "KINDS", "ImageArm", "ImageProtocol", "ImageTrial"]
 
 
-@dataclass(frozen=True)
-class Arm:
+@dataclass(frozen=True, kw_only=True)
+class ImageArm(Arm):
     """A way to make and to decay the weights.
 
     Attributes:
-        label: for tables.
         kind: key in ``KINDS``.
         init: of the factors: "spectral" is SI.
         decay: key in ``DECAYS``.
         rank: fraction of the smaller side in place of the protocol's ratio.
-        norms_of: the arm whose norms the decay "normalized" replays.
+        after: the arm whose norms the decay "normalized" replays.
     """
 
-    label: str
     kind: str = "lowrank"
     init: str = "kaiming"
     decay: str = "plain"
     rank: float | None = None
-    norms_of: str | None = None
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What all arms of an experiment have in common.
+@dataclass(frozen=True, kw_only=True)
+class ImageProtocol(Common):
+    """What all arms of an experiment have in common; by default the paper's for most of them.
 
     Attributes:
         data: source for ``benchmarks.data.load``.
@@ -53,12 +51,11 @@ class Protocol:
         ratio: parameters to keep ÷ all of the dense model's.
         epochs, batch, lr, weight_decay, momentum: of SGD.
         milestones, gamma: fractions of the epochs at which lr is multiplied by gamma.
-        warmup: lr of the first epoch, for deep models.
-        limit: training images; all unless given.
-        device: where to train.
+        warmup: lr of the first epoch, for deep models and large batches.
+        cutout: side of the square that is cut out of each training image.
+        channels_last: memory format of images and kernels.
     """
 
-    data: str
     model: str
     ratio: float | None = None
     epochs: int = 200
@@ -69,20 +66,20 @@ class Protocol:
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup: float | None = None
-    limit: int | None = None
-    device: str = "cpu"
+    cutout: int = 0
+    channels_last: bool = False
 
 
-Make = Callable[[nn.Module, Arm, Protocol], float]
+Make = Callable[[nn.Module, ImageArm, ImageProtocol], float]
 """Changes a dense model in place; returns the fraction of the parameters that is left."""
 
 
-def _dense(model: nn.Module, arm: Arm, protocol: Protocol) -> float:
+def _dense(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
     return 1.0
 
 
 def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
-    def make(model: nn.Module, arm: Arm, protocol: Protocol) -> float:
+    def make(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
         size: dict[str, Any] = {"ratio": protocol.ratio} if arm.rank is None else {"rank": arm.rank}
         plan = frobdecay.factorize(
             model,
@@ -96,11 +93,31 @@ def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
     return make
 
 
+def _tensorized(parametrization: Callable[..., nn.Module]) -> Make:
+    def make(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
+        dense = count_parameters(model)
+        separate_(model, DENSE[protocol.model])
+        assert protocol.ratio is not None
+        ratio = protocol.ratio * dense / count_parameters(model)
+        frobdecay.factorize(
+            model,
+            ratio=ratio,
+            include="*.pointwise",
+            parametrization=parametrization,
+            init=arm.init,
+        )
+        return count_parameters(model) / dense
+
+    return make
+
+
 KINDS: Mapping[str, Make] = {
     "dense": _dense,
     "pruned": _dense,  # becomes sparse half-way, see ImageTrial
     "lowrank": _factorized(frobdecay.LowRank),
     "deep": _factorized(partial(frobdecay.LowRank, depth=1)),
+    "tucker": _tensorized(partial(frobdecay.Tucker, pattern="flat")),
+    "train": _tensorized(partial(frobdecay.TensorTrain, pattern="flat")),
 }
 
 
@@ -115,7 +132,7 @@ DECAYS: Mapping[str, Callable[[float], float] | None] = {
 
 
 def _optimizer(
-    model: nn.Module, decay: str, protocol: Protocol, kept: float
+    model: nn.Module, decay: str, protocol: ImageProtocol, kept: float
 ) -> torch.optim.Optimizer:
     scale, whole = DECAYS[decay], protocol.weight_decay
     factors = {id(p) for product in frobdecay.products(model) for p in product.params}
@@ -129,87 +146,97 @@ def _optimizer(
     return base if scale is not None else frobdecay.FrobeniusDecay(base, model)
 
 
-class ImageTrial:
+@lru_cache(maxsize=1)
+def _load(source: str, limit: int | None) -> ImageData:
+    return load(source, limit=limit)
+
+
+class ImageTrial(Training):
     """Train one arm from one seed; the dense start and the order of images depend on the seed only.
 
-    Args:
-        out: directory with the results of other trials.
-        arm: what is special about this one.
-        seed: for everything random.
-        protocol: everything else.
-        key: file name of its recorded norms.
-        norms: file name of the norms to replay, for the decay "normalized".
+    Arguments are those of ``Training``; the trial that this one follows gives the norms to replay.
     """
+
+    larger_is_better = True
 
     def __init__(
         self,
         out: Path,
-        arm: Arm,
+        arm: ImageArm,
         seed: int,
-        protocol: Protocol,
+        protocol: ImageProtocol,
         key: str,
-        norms: str | None = None,
+        after: str | None = None,
     ) -> None:
-        torch.manual_seed(seed)
-        self.out, self.arm, self.seed, self.protocol, self.key = out, arm, seed, protocol, key
-        self.data: ImageData = load(protocol.data, limit=protocol.limit).to(protocol.device)
+        super().__init__(out, arm, seed, protocol, key, after)
+        self.data = _load(protocol.data, protocol.limit).to(protocol.device)
         channels, classes = self.data.train[0].shape[1], self.data.classes
         model = MODELS[protocol.model](channels=channels, classes=classes)
-        self.dense_parameters = sum(p.numel() for p in model.parameters())
+        self.dense_parameters = count_parameters(model)
         self.kept = KINDS[arm.kind](model, arm, protocol)
-        self.model = model.to(protocol.device)
-        self.optimizer = _optimizer(self.model, arm.decay, protocol, self.kept)
-        self.epoch, self.epochs = 0, protocol.epochs
-        self.generator = torch.Generator().manual_seed(seed)
-        self.products = frobdecay.products(self.model)
-        self.recorder = Recorder(self.products) if self.products else None
-        self.norms = Recorder(self.products, quantities=["norm"]) if self.products else None
+        model.to(protocol.device)
+        self.layout = torch.channels_last if protocol.channels_last else torch.contiguous_format
+        model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        products = frobdecay.products(model)
+        self.ready(model, _optimizer(model, arm.decay, protocol, self.kept), products)
+        self.norms = Recorder(products, quantities=["norm"]) if products else None
         if arm.decay == "normalized":
             assert self.norms is not None
-            assert norms is not None
-            self.norms.load(out / f"{norms}.norms")
-        self.steps = 0
-        self.loss: list[float] = []
-        self.accuracy: list[float] = []
-        self._record()
+            self.norms.load(out / f"{after}.norms")
 
-    def _record(self) -> None:
-        if self.recorder is not None:
-            self.recorder.step(self.optimizer)
+    @property
+    def first_eligible(self) -> int:  # type: ignore[override]
+        """A model that is to be pruned is not tested before it is."""
+        return self.epochs // 2 if self.arm.kind == "pruned" else 0
 
-    def _rate(self) -> float:
+    def rate(self) -> float:
+        """The protocol's, by steps; the same in all of an epoch."""
         protocol, passed = self.protocol, self.epoch / self.epochs
         if protocol.warmup is not None and self.epoch == 0:
             return protocol.warmup
         return protocol.lr * protocol.gamma ** sum(passed >= m for m in protocol.milestones)
 
     def advance(self) -> None:
-        """Train for one epoch and validate."""
+        """Train for one epoch and validate; prune before the second half."""
         if self.arm.kind == "pruned" and self.epoch == self.epochs // 2:
             self._prune()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
-        self.model.train()
-        losses = []
-        for images, labels in batches(self.data, self.protocol.batch, self.generator):
-            loss = cross_entropy(self.model(images), labels)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self._after_step()
-            losses.append(loss.detach())
-        self.epoch += 1
-        self.loss.append(float(torch.stack(losses).mean()))
-        self.accuracy.append(evaluate(self.model, self.data, self.data.val))
-        self._record()
+        super().advance()
 
-    def _after_step(self) -> None:
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Augmented images and their labels."""
+        for images, labels in batches(self.data, self.protocol.batch, self.generator):
+            if self.protocol.cutout:
+                _cut_out(images, self.protocol.cutout, self.generator)
+            yield images.contiguous(memory_format=self.layout), labels
+
+    def compute_loss(self, *batch: Tensor) -> Tensor:
+        """Cross-entropy."""
+        images, labels = batch
+        return cross_entropy(self.network(images), labels)
+
+    def validate(self) -> float:
+        """Accuracy in percent."""
+        return 100 * evaluate(self.model, self.data, self.data.val)
+
+    def test(self) -> dict[str, Any]:
+        """Accuracy in percent, of over-complete networks collapsed; also writes norms to replay."""
+        if self.norms is not None and self.arm.decay == "frobenius":
+            self.norms.save(self.out / f"{self.key}.norms")
+        if self.kept > 1:  # over-complete weights have done what they are for
+            frobdecay.merge(self.model)
+            self.kept = 1.0
+        return {"score": 100 * evaluate(self.model, self.data, self.data.test)}
+
+    def parameters(self) -> int:
+        """Those that are left."""
+        return round(self.kept * self.dense_parameters)
+
+    def after_step(self) -> None:
         """Record the norms for those who replay them, or replay."""
         if self.norms is not None and self.arm.decay == "normalized":
-            self.norms.replay_(self.steps)
+            self.norms.replay_(self.steps - 1)
         elif self.norms is not None and self.arm.decay == "frobenius":
             self.norms.step()
-        self.steps += 1
 
     def _prunable(self) -> list[tuple[nn.Module, str]]:
         dense = DENSE[self.protocol.model]
@@ -230,48 +257,27 @@ class ImageTrial:
         self.optimizer = _optimizer(self.model, self.arm.decay, self.protocol, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, generators, curves."""
-        return {
-            "epoch": self.epoch,
-            "steps": self.steps,
-            "kept": self.kept,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "global": torch.get_rng_state(),
-            "loss": self.loss,
-            "accuracy": self.accuracy,
-            "recorder": None if self.recorder is None else self.recorder.state_dict(),
-            "norms": None if self.norms is None else self.norms.state_dict(),
-        }
+        """Also the norms of every step, and how much pruning has left."""
+        norms = self.norms and self.norms.state_dict()
+        return {**super().state_dict(), "kept": self.kept, "norms": norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the epoch that the state was taken."""
-        self.epoch, self.steps = state["epoch"], state["steps"]
-        if self.arm.kind == "pruned" and self.epoch > self.epochs // 2:
+        """Continue after the epoch at which the state was taken."""
+        if self.arm.kind == "pruned" and state["epoch"] > self.epochs // 2:
             self._prune()  # the masks' names; their values follow
+        super().load_state_dict(state)
         self.kept = state["kept"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global"])
-        self.loss, self.accuracy = list(state["loss"]), list(state["accuracy"])
-        for recorder, name in ((self.recorder, "recorder"), (self.norms, "norms")):
-            if recorder is not None:
-                recorder.load_state_dict(state[name])
+        if self.norms is not None:
+            self.norms.load_state_dict(state["norms"])
 
-    def result(self) -> dict[str, Any]:
-        """Test accuracy of the last epoch, curves, norms; the norms of every step in a file."""
-        if self.norms is not None and self.arm.decay == "frobenius":
-            self.norms.save(self.out / f"{self.key}.norms")
-        totals = {}
-        if self.recorder is not None:
-            totals = {quantity: self.recorder.total(quantity) for quantity in QUANTITIES}
-        return {
-            "score": 100 * evaluate(self.model, self.data, self.data.test),
-            "parameters": round(self.kept * self.dense_parameters),
-            "ratio": self.kept,
-            "loss": self.loss,
-            "validation": [100 * value for value in self.accuracy],
-            "norms": totals,
-        }
+
+def _cut_out(images: Tensor, side: int, generator: torch.Generator) -> None:
+    """Set a square of each image to zero, its centre anywhere (DeVries, Taylor, 2017)."""
+    count, _, height, width = images.shape
+    inside = []
+    for length in (height, width):
+        centre = torch.randint(length, (count, 1), generator=generator)
+        distance = torch.arange(length) - (centre - side // 2)
+        inside.append((distance >= 0) & (distance < side))
+    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    images.masked_fill_(square.to(images.device), 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.experiments.catalogue import Experiment
+from benchmarks.experiments.experiment import Experiment
 
 __all__ = ["Row", "figure", "markdown", "rich_table", "summarize"]
 
@@ -131,37 +131,43 @@ def figure(records: Sequence[Record], experiment: Experiment) -> Any:
     """Draw validation over epochs, and norms where they were recorded: means over the seeds.
 
     Args:
-        records: results of trials; the first variant is drawn.
+        records: results of trials; each variant has a row of panels.
         experiment: gives titles and the order of arms.
 
     Returns:
         The ``matplotlib.figure.Figure``.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(13, 3.8), layout="constrained")
-    variant = records[0]["variant"]
-    left, middle, right = drawn.subplots(1, 3)
-    for key, arm in experiment.arms.items():
-        mine = [r for r in records if (r["arm"], r["variant"]) == (key, variant)]
-        if not mine:
-            continue
-        (line,) = left.plot(_mean([r["validation"] for r in mine]), label=arm.label)
-        norms = [r["norms"] for r in mine if r["norms"]]
-        if norms:
-            colour = line.get_color()
-            step = _mean([each["effective_step"] for each in norms])
-            middle.plot(step, color=colour, label=arm.label)
-            right.plot(_mean([each["nuclear"] for each in norms]), color=colour, label=arm.label)
-            right.plot(_mean([each["bound"] for each in norms]), ":", color=colour)
-    left.set(title="validation", xlabel="epoch")
-    middle.set(title="effective step size lr / ‖W‖²", xlabel="epoch", yscale="log")
-    right.set(title="nuclear norm (dotted: bound)", xlabel="epoch", yscale="log")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
-    drawn.suptitle(f"{experiment.title}: {variant}")
+    variants = list(dict.fromkeys(record["variant"] for record in records))
+    drawn = Figure(figsize=(13, 3.8 * len(variants)), layout="constrained")
+    colours = colormaps["tab10" if len(experiment.arms) <= 10 else "tab20"].colors
+    for variant, row in zip(variants, drawn.subplots(len(variants), 3, squeeze=False), strict=True):
+        for colour, (key, arm) in zip(colours, experiment.arms.items(), strict=False):
+            mine = [r for r in records if (r["arm"], r["variant"]) == (key, variant)]
+            if mine:
+                _draw(row, mine, arm.label, colour)
+        for axes, title in zip(row, _PANELS, strict=True):
+            axes.set(title=title, xlabel="epoch", yscale="linear" if axes is row[0] else "log")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(variant)
+        row[0].legend(fontsize="small" if len(experiment.arms) <= 10 else "xx-small")
+    drawn.suptitle(experiment.title)
     return drawn
+
+
+_PANELS = ("validation", "effective step size lr / ‖W‖²", "nuclear norm (dotted: bound)")
+
+
+def _draw(row: Sequence[Any], records: Sequence[Record], label: str, colour: Any) -> None:
+    row[0].plot(_mean([r["validation"] for r in records]), color=colour, label=label)
+    norms = [r["norms"] for r in records if r["norms"]]
+    if norms:
+        panels = ((1, "effective_step", "-"), (2, "nuclear", "-"), (2, "bound", ":"))
+        for panel, quantity, line in panels:
+            curve = _mean([each[quantity] for each in norms])
+            row[panel].plot(curve, line, color=colour)
 
 
 def _mean(curves: Sequence[Sequence[float]]) -> list[float]:

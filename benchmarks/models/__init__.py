@@ -12,17 +12,30 @@ from functools import partial
 from torch import nn
 
 from benchmarks.models.resnet import ResNet, resnet
-from benchmarks.models.transformer import TranslationTransformer
+from benchmarks.models.separable import separate_
+from benchmarks.models.transformer import LanguageModel, TranslationTransformer
 from benchmarks.models.vgg import VGG
 from benchmarks.models.wide_resnet import WideResNet
 
-__all__ = ["DENSE", "MODELS", "ResNet", "TranslationTransformer", "VGG", "WideResNet", "resnet"]
+__all__ = [
+    "DENSE",
+    "LanguageModel",
+    "MODELS",
+    "ResNet",
+    "TranslationTransformer",
+    "VGG",
+    "WideResNet",
+    "resnet",
+    "separate_",
+]
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
     "resnet32x2": partial(resnet, 32, width=64, shortcut="convolution"),
     "vgg19": VGG,
     "wrn28-10": WideResNet,
+    "wrn16-4": partial(WideResNet, 16, 4),
+    "wrn10-2": partial(WideResNet, 10, 2),
 }
 
 DENSE: Mapping[str, list[str]] = {

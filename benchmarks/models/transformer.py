@@ -1,7 +1,8 @@
-"""The small encoder–decoder for translation (Vaswani et al., arXiv:1706.03762, made small).
+"""Small Transformers (Vaswani et al., arXiv:1706.03762): for translation, and of running text.
 
-Two layers on each side, width 256, hidden layers of 1024, four heads, learned positions, no
-biases in the attention's projections, embeddings of both languages and the output of their own.
+Learned positions, normalization after each part, no biases in the attention's projections;
+embeddings and output are of their own. For translation two layers on each side, width 256, hidden
+layers of 1024, four heads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-__all__ = ["Attention", "TranslationTransformer"]
+import frobdecay
+from frobdecay.providers import attention
+
+__all__ = ["Attention", "LanguageModel", "TranslationTransformer"]
 
 
 class Attention(nn.Module):
@@ -53,13 +57,29 @@ class Attention(nn.Module):
         return self.output(out.transpose(1, 2).flatten(2))
 
 
+@frobdecay.register_products(Attention)
+@attention.provider
+def _products(module: Attention) -> attention.Attention:
+    projections = [attention.linear(name) for name in ("query", "key", "value", "output")]
+    size = module.query.out_features // module.heads
+    return attention.Attention(projections, heads=module.heads, size=size)
+
+
 class _Layer(nn.Module):
     """Attention to itself, to the other side where there is one, a hidden layer; normed after."""
 
     def __init__(
-        self, width: int, hidden: int, heads: int, size: int | None, dropout: float, cross: bool
+        self,
+        width: int,
+        hidden: int,
+        heads: int,
+        size: int | None,
+        dropout: float,
+        cross: bool = False,
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.attention = Attention(width, heads, size, dropout)
         self.cross = Attention(width, heads, size, dropout) if cross else None
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -67,8 +87,8 @@ class _Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, padding: Tensor | None, memory: Tensor | None = None) -> Tensor:
-        own = None if memory is not None else padding
-        attended = self.attention(x, x, own, causal=memory is not None)
+        own = None if memory is not None else padding  # with a memory, the padding is the memory's
+        attended = self.attention(x, x, own, self.causal)
         x = self.norms[0](x + self.dropout(attended))
         if self.cross is not None:
             assert memory is not None
@@ -88,7 +108,9 @@ class _Side(nn.Module):
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=width**-0.5)
 
-    def forward(self, ids: Tensor, padding: Tensor | None, memory: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, padding: Tensor | None = None, memory: Tensor | None = None
+    ) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.tokens(ids) * self.scale + self.positions(positions)
         for layer in self.layers:
@@ -128,8 +150,9 @@ class TranslationTransformer(nn.Module):
     ) -> None:
         super().__init__()
 
-        def make(cross: bool) -> list[_Layer]:
-            return [_Layer(width, hidden, heads, size, dropout, cross) for _ in range(layers)]
+        def make(decoder: bool) -> list[_Layer]:
+            options = (width, hidden, heads, size, dropout, decoder, decoder)
+            return [_Layer(*options) for _ in range(layers)]
 
         self.encoder = _Side(source, length, width, make(False))
         self.decoder = _Side(target, length, width, make(True))
@@ -146,3 +169,43 @@ class TranslationTransformer(nn.Module):
     def forward(self, source: Tensor, target: Tensor, padding: Tensor | None = None) -> Tensor:
         """Map tokens (N, S) and (N, T) to scores (N, T, vocabulary)."""
         return self.decode(self.encode(source, padding), target, padding)
+
+
+class LanguageModel(nn.Module):
+    """Map tokens to the scores of tokens: the next ones, or those that are masked.
+
+    Args:
+        tokens: size of the vocabulary.
+        width, hidden, heads, layers: of the model.
+        causal: whether each position sees the earlier ones only.
+        size: of a head; width / heads unless given.
+        length: of the longest text.
+        dropout: everywhere.
+
+    Example:
+        >>> model = LanguageModel(100, width=16, hidden=32, heads=2, layers=1, causal=True)
+        >>> model(torch.ones(3, 5, dtype=torch.long)).shape
+        torch.Size([3, 5, 100])
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        *,
+        width: int,
+        hidden: int,
+        heads: int,
+        layers: int,
+        causal: bool,
+        size: int | None = None,
+        length: int = 128,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        made = [_Layer(width, hidden, heads, size, dropout, causal=causal) for _ in range(layers)]
+        self.body = _Side(tokens, length, width, made)
+        self.output = nn.Linear(width, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map tokens (N, T) to scores (N, T, vocabulary)."""
+        return self.output(self.body(ids))
