@@ -235,9 +235,9 @@ class Exchange:
     @torch.no_grad()
     def add(self, targets: Sequence[Targets], coefs: Sequence[Coefs]) -> None:
         """Add coef·∇½‖W‖² of every product to this process' parts of its targets."""
-        for one in zip(self.sent, self.segments, targets, coefs, strict=True):
-            sent, *rest = one
-            sent.add(*rest)
+        every = zip(self.sent, self.segments, targets, coefs, strict=True)
+        for sent, segments, into, multiples in every:
+            sent.add(segments, into, multiples)
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:

@@ -1,7 +1,9 @@
 """The README does what it says."""
 
+import sys
+
 import pytest
-from readme import BLOCKS, extras, run
+from readme import BLOCKS, extras, run, torchrun
 
 
 def test_the_readme_has_examples():
@@ -14,3 +16,11 @@ def test_the_readme_has_examples():
 def test_readme_examples_run(k):
     """Every Python block that needs the core alone runs by itself."""
     run(k)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names the network interface as Linux does")
+def test_the_script_for_several_processes_runs(tmp_path):
+    """As it is printed, with torchrun and two processes; factors stay alike."""
+    out = torchrun(2, tmp_path)
+    assert "2 on a mesh of 2: 4,096 numbers in one all-reduce" in out
+    assert out.rstrip().endswith("done")

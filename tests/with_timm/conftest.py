@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-WARNINGS: tuple[str, ...] = ()
+WARNINGS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",)
 
 if find_spec("torchvision") is not None and not torch.cuda.is_available():
     # Kept alive: the declarations go with the object.
