@@ -96,6 +96,7 @@ def factorize(
         TypeError, ValueError: as ``plan_ranks``; also for data-parallel wrappers, weights on the
             meta device, and NaN.
         ImportError: ``progress=True`` without rich.
+        RuntimeError: an initialization that fails, such as CP's on numbers that overflow.
 
     Example:
         >>> import torch
