@@ -119,9 +119,17 @@ def plan_of(views: Sequence[Tensor], batch: int) -> ContractionPlan:
     return contraction_plan(tuple(tuple(view.shape) for view in views), batch)
 
 
+# Asked once: compiled functions cannot ask in every torch.
+_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Switch autocast off on a device type: it would compute the Grams in half precision."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

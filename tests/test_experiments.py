@@ -2,61 +2,176 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import frobdecay
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import tables
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import Job, run_all, run_one
-from benchmarks.experiments.images import Arm, ImageTrial, Protocol
+from benchmarks.experiments.images import (
+    DECAYS,
+    KINDS,
+    ImageArm,
+    ImageProtocol,
+    ImageTrial,
+    _cut_out,
+)
+from benchmarks.experiments.vision import VISION
 from benchmarks.models import DENSE, MODELS, resnet
 
-ARMS = {(name, key): arm for name, e in EXPERIMENTS.items() for key, arm in e.arms.items()}
+
+def arms():
+    """One arm for every way to make weights, and one for every way to decay them."""
+    found, seen = {}, set()
+    for name, experiment in VISION.items():
+        for key, arm in experiment.arms.items():
+            if not {arm.kind, arm.decay} <= seen:
+                seen |= {arm.kind, arm.decay}
+                found[name, key] = arm
+    assert seen == {*KINDS, *DECAYS}
+    return found
+
+
+ARMS = arms()
 
 
 @pytest.fixture
 def protocol(monkeypatch):
     """A ResNet of eight layers on the embedded digits."""
-    monkeypatch.setitem(MODELS, "tiny", lambda **options: resnet(8, width=4, **options))
+    monkeypatch.setitem(MODELS, "tiny", lambda **options: resnet(8, width=8, **options))
     monkeypatch.setitem(DENSE, "tiny", ["conv1", "fc"])
-    return Protocol("digits", "tiny", ratio=0.5, epochs=4, batch=32, limit=64)
+    return ImageProtocol(
+        data="digits", model="tiny", ratio=0.5, epochs=4, batch=32, limit=64, cutout=3
+    )
 
 
-def trial(out, arm, protocol, norms=None):
-    """A trial of one arm."""
-    return ImageTrial(out, arm, 0, protocol, "key", norms)
+def trial(out, arm, protocol, after=None):
+    """A trial of one arm; tensors are smaller."""
+    if arm.kind in ("tucker", "train"):
+        protocol = replace(protocol, ratio=0.13)
+    return ImageTrial(out, arm, 0, protocol, "key", after)
+
+
+def finish(trial):
+    """Run a trial to its end."""
+    while trial.epoch < trial.epochs:
+        trial.advance()
+    return trial.result()
 
 
 @pytest.mark.parametrize(("name", "key"), ARMS)
 def test_an_interrupted_trial_ends_in_the_same_result(name, key, tmp_path, protocol):
     """Stopped after three of four epochs, its state written and read again, bit for bit."""
-    arm, norms = ARMS[name, key], None
-    if arm.norms_of:
-        source = trial(tmp_path, EXPERIMENTS[name].arms[arm.norms_of], protocol)
-        while source.epoch < source.epochs:
-            source.advance()
-        source.result()
-        norms = "key"
-    whole, first = (trial(tmp_path, arm, protocol, norms) for _ in range(2))
-    while whole.epoch < whole.epochs:
-        whole.advance()
+    arm, after = ARMS[name, key], None
+    if arm.after:
+        finish(trial(tmp_path, VISION[name].arms[arm.after], protocol))
+        after = "key"
+    whole, first = (trial(tmp_path, arm, protocol, after) for _ in range(2))
+    expected = finish(whole)
     for _ in range(3):
         first.advance()
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = trial(tmp_path, arm, protocol, norms)
+    second = trial(tmp_path, arm, protocol, after)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     torch.rand(7)  # whatever else happens meanwhile
-    second.advance()
-    assert second.result() == whole.result()
+    assert repr(finish(second)) == repr(expected)  # NaN is not equal to itself
     pairs = zip(whole.model.parameters(), second.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_the_epoch_that_validates_best_is_tested(tmp_path, protocol):
+    """The later one of equals; its weights and no later ones."""
+    one = trial(tmp_path, VISION["compression"].arms["lowrank"], protocol)
+    scores, states = iter((50.0, 70.0, 70.0, 60.0)), []
+    one.validate = lambda: next(scores)
+    while one.epoch < one.epochs:
+        one.advance()
+        states.append({name: value.clone() for name, value in one.model.state_dict().items()})
+    one.result()
+    found = one.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in states[2].items())
+    assert any(not torch.equal(found[name], value) for name, value in states[3].items())
+
+
+def test_a_diverged_trial_has_a_result(tmp_path, protocol):
+    """Nothing to choose from is no failure of the others."""
+    one = trial(tmp_path, VISION["compression"].arms["lowrank"], replace(protocol, epochs=2))
+    one.validate = lambda: float("nan")
+    assert finish(one)["score"] >= 0
+
+
+def test_pruned_models_are_not_tested_before_they_are(tmp_path, protocol):
+    """However good they were."""
+    one = trial(tmp_path, VISION["compression"].arms["pruned"], protocol)
+    scores = iter((90.0, 90.0, 10.0, 20.0))
+    one.validate = lambda: next(scores)
+    assert finish(one)["ratio"] == pytest.approx(protocol.ratio, abs=2e-3)
+    assert sum(int((module.weight == 0).sum()) for module, _ in one._prunable())
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "tucker", "train"])
+def test_sizes_are_the_ratio_of_the_dense_model(kind, tmp_path, protocol):
+    """Also where the model that is factorized is another one."""
+    made = trial(tmp_path, ImageArm(label="", kind=kind, init="spectral"), protocol)
+    assert made.kept == pytest.approx(made.protocol.ratio, abs=0.03)
+    held = sum(p.numel() for p in made.model.parameters())
+    assert held == made.parameters() == round(made.kept * made.dense_parameters)
+
+
+def test_a_ratio_that_tensors_cannot_have_is_refused(tmp_path, protocol):
+    """With the one that they can."""
+    arm = ImageArm(label="", kind="tucker", init="spectral")
+    with pytest.raises(ValueError, match=r"expected a ratio below 0\.18"):
+        ImageTrial(tmp_path, arm, 0, protocol, "key")
+
+
+def test_tensors_are_the_pointwise_convolutions(tmp_path, protocol):
+    """All of them, and nothing else."""
+    made = trial(tmp_path, ImageArm(label="", kind="tucker", init="spectral"), protocol)
+    names = [product.name for product in frobdecay.products(made.model)]
+    assert len(names) == 6
+    assert all(name.endswith("pointwise.weight") for name in names)
+
+
+def test_over_complete_networks_are_collapsed(tmp_path, protocol):
+    """They are tested and counted as the plain network that they are then."""
+    arm = VISION["distillation"].arms["wide"]
+    one = trial(tmp_path, arm, replace(protocol, epochs=1))
+    assert one.kept > 1
+    result = finish(one)
+    assert result["ratio"] == 1
+    assert sum(p.numel() for p in one.model.parameters()) == one.dense_parameters
+
+
+def test_cutout_leaves_a_square_out():
+    """Of its side, where all of it is inside of the image; other pixels stay."""
+    images = torch.ones(200, 3, 9, 9)
+    _cut_out(images, 3, torch.Generator().manual_seed(0))
+    lost = (images == 0).sum((1, 2, 3))
+    assert set((lost // 3).tolist()) == {4, 6, 9}  # in a corner, at an edge, inside
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_half_precision_and_channels_last_train(tmp_path, protocol):
+    """The options of large GPUs, on whatever there is."""
+    options = {"precision": "bfloat16", "channels_last": True}
+    arm = VISION["compression"].arms["sifd"]
+    results = [
+        finish(trial(tmp_path, arm, replace(protocol, epochs=2, cutout=0, **each)))
+        for each in ({}, options)
+    ]
+    losses = [result["loss"] for result in results]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
 def test_pruning_keeps_as_many_parameters_as_the_ratio(tmp_path, protocol):
     """Half-way, of all but the first convolution and the classifier."""
-    pruned = trial(tmp_path, Arm("pruned", "pruned"), protocol)
+    pruned = trial(tmp_path, ImageArm(label="pruned", kind="pruned"), protocol)
     for _ in range(pruned.epochs):
         pruned.advance()
     zeros = sum(int((module.weight == 0).sum()) for module, _ in pruned._prunable())
@@ -67,25 +182,20 @@ def test_pruning_keeps_as_many_parameters_as_the_ratio(tmp_path, protocol):
 
 def test_normalized_trials_have_the_norms_of_the_others(tmp_path, protocol):
     """At every step, though nothing decays."""
-    arms = EXPERIMENTS["why"].arms
-    source = trial(tmp_path, arms["sifd"], protocol)
-    for _ in range(source.epochs):
-        source.advance()
-    result = source.result()
-    replayed = trial(tmp_path, arms["normalized"], protocol, "key")
-    for _ in range(replayed.epochs):
-        replayed.advance()
-    norms = replayed.result()["norms"]["norm"]
-    assert norms == pytest.approx(result["norms"]["norm"], rel=1e-4)
+    arms = VISION["why"].arms
+    result = finish(trial(tmp_path, arms["sifd"], protocol))
+    replayed = finish(trial(tmp_path, arms["normalized"], protocol, "key"))
+    assert replayed["norms"]["norm"] == pytest.approx(result["norms"]["norm"], rel=1e-4)
 
 
 def test_milestones_and_warmup_set_the_rate(tmp_path, protocol):
     """The first epoch's, the full one, a tenth after half, a hundredth after three quarters."""
-    one = trial(tmp_path, Arm("dense", "dense"), replace(protocol, epochs=8, warmup=0.01))
+    dense = ImageArm(label="dense", kind="dense")
+    one = trial(tmp_path, dense, replace(protocol, epochs=8, warmup=0.01))
     rates = []
     for epoch in range(8):
         one.epoch = epoch
-        rates.append(one._rate())
+        rates.append(one.rate())
     assert rates == pytest.approx([0.01] + [0.1] * 3 + [0.01] * 2 + [0.001] * 2)
 
 
@@ -140,32 +250,56 @@ def waiting(out):
 
 def test_trials_run_side_by_side_once_and_in_order(tmp_path):
     """Each in its process; results are kept and not run again; what waits comes later."""
-    todo = [Job("second", waiting, 3, ("first",)), Job("first", Counting, 3)]
+    todo = [Job("second", waiting, ("first",)), Job("first", Counting)]
     results = run_all(todo, tmp_path, workers=2, progress=False)
     assert [record["score"] for record in results] == [3, 3]
     (tmp_path / "first.json").write_text('{"score": "kept"}')
-    again = run_all([Job("first", failing, 3)], tmp_path, progress=False)
+    again = run_all([Job("first", failing)], tmp_path, progress=False)
     assert again == [{"score": "kept"}]
 
 
 def test_a_failed_trial_is_named_and_leaves_the_others(tmp_path):
     """With its reason; it can be run again."""
     with pytest.raises(RuntimeError, match="bad failed: stopped"):
-        run_all([Job("good", Counting, 3), Job("bad", failing, 3)], tmp_path, progress=False)
+        run_all([Job("good", Counting), Job("bad", failing)], tmp_path, progress=False)
     assert json.loads((tmp_path / "good.json").read_text())["score"] == 3
-    assert run_all([Job("bad", Counting, 3)], tmp_path, progress=False)[0]["score"] == 3
+    assert run_all([Job("bad", Counting)], tmp_path, progress=False)[0]["score"] == 3
 
 
 def test_a_trial_continues_at_its_checkpoint(tmp_path, monkeypatch):
     """It begins where the last one was cut off."""
     monkeypatch.setattr("benchmarks.experiments.engine.SAVE_EVERY", 0.0)
     with pytest.raises(ArithmeticError):
-        run_one(Job("job", lambda out: Counting(out, stop=2), 3), tmp_path, 1)
+        run_one(Job("job", lambda out: Counting(out, stop=2)), tmp_path, 1)
     saved = torch.load(tmp_path / "job.pt", weights_only=True)
     assert saved["trial"] == {"epoch": 2}
-    run_one(Job("job", lambda out: Counting(out, stop=1), 3), tmp_path, 1)  # not from the start
+    run_one(Job("job", lambda out: Counting(out, stop=1)), tmp_path, 1)  # not from the start
     assert json.loads((tmp_path / "job.json").read_text())["score"] == 3
     assert not (tmp_path / "job.pt").exists()
+
+
+def test_results_of_another_protocol_are_refused(tmp_path, monkeypatch):
+    """And checkpoints: nothing is mixed without a word."""
+    run_all([Job("job", Counting, about={"settings": {"lr": (1, 2)}})], tmp_path, progress=False)
+    again = Job("job", failing, about={"settings": {"lr": (1, 2)}})
+    assert run_all([again], tmp_path, progress=False)[0]["score"] == 3
+    other = Job("job", Counting, about={"settings": {"lr": (1, 3)}})
+    with pytest.raises(ValueError, match=r"job\.json is of another protocol.*\[1, 3\]"):
+        run_all([other], tmp_path, progress=False)
+    monkeypatch.setattr("benchmarks.experiments.engine.SAVE_EVERY", 0.0)
+    with pytest.raises(ArithmeticError):
+        run_one(Job("cut", lambda out: Counting(out, stop=2), about={"seed": 0}), tmp_path, 1)
+    with pytest.raises(ValueError, match=r"cut\.pt is of another protocol"):
+        run_one(Job("cut", Counting, about={"seed": 1}), tmp_path, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says it so")
+def test_peak_memory_is_that_of_the_trial(tmp_path):
+    """And not of the process that started it."""
+    large = torch.ones(2**28)  # 1 GiB
+    run_all([Job("small", Counting)], tmp_path, progress=False)
+    del large
+    assert json.loads((tmp_path / "small.json").read_text())["peak_mib"] < 900
 
 
 def test_summaries_are_paired_by_seed():
@@ -210,6 +344,7 @@ def test_the_command_runs_and_reports_again(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["compression", "--arms", "no such"], "expected arms among"),
+        (["why", "--arms", "normalized"], "needs sifd"),
         (["compression", "--data", "nowhere.npz"], "no data set at nowhere.npz"),
         (["report"], "expected a FILE with report"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import frobdecay
-from benchmarks.models import DENSE, MODELS, TranslationTransformer
+from benchmarks.models import DENSE, MODELS, LanguageModel, TranslationTransformer
 
 COUNTS = {
     ("resnet20", 10): 269_722,
@@ -66,3 +66,23 @@ def test_translation_ignores_padding_and_the_future():
     changed = model(other, later, padding)
     torch.testing.assert_close(changed[:, :3], scores[:, :3])
     assert not torch.allclose(changed[:, 3:], scores[:, 3:])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_language_models_see_what_they_should(causal):
+    """A later token changes earlier scores only where the model is not causal."""
+    model = LanguageModel(20, width=16, hidden=32, heads=2, layers=2, causal=causal).eval()
+    tokens = torch.randint(20, (2, 6))
+    later = tokens.clone()
+    later[:, 4] = (tokens[:, 4] + 1) % 20
+    same = torch.isclose(model(tokens)[:, :4], model(later)[:, :4], atol=1e-5).all()
+    assert bool(same) == causal
+
+
+def test_attention_has_products_and_small_heads_fewer_columns():
+    """A query–key and an output–value product in each attention, cross-attention included."""
+    model = TranslationTransformer(20, 20, width=16, hidden=32, heads=2, layers=1, size=3)
+    found = frobdecay.products(model)
+    assert len(found) == 6
+    assert {tuple(product.shape) for product in found} == {(2, 16, 16)}
+    assert {product.rank for product in found} == {3}

@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=count, help="training examples, in place of the preset's")
     add("--epochs", type=count, help="in place of the preset's")
     add("--device", help="in place of the preset's")
+    add("--precision", choices=["float32", "bfloat16"], help="in place of the preset's")
+    add("--compile", action="store_true", default=None, help="train compiled models")
     add("--workers", type=count, default=1, help="trials side by side; default: %(default)s")
     add("--threads", type=count, default=1, help="of each trial; default: %(default)s")
     add("--out", type=Path, default=Path("experiments-out"), help="default: %(default)s")
@@ -92,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         record = json.loads(options.file.read_text())
         _write(options.file, record, console)
         return record
-    given = {key: getattr(options, key) for key in ("data", "limit", "epochs", "device")}
+    fields = ("data", "limit", "epochs", "device", "precision", "compile")
+    given = {key: getattr(options, key) for key in fields}
     changes = {key: value for key, value in given.items() if value is not None}
     stem = f"{options.what}-{options.preset}"
     try:

@@ -98,10 +98,12 @@ def _tensorized(parametrization: Callable[..., nn.Module]) -> Make:
         dense = count_parameters(model)
         separate_(model, DENSE[protocol.model])
         assert protocol.ratio is not None
-        ratio = protocol.ratio * dense / count_parameters(model)
+        most = count_parameters(model) / dense
+        if protocol.ratio >= most:
+            raise ValueError(f"expected a ratio below {most:.3f}, that of the separated model")
         frobdecay.factorize(
             model,
-            ratio=ratio,
+            ratio=protocol.ratio / most,
             include="*.pointwise",
             parametrization=parametrization,
             init=arm.init,

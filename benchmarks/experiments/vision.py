@@ -1,0 +1,180 @@
+"""The experiments on images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.images import ImageArm, ImageProtocol, ImageTrial
+
+__all__ = ["VISION"]
+
+_Experiment = partial(Experiment, trial=ImageTrial, score="test accuracy, %")
+
+
+_GRID = {
+    "lowrank": ImageArm(label="low-rank"),
+    "si": ImageArm(label="low-rank + SI", init="spectral"),
+    "fd": ImageArm(label="low-rank + FD", decay="frobenius"),
+    "sifd": ImageArm(label="low-rank + SI & FD", init="spectral", decay="frobenius"),
+}
+_DENSE = ImageArm(label="dense", kind="dense")
+
+CIFAR, JPEG = "cifar-10-python.tar.gz", "cifar10_jpeg.npz"
+
+_SMALL = ImageProtocol(
+    data=JPEG, model="resnet20", epochs=20, weight_decay=5e-4, batch=64, limit=5000
+)
+_GPU = ImageProtocol(
+    data=JPEG,
+    model="resnet20",
+    epochs=30,
+    batch=512,
+    lr=0.4,
+    warmup=0.1,
+    weight_decay=5e-4,
+    device="cuda",
+    precision="bfloat16",
+    channels_last=True,
+)
+_ON_GPU = (
+    "JPEG images, 30 epochs for 200, batch 512 and lr 0.4 for 128 and 0.1, the first epoch "
+    "at 0.1, λ 5e-4, bfloat16"
+)
+
+
+def _tensor_arms() -> dict[str, ImageArm]:
+    kinds = {"lowrank": "low-rank", "tucker": "Tucker", "train": "tensor train"}
+    decays = {"plain": "", "scaled": "scaled decay", "frobenius": "FD"}
+    arms = {"dense": _DENSE}
+    for kind, name in kinds.items():
+        plain = "kaiming" if kind == "lowrank" else "matched"
+        for init, shown in ((plain, ""), ("spectral", "SI")):
+            for decay, said in decays.items():
+                label = " + ".join([name, " & ".join(filter(None, (shown, said)))]).rstrip(" +")
+                key = "-".join(filter(None, (kind, shown.lower(), decay)))
+                arms[key] = ImageArm(label=label, kind=kind, init=init, decay=decay)
+    return arms
+
+
+_WIDE = {"milestones": (0.3, 0.6, 0.8), "gamma": 0.2, "weight_decay": 5e-4, "cutout": 16}
+_DRAWN = "tensors without SI are drawn as Gaussian factors"
+
+VISION: Mapping[str, Experiment] = {
+    "compression": _Experiment(
+        "Compression (Table 1)",
+        "SI and FD together bring a low-rank network of a tenth of the parameters close to the "
+        "dense one (93.59 plain, 94.34 with both, 94.49 dense on CIFAR-10, second-hand), above "
+        "unstructured sparsity at equal size; one of them alone may be below plain.",
+        {"dense": _DENSE, **_GRID, "pruned": ImageArm(label="magnitude pruning", kind="pruned")},
+        {
+            "paper": {
+                f"{model} {ratio:g}": ImageProtocol(
+                    data=CIFAR, model=model, ratio=ratio, weight_decay=decay
+                )
+                for model, decay in (("resnet32x2", 1e-4), ("vgg19", 2e-4))
+                for ratio in (0.02, 0.05, 0.1)
+            },
+            "cpu": {"resnet20 0.1": replace(_SMALL, ratio=0.1)},
+            "gpu": {"resnet32x2 0.1": replace(_GPU, model="resnet32x2", ratio=0.1)},
+        },
+        {
+            "cpu": "ResNet-20 for ResNet-32x2 and VGG-19, 5,000 images, 20 epochs for 200, batch "
+            "64, λ 5e-4 for 1e-4, JPEG images",
+            "gpu": f"ResNet-32x2 at 0.1 alone, {_ON_GPU}",
+        },
+    ),
+    "tensors": _Experiment(
+        "Tensor decompositions (Table 2)",
+        "SI and FD, carried over to Tucker and tensor train decompositions, help those, too; at "
+        "small sizes low-rank weights with both are above the tensors.",
+        _tensor_arms(),
+        {
+            "paper": {
+                f"wrn28-10 {ratio:g}": ImageProtocol(
+                    data=CIFAR, model="wrn28-10", ratio=ratio, **_WIDE
+                )
+                for ratio in (1 / 60, 1 / 15)
+            },
+            "cpu": {
+                "wrn10-2 0.0667": replace(
+                    _SMALL, model="wrn10-2", ratio=1 / 15, epochs=10, limit=3000, **_WIDE
+                )
+            },
+            "gpu": {"wrn16-4 0.0667": replace(_GPU, model="wrn16-4", ratio=1 / 15, **_WIDE)},
+        },
+        {
+            "paper": _DRAWN,
+            "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 3,000 images, 10 epochs "
+            f"for 200, batch 64, JPEG images; {_DRAWN}",
+            "gpu": f"WRN-16-4 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, {_ON_GPU}; {_DRAWN}",
+        },
+        baseline="lowrank-plain",
+    ),
+    "distillation": _Experiment(
+        "Over-complete training, collapsed (Table 3)",
+        "Deep and wide networks, trained with FD and collapsed to the size of the plain one, "
+        "reach a higher accuracy than the plain network.",
+        {
+            "dense": replace(_DENSE, label="plain"),
+            "deep": ImageArm(label="deep", kind="deep", init="spectral", rank=1.0),
+            "deepfd": ImageArm(
+                label="deep + FD", kind="deep", init="spectral", decay="frobenius", rank=1.0
+            ),
+            "wide": ImageArm(label="wide, 3×", rank=3.0),
+            "widefd": ImageArm(label="wide, 3× + FD", decay="frobenius", rank=3.0),
+        },
+        {
+            "paper": {
+                f"resnet{depth}": ImageProtocol(data=CIFAR, model=f"resnet{depth}", warmup=warmup)
+                for depth, warmup in ((32, None), (56, 0.01), (110, 0.01))
+            },
+            "cpu": {"resnet20": replace(_SMALL, epochs=16)},
+            "gpu": {"resnet32": replace(_GPU, model="resnet32")},
+        },
+        {
+            "cpu": "ResNet-20 for ResNet-32, 56 and 110, 5,000 images, 16 epochs for 200, batch "
+            "64, λ 5e-4 for 1e-4, JPEG images",
+            "gpu": f"ResNet-32 alone, {_ON_GPU}",
+        },
+        baseline="dense",
+    ),
+    "why": _Experiment(
+        "Why it works (Figure 1, Claim 3.1)",
+        "Weight decay on the factors meets its bound, the nuclear norm; FD acts through the "
+        "effective step size lr/‖W‖²: a run without decay whose norms are set to those of the FD "
+        "run does as well as the FD run.",
+        {
+            **_GRID,
+            "none": ImageArm(label="low-rank + SI, no decay", init="spectral", decay="none"),
+            "normalized": ImageArm(
+                label="low-rank + SI, no decay, norms of SI & FD",
+                init="spectral",
+                decay="normalized",
+                after="sifd",
+            ),
+        },
+        {
+            "paper": {
+                f"λ {decay:g}": ImageProtocol(
+                    data=CIFAR, model="resnet20", ratio=0.2367, weight_decay=decay
+                )
+                for decay in (5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
+            },
+            "cpu": {
+                f"λ {decay:g}": replace(_SMALL, ratio=0.2367, weight_decay=decay, epochs=9)
+                for decay in (5e-5, 5e-4, 5e-3)
+            },
+            "gpu": {
+                f"λ {decay:g}": replace(_GPU, ratio=0.2367, weight_decay=decay)
+                for decay in (5e-5, 5e-4, 5e-3)
+            },
+        },
+        {
+            "cpu": "5,000 images, 9 epochs for 200, batch 64, three λ for seven, JPEG images",
+            "gpu": f"three λ for seven, {_ON_GPU.replace(', λ 5e-4', '')}",
+        },
+    ),
+}
