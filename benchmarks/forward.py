@@ -352,9 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.rows = options.rows or list(FULL_ROWS if options.full else QUICK_ROWS)
     options.conv_ranks = options.conv_ranks or (list(FULL_RANKS[1:]) if options.full else [0.111])
     for names, table in ((options.layers, LINEARS), (options.convs, CONVS)):
-        for name in filter(None, names.split(",")):
-            if name not in table:
-                parser.error(f"expected some of {', '.join(table)}, got {name}")
+        measure.check_names(parser, filter(None, names.split(",")), table)
     report = Report((__doc__ or "").partition("\n")[0], device)
     rows, notes = _linears(options, device)
     report.table("linear layers, forward and backward, ms", rows)

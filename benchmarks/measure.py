@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -29,7 +29,9 @@ __all__ = [
     "Report",
     "Target",
     "Timing",
+    "check_names",
     "count",
+    "described",
     "interleave",
     "memory",
     "parser",
@@ -173,6 +175,29 @@ def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
     return peak, largest
 
 
+def described(module: str, doc: str) -> argparse.ArgumentParser:
+    """Make a parser without options that shows a script's docstring.
+
+    Args:
+        module: the script's name.
+        doc: its docstring: the claim, then an explanation.
+    """
+    about, _, rest = doc.partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=about,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def check_names(made: argparse.ArgumentParser, names: Iterable[str], known: Iterable[str]) -> None:
+    """End the script with a message that lists the known names, where one is not among them."""
+    for name in names:
+        if name not in known:
+            made.error(f"expected some of {', '.join(known)}, got {name}")
+
+
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
     """Make a parser with the options that all scripts have.
 
@@ -180,13 +205,7 @@ def parser(module: str, doc: str) -> argparse.ArgumentParser:
         module: the script's name.
         doc: its docstring: the claim, then an explanation.
     """
-    about, _, rest = doc.partition("\n\n")
-    made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{module}",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = described(module, doc)
     made.add_argument("--device", default="cpu", help="default: %(default)s")
     made.add_argument("--threads", type=count, help="for torch; as it chooses unless given")
     made.add_argument("--json", type=Path, help="write everything to this file")

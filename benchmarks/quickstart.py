@@ -36,19 +36,14 @@ from rich.progress import (
 
 from benchmarks import report
 from benchmarks.data import ImageData, load
+from benchmarks.measure import described
 from benchmarks.training import ARMS, Protocol, Run, make, train
 
 __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quickstart",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = described("quickstart", __doc__ or "")
     add = parser.add_argument
     add(
         "--data",

@@ -187,9 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     device = measure.setup(options)
     names = options.case.split(",")
-    for name in names:
-        if name not in CASES:
-            parser.error(f"expected some of {', '.join(CASES)}, got {name}")
+    measure.check_names(parser, names, CASES)
     report = Report((__doc__ or "").partition("\n")[0], device)
     for name in names:
         rows, target = _measure(name, options, device)

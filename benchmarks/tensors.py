@@ -282,9 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     known: dict[str, Sequence[str]] = {"case": [*WEIGHTS], "convs": [*CONVS], "only": TABLES}
     for option, table in known.items():
         chosen[option] = getattr(options, option).split(",")
-        for name in chosen[option]:
-            if name not in table:
-                parser.error(f"expected some of {', '.join(table)}, got {name}")
+        measure.check_names(parser, chosen[option], table)
     report = Report((__doc__ or "").partition("\n")[0], device)
     makers = {
         "decay": partial(_decay, chosen["case"]),

@@ -144,7 +144,7 @@ def _gram(view: Tensor) -> Tensor:
     """VᵀV of a factor without summed axes; the tall ones' rows are split between threads.
 
     A matrix product is split between threads along its result, which is too small here: the
-    Gram of each of a few stacks of rows, and their sum, take two thirds to nine tenths of the time.
+    Grams of a few stacks of rows are formed side by side, and added up.
     """
     stacks = 2 * torch.get_num_threads()
     tall = view.device.type == "cpu" and view.ndim == 2 and view.shape[0] >= TALL and stacks > 2

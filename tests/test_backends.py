@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import PRODUCTS, bare
+from cases import PRODUCTS, Sizes, bare
 from conftest import TOLERANCE
 from test_product import close, exact
 from torch import nn
@@ -213,3 +213,24 @@ def test_sparse_gradients_are_refused():
     product.params[0].grad = torch.ones(7, 3).to_sparse()
     with pytest.raises(TypeError, match="expected a dense gradient for tensor"):
         add_penalty_grad_(product, 0.1)
+
+
+@pytest.mark.parametrize("stored", ["tall", "wide"])
+@pytest.mark.parametrize(("threads", "split"), [(1, False), (2, True), (3, False)])
+def test_tall_grams_are_split_between_threads_and_exact(threads, split, stored):
+    """Where the rows divide into two stacks a thread; the gradient is that of float64."""
+    rows, r = 3200, 16
+    torch.set_num_threads(threads)  # the fixture of all tests takes it back
+    U = nn.Parameter(torch.randn(rows, r))
+    V = nn.Parameter(torch.randn(rows, r) if stored == "tall" else torch.randn(r, rows))
+    patterns = [None, None if stored == "tall" else "r n -> n r"]
+    product = Product.of(U, V, patterns=patterns)
+    for param in (U, V):
+        param.grad = torch.zeros_like(param)
+    with Sizes() as sizes:
+        add_penalty_grad_(product, 0.5, backend="per_product")
+    assert (2 * threads * r * r in sizes.seen) == split
+    left, right = (view.detach().double() for view in product.views())
+    expected = 0.5 * left @ (right.T @ right), 0.5 * right @ (left.T @ left)
+    for factor, gradient in zip(product.factors, expected, strict=True):
+        assert close(factor.view(factor.param.grad), gradient, TOLERANCE[torch.float32])

@@ -23,20 +23,14 @@ from rich.console import Console
 from benchmarks.experiments import tables
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import run_all
-from benchmarks.measure import count
+from benchmarks.measure import count, described
 from benchmarks.report import environment
 
 __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiments",
-        description=about,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = described("experiments", __doc__ or "")
     add = made.add_argument
     add("what", choices=[*EXPERIMENTS, "report"], help="an experiment, or report FILE")
     add("file", nargs="?", type=Path, help="of a report")

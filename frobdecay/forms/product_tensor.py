@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.chain import full_precision
 from frobdecay.matricize import Matricization
 
 __all__ = ["ProductTensor", "folded", "transforms_active", "untraced"]
@@ -248,12 +249,9 @@ def _tracing() -> bool:
 
 def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor:
     """U M Vᵀ as a tensor, in the factors' own dtype: it is what the weight reports."""
-    kind = factors[0].device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return _multiply(factors, matricization)
-    U, V = folded(factors)
-    return matricization.tensor(U @ V.mT).contiguous()
+    with full_precision(factors[0].device.type):
+        U, V = folded(factors)
+        return matricization.tensor(U @ V.mT).contiguous()
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
