@@ -235,6 +235,6 @@ def evaluate(model: nn.Module, data: ImageData, half: tuple[Tensor, Tensor]) -> 
     model.eval()
     right = sum(
         int((model(data.normalize(images)).argmax(1) == labels).sum())
-        for images, labels in zip(half[0].split(500), half[1].split(500), strict=True)
+        for images, labels in zip(half[0].split(200), half[1].split(200), strict=True)
     )
     return right / len(half[1])

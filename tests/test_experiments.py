@@ -206,7 +206,18 @@ def test_every_preset_makes_its_jobs(name, preset):
     experiment, found = EXPERIMENTS[name], jobs(name, preset, 3, None)
     keys = [job.key for job in found]
     assert len(set(keys)) == len(keys)
-    assert len(keys) == 3 * len(experiment.arms) * len(experiment.presets[preset])
+    places = [
+        (job.about["seed"], job.about["arm"], variant)
+        for job in found
+        for variant in job.about["variants"]
+    ]
+    variants = experiment.presets[preset]
+    arms = [
+        (arm, variant)
+        for variant in variants
+        for arm in experiment.some.get(variant, experiment.arms)
+    ]
+    assert sorted(places) == sorted((seed, *place) for seed in range(3) for place in arms)
     assert all(set(job.after) <= set(keys) for job in found)
     assert experiment.baseline in experiment.arms
     assert preset == "paper" or preset in experiment.changes
@@ -306,7 +317,7 @@ def test_summaries_are_paired_by_seed():
     """Mean, standard error, and the difference to the baseline's run of the same seed."""
     records = [
         {
-            "variant": "v",
+            "variants": ["v"],
             "arm": arm,
             "label": arm,
             "seed": seed,
@@ -315,6 +326,7 @@ def test_summaries_are_paired_by_seed():
             "ratio": 0.1,
             "seconds": 60.0,
             "peak_mib": 1.0,
+            "norms": {},
         }
         for arm, scores in (("base", (50.0, 60.0)), ("other", (53.0, 61.0)))
         for seed, score in enumerate(scores)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +23,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {**VISION, **TEXT}
 
 
 def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: Any) -> list[Job]:
-    """The trials of an experiment, seed by seed.
+    """The trials of an experiment, seed by seed, each once.
 
     Args:
         name: key in ``EXPERIMENTS``.
@@ -41,27 +42,40 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
     for arm in chosen:
         if (before := experiment.arms[arm].after) and before not in chosen:
             raise ValueError(f"the arm {arm} needs {before}; got {chosen}")
-    found: list[Job] = []
+    found: dict[str, Job] = {}
     for seed in range(seeds):
         for variant, protocol in experiment.presets[preset].items():
             protocol = replace(protocol, **changes)
-            found += [_job(experiment, key, variant, seed, protocol) for key in chosen]
-    return found
+            here: dict[str, str] = {}  # arm -> key of its job
+            for key, arm in experiment.arms.items():
+                if key in chosen and key in experiment.some.get(variant, chosen):
+                    settings = {**asdict(arm), **asdict(protocol)}
+                    read = {name: settings[name] for name in settings.keys() - {*arm.blind}}
+                    same = json.dumps([key, seed, read], sort_keys=True)
+                    if same not in found:
+                        found[same] = _job(experiment, key, variant, seed, protocol, here)
+                    found[same].about["variants"].append(variant)
+                    here[key] = found[same].key
+    return list(found.values())
 
 
-def _job(experiment: Experiment, key: str, variant: str, seed: int, protocol: Any) -> Job:
-    def name(arm_key: str) -> str:
-        return f"{variant}-{arm_key}-{seed}"
-
+def _job(
+    experiment: Experiment,
+    key: str,
+    variant: str,
+    seed: int,
+    protocol: Any,
+    here: Mapping[str, str],
+) -> Job:
     arm = experiment.arms[key]
-    after = arm.after and name(arm.after)
-    options = {"arm": arm, "seed": seed, "protocol": protocol, "key": name(key), "after": after}
+    name, after = f"{variant}-{key}-{seed}", arm.after and here[arm.after]
+    options = {"arm": arm, "seed": seed, "protocol": protocol, "key": name, "after": after}
     about = {
         "arm": key,
         "label": arm.label,
-        "variant": variant,
+        "variants": [],
         "seed": seed,
         "settings": {**asdict(arm), **asdict(protocol)},
     }
     make = partial(experiment.trial, **options)
-    return Job(name(key), make, (after,) if after else (), about)
+    return Job(name, make, (after,) if after else (), about)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.experiments.engine import Trial
@@ -24,6 +24,7 @@ class Experiment:
         trial: made from (out, arm=…, seed=…, protocol=…, key=…, after=…).
         score: what the numbers are.
         baseline: the arm that others are compared with, seed by seed.
+        some: variant -> its arms, where it does not have all of them.
     """
 
     title: str
@@ -34,3 +35,4 @@ class Experiment:
     trial: Callable[..., Trial]
     score: str
     baseline: str = "lowrank"
+    some: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.experiments.experiment import Experiment
 
-__all__ = ["Row", "figure", "markdown", "rich_table", "summarize"]
+__all__ = ["Row", "by_variant", "figure", "markdown", "rich_table", "summarize"]
 
 Record = dict[str, Any]
 Spread = tuple[float, float | None]
@@ -27,6 +27,8 @@ class Row:
         gain: the same of the difference to the baseline with the same seed; None for that.
         parameters, ratio: of the trained model; ratio to the dense one.
         minutes, peak_mib: median over the seeds, of a whole trial.
+        tightness: the bound ÷ the nuclear norm, at the end of training; None without products.
+        norm: ‖W‖_F over all products, at the end of training; None without.
         seeds: how many.
     """
 
@@ -38,6 +40,8 @@ class Row:
     ratio: float
     minutes: float
     peak_mib: float
+    tightness: float | None
+    norm: float | None
     seeds: int
 
 
@@ -45,6 +49,12 @@ def _spread(values: Sequence[float]) -> Spread:
     """Mean and standard error of the mean."""
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return fmean(values), error
+
+
+def by_variant(records: Sequence[Record]) -> list[Record]:
+    """Each trial once for each variant that it belongs to, as "variant"; variants in order."""
+    variants = dict.fromkeys(name for record in records for name in record["variants"])
+    return [{**r, "variant": name} for name in variants for r in records if name in r["variants"]]
 
 
 def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
@@ -55,6 +65,7 @@ def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
         baseline: the arm to compare with.
     """
     rows = []
+    records = by_variant(records)
     for variant, arm in dict.fromkeys((r["variant"], r["arm"]) for r in records):
         mine = [r for r in records if (r["variant"], r["arm"]) == (variant, arm)]
         theirs = {r["seed"]: r for r in records if (r["variant"], r["arm"]) == (variant, baseline)}
@@ -69,10 +80,18 @@ def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
                 ratio=mine[0]["ratio"],
                 minutes=median(r["seconds"] for r in mine) / 60,
                 peak_mib=median(r["peak_mib"] for r in mine),
+                tightness=_last(mine, lambda norms: norms["bound"][-1] / norms["nuclear"][-1]),
+                norm=_last(mine, lambda norms: norms["norm"][-1]),
                 seeds=len(mine),
             )
         )
     return rows
+
+
+def _last(records: Sequence[Record], what: Callable[[Any], float]) -> float | None:
+    """The mean of something about the norms; None where there are none."""
+    found = [what(record["norms"]) for record in records if record["norms"]]
+    return fmean(found) if found else None
 
 
 def _plus_minus(value: Spread | None, sign: str = "") -> str:
@@ -90,6 +109,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         _plus_minus(row.gain, "+"),
         f"{row.parameters:,}",
         f"{row.ratio:.3f}",
+        "" if row.tightness is None else f"{row.tightness:.3f}",
+        "" if row.norm is None else f"{row.norm:.3g}",
         f"{row.minutes:.1f}",
         f"{row.peak_mib:,.0f}",
     )
@@ -104,6 +125,8 @@ def _header(experiment: Experiment) -> tuple[str, ...]:
         f"vs {against}",
         "parameters",
         "of dense",
+        "bound ÷ nuclear",
+        "‖W‖",
         "minutes",
         "peak MiB",
     )
@@ -140,6 +163,7 @@ def figure(records: Sequence[Record], experiment: Experiment) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    records = by_variant(records)
     variants = list(dict.fromkeys(record["variant"] for record in records))
     drawn = Figure(figsize=(13, 3.8 * len(variants)), layout="constrained")
     colours = colormaps["tab10" if len(experiment.arms) <= 10 else "tab20"].colors

@@ -27,10 +27,13 @@ class Arm:
     Attributes:
         label: for tables.
         after: the arm whose trial of the same seed has to be done before.
+        blind: fields of the protocol that it does not read: variants that differ in nothing else
+            share its trials.
     """
 
     label: str
     after: str | None = None
+    blind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

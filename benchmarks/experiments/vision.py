@@ -20,13 +20,20 @@ _GRID = {
     "fd": ImageArm(label="low-rank + FD", decay="frobenius"),
     "sifd": ImageArm(label="low-rank + SI & FD", init="spectral", decay="frobenius"),
 }
-_DENSE = ImageArm(label="dense", kind="dense")
+_DENSE = ImageArm(label="dense", kind="dense", blind=("ratio",))
 
 CIFAR, JPEG = "cifar-10-python.tar.gz", "cifar10_jpeg.npz"
 
 _SMALL = ImageProtocol(
-    data=JPEG, model="resnet20", epochs=20, weight_decay=5e-4, batch=64, limit=5000
+    data=JPEG,
+    model="resnet20",
+    epochs=8,
+    batch=64,
+    weight_decay=5e-4,
+    limit=5000,
+    channels_last=True,
 )
+_ON_CPU = "5,000 images, batch 64 for 128, JPEG images"
 _GPU = ImageProtocol(
     data=JPEG,
     model="resnet20",
@@ -77,12 +84,15 @@ VISION: Mapping[str, Experiment] = {
                 for model, decay in (("resnet32x2", 1e-4), ("vgg19", 2e-4))
                 for ratio in (0.02, 0.05, 0.1)
             },
-            "cpu": {"resnet20 0.1": replace(_SMALL, ratio=0.1)},
+            "cpu": {
+                f"{model} 0.1": replace(_SMALL, model=model, ratio=0.1)
+                for model in ("resnet20", "vgg19-16")
+            },
             "gpu": {"resnet32x2 0.1": replace(_GPU, model="resnet32x2", ratio=0.1)},
         },
         {
-            "cpu": "ResNet-20 for ResNet-32x2 and VGG-19, 5,000 images, 20 epochs for 200, batch "
-            "64, λ 5e-4 for 1e-4, JPEG images",
+            "cpu": "ResNet-20 for ResNet-32x2, VGG-19 with a quarter of its channels, both at 0.1 "
+            f"alone, 8 epochs for 200, λ 5e-4 for 1e-4 and 2e-4, {_ON_CPU}",
             "gpu": f"ResNet-32x2 at 0.1 alone, {_ON_GPU}",
         },
     ),

@@ -30,9 +30,10 @@ __all__ = [
 ]
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (14, 20, 32, 44, 56, 110)},
     "resnet32x2": partial(resnet, 32, width=64, shortcut="convolution"),
     "vgg19": VGG,
+    "vgg19-16": partial(VGG, width=16),
     "wrn28-10": WideResNet,
     "wrn16-4": partial(WideResNet, 16, 4),
     "wrn10-2": partial(WideResNet, 10, 2),
@@ -40,5 +41,5 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
 
 DENSE: Mapping[str, list[str]] = {
     **{name: ["conv1", "fc"] for name in MODELS},
-    "vgg19": ["features.0", "fc"],
+    **{name: ["features.0", "fc"] for name in ("vgg19", "vgg19-16")},
 }

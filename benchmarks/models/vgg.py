@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 __all__ = ["VGG"]
 
-_STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+_STAGES = ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4))
+"""Channels ÷ the first stage's, and convolutions."""
 
 
 class VGG(nn.Module):
@@ -18,23 +19,24 @@ class VGG(nn.Module):
     Args:
         channels: of the images.
         classes: outputs.
+        width: channels of the first stage.
 
     Example:
         >>> sum(p.numel() for p in VGG().parameters())
         20035018
     """
 
-    def __init__(self, channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, channels: int = 3, classes: int = 10, width: int = 64) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, count in _STAGES:
+        for factor, count in _STAGES:
             for _ in range(count):
                 layers += [
-                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
+                    nn.Conv2d(channels, factor * width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(factor * width),
                     nn.ReLU(inplace=True),
                 ]
-                channels = width
+                channels = factor * width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)
