@@ -341,14 +341,14 @@ def test_the_command_runs_and_reports_again(tmp_path, capsys):
     """A whole table in miniature; table and picture come anew from the JSON."""
     out = ["--out", str(tmp_path)]
     size = ["--data", "digits", "--limit", "32", "--epochs", "1", "--seeds", "1"]
-    command.main(["compression", "--arms", "lowrank,sifd", *size, *out])
-    path = tmp_path / "compression-cpu.json"
+    command.main(["distillation", "--arms", "dense,deepfd", *size, *out])
+    path = tmp_path / "distillation-cpu.json"
     text = path.with_suffix(".md").read_text()
     path.with_suffix(".md").unlink()
     command.main(["report", str(path)])
     assert path.with_suffix(".md").read_text() == text
     assert path.with_suffix(".png").exists()
-    assert "low-rank + SI & FD" in text
+    assert "deep + FD" in text
     assert "Changes to the paper's protocol" in text
 
 
