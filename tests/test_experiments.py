@@ -215,7 +215,7 @@ def test_every_preset_makes_its_jobs(name, preset):
     arms = [
         (arm, variant)
         for variant in variants
-        for arm in experiment.some.get(variant, experiment.arms)
+        for arm in experiment.some.get((preset, variant), experiment.arms)
     ]
     assert sorted(places) == sorted((seed, *place) for seed in range(3) for place in arms)
     assert all(set(job.after) <= set(keys) for job in found)
@@ -358,7 +358,7 @@ def test_the_command_runs_and_reports_again(tmp_path, capsys):
         (["compression", "--arms", "no such"], "expected arms among"),
         (["why", "--arms", "normalized"], "needs sifd"),
         (["compression", "--data", "nowhere.npz"], "no data set at nowhere.npz"),
-        (["report"], "expected a FILE with report"),
+        (["report"], "expected a PATH with report"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):

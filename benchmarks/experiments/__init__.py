@@ -6,4 +6,5 @@ trials.py        what all trials have in common: the loop, the choice of an epoc
 images.py        a trial on images          translation.py   from one language to another
 language.py      of a language model        lora.py          of adapters; text.py reads text
 tables.py        means, standard errors, paired differences; Markdown and pictures from the JSON
+verdicts.py      the paper's claims, judged by a rule
 """

@@ -2,10 +2,11 @@
 
     python -m benchmarks.experiments compression --preset cpu --workers 2
     python -m benchmarks.experiments compression --preset paper --data cifar-10-python.tar.gz
-    python -m benchmarks.experiments report results/compression-cpu.json
+    python -m benchmarks.experiments report benchmarks/results/paper
 
 Trials that are done are not run again, and an interrupted one continues at its last checkpoint:
-give the same command. ``report`` draws table and picture anew from the JSON.
+give the same command. ``report`` makes tables and pictures anew from a JSON file, or from all of a
+directory and then the page of claims, too.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.experiments import tables
+from benchmarks.experiments import tables, verdicts
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import run_all
+from benchmarks.experiments.verdicts import Judged, judge
 from benchmarks.measure import count, described
 from benchmarks.report import environment
 
@@ -32,8 +34,8 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     made = described("experiments", __doc__ or "")
     add = made.add_argument
-    add("what", choices=[*EXPERIMENTS, "report"], help="an experiment, or report FILE")
-    add("file", nargs="?", type=Path, help="of a report")
+    add("what", choices=[*EXPERIMENTS, "report"], help="an experiment, or report PATH")
+    add("path", nargs="?", type=Path, help="of a report: a JSON file, or a directory of them")
     add("--preset", default="cpu", choices=["paper", "cpu", "gpu"], help="default: %(default)s")
     add("--seeds", type=count, default=3, help="default: %(default)s")
     add("--arms", type=lambda text: text.split(","), help="some of them")
@@ -59,6 +61,28 @@ def _write(path: Path, record: dict[str, Any], console: Console) -> None:
     console.print(f"wrote {path}, and .md and .png beside it")
 
 
+def _report(path: Path, console: Console) -> dict[str, Any]:
+    """Tables and pictures anew from JSON; of a directory also the page of claims."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    records = {file.stem: json.loads(file.read_text()) for file in files}
+    if not records:
+        raise ValueError(f"expected a JSON file, or a directory with some, got {path}")
+    for stem, record in records.items():
+        if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
+            raise ValueError(f"{stem}.json: expected what an experiment wrote, got something else")
+    for file, record in zip(files, records.values(), strict=True):
+        _write(file, record, console)
+    if path.is_dir():
+        found = [
+            Judged(stem, experiment, judge(record["trials"], experiment))
+            for stem, record in records.items()
+            for experiment in [EXPERIMENTS[record["experiment"]]]
+        ]
+        (path / "claims.md").write_text(verdicts.markdown(found))
+        console.print(f"wrote {path / 'claims.md'}")
+    return records
+
+
 def _caption(record: dict[str, Any], options: argparse.Namespace) -> str:
     experiment = EXPERIMENTS[options.what]
     changes = experiment.changes.get(options.preset, "none")
@@ -77,17 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: of the command line; the program's own unless given.
 
     Returns:
-        What the JSON holds.
+        What the JSON holds; of a report the name of each file -> what it holds.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console()
-    if (options.what == "report") != (options.file is not None):
-        parser.error("expected a FILE with report, and with nothing else")
+    if (options.what == "report") != (options.path is not None):
+        parser.error("expected a PATH with report, and with nothing else")
     if options.what == "report":
-        record = json.loads(options.file.read_text())
-        _write(options.file, record, console)
-        return record
+        try:
+            return _report(options.path, console)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     fields = ("data", "limit", "epochs", "device", "precision", "compile")
     given = {key: getattr(options, key) for key in fields}
     changes = {key: value for key, value in given.items() if value is not None}

@@ -48,7 +48,7 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
             protocol = replace(protocol, **changes)
             here: dict[str, str] = {}  # arm -> key of its job
             for key, arm in experiment.arms.items():
-                if key in chosen and key in experiment.some.get(variant, chosen):
+                if key in chosen and key in experiment.some.get((preset, variant), chosen):
                     settings = {**asdict(arm), **asdict(protocol)}
                     read = {name: settings[name] for name in settings.keys() - {*arm.blind}}
                     same = json.dumps([key, seed, read], sort_keys=True)

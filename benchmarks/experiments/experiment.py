@@ -8,7 +8,24 @@ from typing import Any
 
 from benchmarks.experiments.engine import Trial
 
-__all__ = ["Experiment"]
+__all__ = ["Claim", "Experiment"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper as a comparison: ``arm`` is better than ``against``.
+
+    Attributes:
+        text: what is claimed, in our words.
+        arm, against: keys of the arms; without the second, the bound of the first arm's nuclear
+            norm is met: 1 - bound / nuclear norm, which is 0 at best.
+        margin: by how much it may fall short and the claim still hold, in the score's unit.
+    """
+
+    text: str
+    arm: str
+    against: str | None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,9 @@ class Experiment:
         trial: made from (out, arm=…, seed=…, protocol=…, key=…, after=…).
         score: what the numbers are.
         baseline: the arm that others are compared with, seed by seed.
-        some: variant -> its arms, where it does not have all of them.
+        some: (preset, variant) -> its arms, where it does not have all of them.
+        claims: what the table is held against, see ``verdicts.py``.
+        larger_is_better: of the score.
     """
 
     title: str
@@ -35,4 +54,6 @@ class Experiment:
     trial: Callable[..., Trial]
     score: str
     baseline: str = "lowrank"
-    some: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    some: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
+    claims: Sequence[Claim] = ()
+    larger_is_better: bool = True

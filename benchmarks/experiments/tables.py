@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.experiments.experiment import Experiment
 
-__all__ = ["Row", "by_variant", "figure", "markdown", "rich_table", "summarize"]
+__all__ = ["Row", "by_variant", "figure", "markdown", "rich_table", "summarize", "tightness"]
 
 Record = dict[str, Any]
 Spread = tuple[float, float | None]
@@ -80,15 +80,20 @@ def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
                 ratio=mine[0]["ratio"],
                 minutes=median(r["seconds"] for r in mine) / 60,
                 peak_mib=median(r["peak_mib"] for r in mine),
-                tightness=_last(mine, lambda norms: norms["bound"][-1] / norms["nuclear"][-1]),
-                norm=_last(mine, lambda norms: norms["norm"][-1]),
+                tightness=_mean_of(tightness, mine),
+                norm=_mean_of(lambda norms: norms["norm"][-1], mine),
                 seeds=len(mine),
             )
         )
     return rows
 
 
-def _last(records: Sequence[Record], what: Callable[[Any], float]) -> float | None:
+def tightness(norms: Any) -> float:
+    """The bound of the nuclear norm, half the sum of squares of factors, ÷ it after training."""
+    return float(norms["bound"][-1] / norms["nuclear"][-1])
+
+
+def _mean_of(what: Callable[[Any], float], records: Sequence[Record]) -> float | None:
     """The mean of something about the norms; None where there are none."""
     found = [what(record["norms"]) for record in records if record["norms"]]
     return fmean(found) if found else None

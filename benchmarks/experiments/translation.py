@@ -26,13 +26,13 @@ class TranslationArm(Arm):
     """What is special about an arm.
 
     Attributes:
-        rank: fraction of linear layers, embeddings and heads; None leaves all as it is.
+        dense: leaves all as it is.
         linear_si, attention_si: spectral initialization of the factorized weights; of the
             query–key and output–value products.
         decayed: which products get Frobenius decay: "linear", "output_value", "query_key".
     """
 
-    rank: float | None = 0.5
+    dense: bool = False
     linear_si: bool = False
     attention_si: bool = False
     decayed: tuple[str, ...] = ()
@@ -46,6 +46,7 @@ class TranslationProtocol(Common):
         data: directory with train, val and test in both languages.
         languages: source and target.
         vocabulary: tokens of each.
+        rank: fraction that is kept of linear layers, embeddings and heads.
         tokens: a batch.
         flat: updates before the learning rate falls with the square root of their number.
         momentum, smoothing, dropout: of the optimizer and the loss.
@@ -57,6 +58,7 @@ class TranslationProtocol(Common):
     data: str = "multi30k"
     languages: tuple[str, str] = ("de", "en")
     vocabulary: int = 8000
+    rank: float = 0.5
     epochs: int = 60
     tokens: int = 4000
     lr: float = 0.25
@@ -102,13 +104,13 @@ class TranslationTrial(Training):
 
         with torch.device("meta"):
             self.dense_parameters = count_parameters(make(head))
-        model = make(head if arm.rank is None else max(1, round(arm.rank * head)))
+        model = make(head if arm.dense else max(1, round(protocol.rank * head)))
         if arm.attention_si:
             frobdecay.balance_(frobdecay.products(model))
-        if arm.rank is not None:
+        if not arm.dense:
             frobdecay.factorize(
                 model,
-                rank=arm.rank,
+                rank=protocol.rank,
                 include=[nn.Linear, nn.Embedding],
                 exclude=["*.query", "*.key", "*.value", "*attention.output", "*cross.output"],
                 init="spectral" if arm.linear_si else "kaiming",

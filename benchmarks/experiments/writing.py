@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.experiment import Claim, Experiment
 from benchmarks.experiments.language import LanguageArm, LanguageProtocol, LanguageTrial
 from benchmarks.experiments.lora import LoraArm, LoraProtocol, lora_trial
 from benchmarks.experiments.translation import (
@@ -16,7 +16,7 @@ from benchmarks.experiments.translation import (
 
 __all__ = ["TEXT"]
 
-_TINY = LanguageProtocol(vocabulary=1000, length=64, batch=16, layers=2)
+_TINY = LanguageProtocol(vocabulary=300, length=64, layers=2, dropout=0.0)
 _LORA = LoraProtocol(
     data="multi30k/train.en",
     limit=100_000,
@@ -28,6 +28,7 @@ _LORA = LoraProtocol(
     layers=2,
     first_epochs=12,
 )
+_LORA_SMALL = replace(_LORA, vocabulary=300, epochs=8, batch=8, first_epochs=2, dropout=0.0)
 _MASKED = {"masked": True, "optimizer": "lamb", "weight_decay": 0.01}
 
 _EVERYTHING = ("linear", "output_value", "query_key")
@@ -38,9 +39,18 @@ TEXT: Mapping[str, Experiment] = {
         "SI is the critical part when a Transformer is compressed; FD does not work without it, "
         "and helps with it.",
         {
-            "dense": TranslationArm(label="dense, no decay", rank=None),
-            "lowrank": TranslationArm(label="low-rank"),
-            "si": TranslationArm(label="low-rank + SI", linear_si=True),
+            "dense": TranslationArm(
+                label="dense, no decay", dense=True, blind=("rank", "weight_decay")
+            ),
+            "densefd": TranslationArm(
+                label="dense, SI & FD on QK, OV",
+                dense=True,
+                attention_si=True,
+                decayed=("output_value", "query_key"),
+                blind=("rank",),
+            ),
+            "lowrank": TranslationArm(label="low-rank", blind=("weight_decay",)),
+            "si": TranslationArm(label="low-rank + SI", linear_si=True, blind=("weight_decay",)),
             "fd": TranslationArm(label="low-rank + FD", decayed=_EVERYTHING),
             "sifd": TranslationArm(label="SI & FD on linear", linear_si=True, decayed=("linear",)),
             "siallfd": TranslationArm(
@@ -51,17 +61,24 @@ TEXT: Mapping[str, Experiment] = {
             ),
         },
         {
-            "paper": {"rank 0.5": TranslationProtocol()},
+            "paper": {
+                f"rank {rank:g}, λ {decay:g}": TranslationProtocol(rank=rank, weight_decay=decay)
+                for rank in (0.5, 0.25)
+                for decay in (1e-6, 5e-6, 1e-5, 5e-5, 1e-4)
+            },
             "cpu": {
-                "rank 0.5": TranslationProtocol(
-                    vocabulary=4000,
-                    epochs=8,
-                    tokens=2000,
-                    width=128,
-                    hidden=512,
+                f"rank {rank:g}": TranslationProtocol(
+                    rank=rank,
+                    vocabulary=2000,
+                    epochs=2,
+                    tokens=1000,
+                    width=64,
+                    hidden=256,
+                    dropout=0.0,
+                    weight_decay=1e-4,
                     beam=1,
-                    limit=15000,
                 )
+                for rank in (0.5, 0.25)
             },
             "gpu": {
                 "rank 0.5": TranslationProtocol(epochs=30, device="cuda", precision="bfloat16")
@@ -70,14 +87,24 @@ TEXT: Mapping[str, Experiment] = {
         {
             "paper": "Multi30k for IWSLT'14, 8,000 tokens of each language for 25,000 merges, 60 "
             "epochs for 100,000 updates",
-            "cpu": "15,000 sentences of Multi30k for IWSLT'14, width 128 for 256, 4,000 tokens of "
-            "each language for 25,000 merges, 8 epochs, batches of 2,000 tokens, greedy "
-            "translation",
+            "cpu": "Multi30k for IWSLT'14, width 64 for 256, 2,000 tokens of each language for "
+            "25,000 merges, 2 epochs for 100,000 updates, batches of 1,000 tokens for 4,000, the "
+            "largest of the paper's λ, no dropout, greedy translation",
             "gpu": "Multi30k for IWSLT'14, 8,000 tokens of each language for 25,000 merges, 30 "
             "epochs, bfloat16",
         },
         score="test BLEU",
         trial=TranslationTrial,
+        some={
+            ("cpu", "rank 0.5"): ("dense", "lowrank", "si", "fd", "sifd", "siallfd"),
+            ("cpu", "rank 0.25"): ("dense", "lowrank", "si", "siallfd"),
+        },
+        claims=[
+            Claim("SI is better than plain low-rank", "si", "lowrank"),
+            Claim("FD does not work without SI: it is not above plain low-rank", "lowrank", "fd"),
+            Claim("SI & FD on everything is better than SI alone", "siallfd", "si"),
+            Claim("SI & FD on everything is within 1 BLEU of dense", "siallfd", "dense", 1.0),
+        ],
     ),
     "language": Experiment(
         "Language modelling with small heads (after Table 4)",
@@ -107,8 +134,8 @@ TEXT: Mapping[str, Experiment] = {
                 )
             },
             "cpu": {
-                "masked": replace(_TINY, epochs=6, lr=5e-3, **_MASKED),
-                "causal": replace(_TINY, epochs=5),
+                "masked": replace(_TINY, epochs=2, batch=16, lr=1e-2, **_MASKED),
+                "causal": replace(_TINY, epochs=1, batch=8),
             },
             "gpu": {
                 "masked": LanguageProtocol(
@@ -128,21 +155,29 @@ TEXT: Mapping[str, Experiment] = {
         {
             "paper": "code and settings were not published: the shape of BERT-base, LAMB's λ 0.01, "
             "and Shakespeare for what BERT was trained on; loss for F1",
-            "cpu": "Shakespeare, 2 layers of width 128, masked by LAMB, causal by AdamW; loss for "
-            "F1",
+            "cpu": "Shakespeare, 300 tokens, 2 layers of width 128, no dropout, 2 epochs masked by "
+            "LAMB, 1 epoch causal by AdamW; loss for F1",
             "gpu": "Shakespeare, 4 layers of width 256, masked by LAMB, causal by AdamW, bfloat16; "
             "loss for F1",
         },
         score="test loss, nats a token (less is better)",
+        larger_is_better=False,
         trial=LanguageTrial,
+        claims=[
+            Claim("half-size heads with SI & FD are within 1 % of dense", "sifd", "dense", 0.03),
+            Claim("they are better with SI & FD than without", "sifd", "lowrank"),
+            Claim("SI & FD is better than SI alone", "sifd", "si"),
+        ],
     ),
     "lora": Experiment(
         "LoRA (not in the paper)",
         "nothing about it; asked is whether decay of the update BA or of the whole weight W + BA "
         "is better than decay of A and B, or than none.",
         {
-            "first": LoraArm(label="not adapted", decay=None),
-            "none": LoraArm(label="LoRA, no decay", decay="none", after="first"),
+            "first": LoraArm(label="not adapted", decay=None, blind=("weight_decay",)),
+            "none": LoraArm(
+                label="LoRA, no decay", decay="none", after="first", blind=("weight_decay",)
+            ),
             "plain": LoraArm(label="LoRA, decay of A and B", after="first"),
             "delta": LoraArm(label="LoRA, FD of BA", decay="delta", after="first"),
             "full": LoraArm(label="LoRA, FD of W + BA", decay="full", after="first"),
@@ -152,7 +187,9 @@ TEXT: Mapping[str, Experiment] = {
                 f"λ {decay:g}": replace(_LORA, layers=6, width=256, hidden=1024, weight_decay=decay)
                 for decay in (0.01, 0.1, 1.0)
             },
-            "cpu": {f"λ {decay:g}": replace(_LORA, weight_decay=decay) for decay in (0.1, 1.0)},
+            "cpu": {
+                f"λ {decay:g}": replace(_LORA_SMALL, weight_decay=decay) for decay in (0.1, 1.0)
+            },
             "gpu": {
                 f"λ {decay:g}": replace(
                     _LORA,
@@ -173,6 +210,7 @@ TEXT: Mapping[str, Experiment] = {
         ),
         baseline="plain",
         score="test loss, nats a token (less is better)",
+        larger_is_better=False,
         trial=lora_trial,
     ),
 }

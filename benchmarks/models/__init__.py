@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(resnet, depth) for depth in (14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet32x2": partial(resnet, 32, width=64, shortcut="convolution"),
     "vgg19": VGG,
     "vgg19-16": partial(VGG, width=16),

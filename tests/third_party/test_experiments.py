@@ -195,7 +195,7 @@ def test_translation_learns(texts, tmp_path):
         width=32,
         hidden=64,
     )
-    result = finish(trial(tmp_path, "translation", protocol, TranslationArm(label="", rank=None)))
+    result = finish(trial(tmp_path, "translation", protocol, TranslationArm(label="", dense=True)))
     assert result["score"] > 80
     assert result["test perplexity"] < 1.5
     assert min(result["validation"]) < result["validation"][0] / 20
