@@ -141,7 +141,7 @@ def markdown(reports: Sequence[Judged]) -> str:
 
 _RULE = (
     "Differences are paired by seed, averaged over the variants of a table, positive where they "
-    "are in the claim's favour; intervals are Student's. A claim *holds* where all of the interval is "
-    "above what is needed, *fails* where all of it is below, and is *undecided* otherwise. The "
-    "claims and what they need were written down before the tables were."
+    "are in the claim's favour; intervals are Student's. A claim *holds* where all of the "
+    "interval is above what is needed, *fails* where all of it is below, and is *undecided* "
+    "otherwise. The claims and what they need were written down before the tables were."
 )

@@ -11,13 +11,14 @@ __all__ = ["separate_"]
 
 
 def separate_(model: nn.Module, exclude: Collection[str] = ()) -> None:
-    """Replace convolutions by "depthwise", k×k, then "pointwise", 1×1; 1×1 ones by that alone.
+    """Replace convolutions by "depthwise", k×k, then "pointwise", 1×1.
 
-    Both are drawn anew (He et al., 2015), the pointwise one by its outputs.
+    Both are drawn anew (He et al., 2015), the pointwise one by its outputs. 1×1 convolutions stay
+    as they are, as do the shortcuts of wide residual networks in the paper's tensor networks.
 
     Args:
         model: changed in place.
-        exclude: names of convolutions that stay.
+        exclude: names of other convolutions that stay.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False))
@@ -28,7 +29,7 @@ def separate_(model: nn.Module, exclude: Collection[str] = ()) -> None:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and name not in exclude
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and name not in exclude
     ]
     for name, module in found:
         path, _, attribute = name.rpartition(".")
@@ -36,25 +37,16 @@ def separate_(model: nn.Module, exclude: Collection[str] = ()) -> None:
 
 
 def _separated(dense: nn.Conv2d) -> nn.Sequential:
-    spatial = max(dense.kernel_size) > 1
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if spatial:
-        layers["depthwise"] = nn.Conv2d(
-            dense.in_channels,
-            dense.in_channels,
-            dense.kernel_size,
-            dense.stride,
-            dense.padding,  # type: ignore[arg-type]
-            groups=dense.in_channels,
-            bias=False,
-        )
-        nn.init.kaiming_normal_(layers["depthwise"].weight)
-    layers["pointwise"] = nn.Conv2d(
+    depthwise = nn.Conv2d(
         dense.in_channels,
-        dense.out_channels,
-        1,
-        1 if spatial else dense.stride,
-        bias=dense.bias is not None,
+        dense.in_channels,
+        dense.kernel_size,
+        dense.stride,
+        dense.padding,  # type: ignore[arg-type]
+        groups=dense.in_channels,
+        bias=False,
     )
-    nn.init.kaiming_normal_(layers["pointwise"].weight, mode="fan_out")
-    return nn.Sequential(layers)
+    pointwise = nn.Conv2d(dense.in_channels, dense.out_channels, 1, bias=dense.bias is not None)
+    nn.init.kaiming_normal_(depthwise.weight)
+    nn.init.kaiming_normal_(pointwise.weight, mode="fan_out")
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise))
