@@ -156,6 +156,18 @@ def test_cutout_leaves_a_square_out():
     assert torch.equal(images[:, 0], images[:, 2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_train_with_channels_last(kind, tmp_path, protocol):
+    """The layout of the images is no matter of what is learnt."""
+    arm = ImageArm(label="", kind=kind)
+    arm = replace(arm, init="spectral") if kind in ("tucker", "train") else arm
+    losses = [
+        finish(trial(tmp_path, arm, replace(protocol, channels_last=last)))["loss"]
+        for last in (False, True)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_half_precision_and_channels_last_train(tmp_path, protocol):
     """The options of large GPUs, on whatever there is."""
     options = {"precision": "bfloat16", "channels_last": True}
@@ -271,9 +283,11 @@ def test_trials_run_side_by_side_once_and_in_order(tmp_path):
 
 def test_a_failed_trial_is_named_and_leaves_the_others(tmp_path):
     """With its reason; it can be run again."""
-    with pytest.raises(RuntimeError, match="bad failed: stopped"):
-        run_all([Job("good", Counting), Job("bad", failing)], tmp_path, progress=False)
+    todo = [Job("bad", failing), Job("later", Counting, ("bad",)), Job("good", Counting)]
+    with pytest.raises(RuntimeError, match="bad failed: stopped; later failed: it needs bad"):
+        run_all(todo, tmp_path, progress=False)
     assert json.loads((tmp_path / "good.json").read_text())["score"] == 3
+    assert not (tmp_path / "later.json").exists()
     assert run_all([Job("bad", Counting)], tmp_path, progress=False)[0]["score"] == 3
 
 

@@ -89,8 +89,8 @@ def run_all(
         The results of all jobs, in their order.
 
     Raises:
-        RuntimeError: a trial failed; the others' results are kept, and it begins at its last
-            checkpoint when it is run again.
+        RuntimeError: trials failed; raised when all others are done whose results are kept. Run
+            again, those that failed begin at their last checkpoints.
         ValueError: there are results of another protocol.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,20 @@ def run_all(
         running: dict[Future[None], Job] = {}
         tasks: dict[str, TaskID] = {}
         passed: dict[str, float] = {}
+        failed: dict[str, BaseException | str] = {}
         try:
             while todo or running:
                 for job in list(todo):
-                    if len(running) < workers and all(_result(out, k).exists() for k in job.after):
+                    if lost := failed.keys() & set(job.after):
+                        todo.remove(job)
+                        failed[job.key] = f"it needs {', '.join(sorted(lost))}"
+                    elif len(running) < workers and all(
+                        _result(out, k).exists() for k in job.after
+                    ):
                         todo.remove(job)
                         running[pool.submit(run_one, job, out, threads, queue)] = job
                         tasks[job.key] = bars.add_task(job.key, total=None)
-                if not running:
+                if todo and not running:
                     raise RuntimeError(f"{todo[0].key} waits for {todo[0].after}, not to be run")
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not queue.empty():
@@ -126,9 +132,13 @@ def run_all(
                     job = running.pop(future)
                     bars.remove_task(tasks[job.key])
                     if error := future.exception():
-                        raise RuntimeError(f"{job.key} failed: {error}") from error
+                        failed[job.key] = error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if failed:
+        said = "; ".join(f"{key} failed: {error}" for key, error in failed.items())
+        first = next(iter(failed.values()))
+        raise RuntimeError(said) from (first if isinstance(first, BaseException) else None)
     return [json.loads(_result(out, job.key).read_text()) for job in jobs]
 
 

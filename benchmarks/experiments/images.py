@@ -254,7 +254,9 @@ class ImageTrial(Training):
         inside = sum(module.weight.numel() for module, _ in weights)
         keep = self.protocol.ratio * self.dense_parameters - (self.dense_parameters - inside)
         amount = 1 - max(keep, 0) / inside
+        self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         prune.global_unstructured(weights, prune.L1Unstructured, amount=amount)
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.kept = 1 - amount * inside / self.dense_parameters
         self.optimizer = _optimizer(self.model, self.arm.decay, self.protocol, self.kept)
 
