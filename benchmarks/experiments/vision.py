@@ -46,6 +46,8 @@ _SMALL = ImageProtocol(
     channels_last=True,
 )
 _ON_CPU = "5,000 images, batch 64 for 128, JPEG images"
+_FEW = "cifar10_small_jpeg.npz"
+_FEW_TESTED = "tested on 2,000"
 _GPU = ImageProtocol(
     data=JPEG,
     model="resnet20",
@@ -131,7 +133,14 @@ VISION: Mapping[str, Experiment] = {
             },
             "cpu": {
                 "wrn10-2 0.0667": replace(
-                    _SMALL, model="wrn10-2", ratio=1 / 15, epochs=4, batch=32, limit=3000, **_WIDE
+                    _SMALL,
+                    data=_FEW,
+                    model="wrn10-2",
+                    ratio=1 / 15,
+                    epochs=4,
+                    batch=32,
+                    limit=3000,
+                    **_WIDE,
                 )
             },
             "gpu": {"wrn16-4 0.0667": replace(_GPU, model="wrn16-4", ratio=1 / 15, **_WIDE)},
@@ -139,7 +148,7 @@ VISION: Mapping[str, Experiment] = {
         {
             "paper": _DRAWN,
             "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 4 epochs for 200, 3,000 "
-            f"images, batch 32 for 128, JPEG images; {_DRAWN}",
+            f"images, batch 32 for 128, JPEG images, {_FEW_TESTED}; {_DRAWN}",
             "gpu": f"WRN-16-4 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, {_ON_GPU}; {_DRAWN}",
         },
         baseline="lowrank-plain",
@@ -187,12 +196,12 @@ VISION: Mapping[str, Experiment] = {
                 for data, name in ((CIFAR, "CIFAR-10"), (CIFAR_100, "CIFAR-100"))
                 for depth, warmup in ((32, None), (56, 0.01), (110, 0.01))
             },
-            "cpu": {"resnet8": replace(_SMALL, model="resnet8")},
+            "cpu": {"resnet8": replace(_SMALL, data=_FEW, model="resnet8")},
             "gpu": {"resnet32": replace(_GPU, model="resnet32")},
         },
         {
             "cpu": "ResNet-8 for ResNet-32, 56 and 110, CIFAR-10 alone, 8 epochs for 200, λ 5e-4 "
-            f"for 1e-4, {_ON_CPU}",
+            f"for 1e-4, {_ON_CPU}, {_FEW_TESTED}",
             "gpu": f"ResNet-32 alone, {_ON_GPU}",
         },
         baseline="dense",
