@@ -235,6 +235,24 @@ def test_every_preset_makes_its_jobs(name, preset):
     assert preset == "paper" or preset in experiment.changes
 
 
+def test_trials_are_shared_between_variants():
+    """A dense network is the same at every ratio: trained once, shown in each."""
+    found = jobs("compression", "paper", 1, None)
+    dense = [job for job in found if job.about["arm"] == "dense"]
+    assert [len(job.about["variants"]) for job in dense] == [3] * 6
+    assert all(len(job.about["variants"]) == 1 for job in found if job not in dense)
+
+
+def test_what_an_arm_is_blind_to_makes_no_difference(tmp_path, protocol):
+    """The dense one, to the ratio."""
+    arm = VISION["compression"].arms["dense"]
+    assert arm.blind == ("ratio",)
+    first, second = (
+        finish(trial(tmp_path, arm, replace(protocol, ratio=ratio))) for ratio in (0.5, 0.3)
+    )
+    assert first == second
+
+
 class Counting:
     """A trial that counts, and stops where it is told."""
 

@@ -214,6 +214,21 @@ def test_the_products_that_decay_are_those_of_the_arm(key, kinds, texts, tmp_pat
     assert len(attention) in (0, 6)
 
 
+BLIND = [(name, key) for name in TEXT for key, arm in TEXT[name].arms.items() if arm.blind]
+OTHER = {"rank": 0.2, "weight_decay": 0.5}
+
+
+@pytest.mark.parametrize(("name", "key"), BLIND)
+def test_what_an_arm_is_blind_to_makes_no_difference(name, key, first, texts, tmp_path):
+    """Its trials may be shared between variants that differ in nothing else."""
+    arm, protocol = TEXT[name].arms[key], protocols(texts)[name]
+    after = "before" if arm.after else None
+    other = replace(protocol, **{field: OTHER[field] for field in arm.blind})
+    assert other != protocol
+    results = [finish(trial(tmp_path, name, each, arm, after=after)) for each in (protocol, other)]
+    assert repr(results[0]) == repr(results[1])
+
+
 def test_sides_of_different_lengths_are_refused(texts):
     """By the names of the files."""
     (texts / "val.de").write_text("ein hund\n")
