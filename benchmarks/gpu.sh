@@ -4,11 +4,21 @@
 # all numbers, and gpu.md, their table, into benchmarks/results/ or the folder given.
 #
 #     benchmarks/gpu.sh [FOLDER]
+#     benchmarks/gpu.sh experiments [FOLDER]
+#
+# The second form continues the paper's Table 1 and Figure 1 with the preset gpu for nine minutes,
+# and the other experiments after them; call it again until all are done. Tables go to
+# benchmarks/results/paper/ or the folder given, checkpoints to experiments-out/; FROBDECAY_DATA
+# names the directory of the data.
 #
 # Needs torch for CUDA and what `pip install '.[test]'` brings; installs nothing. A part that fails
 # or takes too long is reported, and the others run all the same.
 set -uo pipefail
-folder=$(realpath -m "${1:-"$(dirname "$0")/results"}")
+mode=all
+[[ ${1:-} == experiments ]] && mode=experiments && shift
+default=$(dirname "$0")/results
+[[ $mode == experiments ]] && default+=/paper
+folder=$(realpath -m "${1:-"$default"}")
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HYPOTHESIS_MAX_EXAMPLES=10
@@ -37,6 +47,17 @@ if not torch.cuda.is_available():
     sys.exit("expected a CUDA device, found none")
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
+
+if [[ $mode == experiments ]]; then
+    for name in compression why tensors distillation translation language lora; do
+        left=$((540 - SECONDS))
+        ((left > 20)) || break
+        part "$name" "$left" "$python" -m benchmarks.experiments "$name" --preset gpu --workers 6
+        cp -f "experiments-out/$name-gpu".{json,md,png} "$folder" 2>/dev/null
+    done
+    echo "$SECONDS s; not done: ${failed[*]:-none}"
+    exit $((${#failed[@]} > 0))
+fi
 
 # Most of the tests' time is compilation, so they share the cores if pytest-xdist is there.
 workers=()

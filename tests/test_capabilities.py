@@ -1,7 +1,6 @@
 """What the library promises, and the tests that hold it to that.
 
-Three tables of tests: ``CAPABILITIES``, by the number of the capability (25, the experiments, are
-in ``benchmarks/``); ``DEFECTS``, those of the released research code of Khodak et al. (2021) that
+Three tables of tests: ``CAPABILITIES``, by the number of the capability; ``DEFECTS``, those of the released research code of Khodak et al. (2021) that
 this library must not have; and ``PITFALLS``, what goes wrong, mostly in silence, where low-rank
 training, parametrized weights and wrapped optimizers meet other software. A row can be run:
 ``pytest $(python tests/test_capabilities.py D2)``.
@@ -312,6 +311,19 @@ CAPABILITIES = {
             "tests/test_optimizer_state.py::test_resuming_is_going_on",
             "tests/test_distributed.py::test_a_killed_process_and_a_restart_from_the_checkpoint",
             "tests/test_optimizer_state.py::test_moved_parameters_decay",
+        ],
+    ),
+    25: (
+        "the paper's experiments: models, protocols, interruption, tables, claims",
+        [
+            "tests/test_models.py::test_parameters_are_those_of_the_paper",
+            "tests/test_models.py::test_ratios_are_those_of_the_paper",
+            "tests/test_models.py::test_tensor_networks_have_the_parameters_of_the_paper",
+            "tests/test_experiments.py::test_every_preset_makes_its_jobs",
+            "tests/test_experiments.py::test_an_interrupted_trial_ends_in_the_same_result",
+            "tests/third_party/test_experiments.py::test_an_interrupted_trial_ends_in_the_same_result",
+            "tests/test_experiments.py::test_summaries_are_paired_by_seed",
+            "tests/test_verdicts.py::test_a_claim_is_judged_by_the_interval",
         ],
     ),
     26: (
@@ -756,8 +768,8 @@ def test_every_row_has_tests_that_run(row):
 
 
 def test_every_capability_has_a_row():
-    """Numbers 1 to 26 but for the experiments."""
-    assert set(CAPABILITIES) == set(range(1, 27)) - {25}
+    """Numbers 1 to 26."""
+    assert set(CAPABILITIES) == set(range(1, 27))
 
 
 def test_every_defect_has_tests():
