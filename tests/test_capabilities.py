@@ -1,9 +1,9 @@
 """What the library promises, and the tests that hold it to that.
 
-Three tables of tests: ``CAPABILITIES``, by the number of the capability; ``DEFECTS``, those of the released research code of Khodak et al. (2021) that
-this library must not have; and ``PITFALLS``, what goes wrong, mostly in silence, where low-rank
-training, parametrized weights and wrapped optimizers meet other software. A row can be run:
-``pytest $(python tests/test_capabilities.py D2)``.
+Three tables of tests: ``CAPABILITIES``, by the number of the capability; ``DEFECTS``, those of the
+released research code of Khodak et al. (2021) that this library must not have; and ``PITFALLS``,
+what goes wrong, mostly in silence, where low-rank training, parametrized weights and wrapped
+optimizers meet other software. To run a row: ``pytest $(python tests/test_capabilities.py D2)``.
 
 The defects, which tests name by these numbers:
 

@@ -159,6 +159,7 @@ def run_one(job: Job, out: Path, threads: int, queue: Any = None) -> None:
         _compare(job, json.loads(saved["about"]), checkpoint)
         trial.load_state_dict(saved["trial"])
         seconds, peak = saved["seconds"], saved["peak_mib"]
+    _forget_peak()
     start = last = time.monotonic()
     while trial.epoch < trial.epochs:
         trial.advance()
@@ -203,6 +204,13 @@ def _save(state: dict[str, Any], path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     torch.save(state, part)
     os.replace(part, path)
+
+
+def _forget_peak() -> None:
+    """Count from here: loading the data takes more than training, and the same for every arm."""
+    peaks = Path("/proc/self/clear_refs")
+    if os.access(peaks, os.W_OK):
+        peaks.write_text("5")
 
 
 def _peak_mib() -> float:
