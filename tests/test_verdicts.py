@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from shutil import copy
 
 import pytest
 
@@ -130,6 +132,19 @@ def test_a_directory_is_reported_as_a_whole(tmp_path):
         *(f"distillation-cpu.{ending}" for ending in ("json", "md", "png")),
     }
     assert "deep with FD, collapsed, is better than plain" in (tmp_path / "claims.md").read_text()
+
+
+def test_committed_tables_are_those_of_the_committed_json(tmp_path):
+    """Made anew, word for word, and so is the page of claims; a picture beside each."""
+    committed = Path(command.__file__).parents[1] / "results" / "paper"
+    for file in committed.glob("*.json"):
+        copy(file, tmp_path)
+    found = command.main(["report", str(tmp_path)])
+    assert found
+    for name in ("claims", *found):
+        text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+        assert text == (committed / f"{name}.md").read_text(encoding="utf-8")
+    assert all((committed / f"{name}.png").exists() for name in found)
 
 
 @pytest.mark.parametrize("held", [{"version": 1}, [1], None])

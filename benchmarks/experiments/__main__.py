@@ -56,7 +56,9 @@ def _write(path: Path, record: dict[str, Any], console: Console) -> None:
     experiment = EXPERIMENTS[record["experiment"]]
     rows = tables.summarize(record["trials"], experiment.baseline)
     console.print(tables.rich_table(rows, experiment, record["caption"]))
-    path.with_suffix(".md").write_text(tables.markdown(rows, experiment, record["caption"]))
+    path.with_suffix(".md").write_text(
+        tables.markdown(rows, experiment, record["caption"]), encoding="utf-8"
+    )
     tables.figure(record["trials"], experiment).savefig(path.with_suffix(".png"), dpi=130)
     console.print(f"wrote {path}, and .md and .png beside it")
 
@@ -78,7 +80,7 @@ def _report(path: Path, console: Console) -> dict[str, Any]:
             for stem, record in records.items()
             for experiment in [EXPERIMENTS[record["experiment"]]]
         ]
-        (path / "claims.md").write_text(verdicts.markdown(found))
+        (path / "claims.md").write_text(verdicts.markdown(found), encoding="utf-8")
         console.print(f"wrote {path / 'claims.md'}")
     return records
 

@@ -1,6 +1,6 @@
 """Every experiment: what the paper says, its arms, and its presets.
 
-``paper`` has the published hyperparameters. ``cpu`` is a protocol for two cores and about an hour,
+``paper`` has the published hyperparameters. ``cpu`` is a protocol for two cores and half an hour,
 ``gpu`` one for a few minutes on a large GPU; what they change is said in ``changes``.
 """
 

@@ -84,18 +84,6 @@ def _differences(records: Sequence[Record], claim: Claim, sign: int) -> list[flo
     return [fmean(values) for values in seeds.values()]
 
 
-_HEADER = (
-    "claim",
-    "compared",
-    "difference",
-    "95 % interval",
-    "needed",
-    "seeds",
-    "verdict",
-    "table",
-)
-
-
 @dataclass(frozen=True)
 class Judged:
     """A table and what it says.
@@ -111,32 +99,41 @@ class Judged:
     verdicts: Sequence[Verdict]
 
 
+_HEADER = """
+| claim | compared | difference | 95 % interval | needed | seeds | verdict | table |
+| --- | --- | ---: | ---: | ---: | ---: | --- | --- |
+"""
+
+
 def markdown(reports: Sequence[Judged]) -> str:
     """Make the page of all claims.
 
     Args:
         reports: of all tables.
     """
-    lines = ["| " + " | ".join(_HEADER) + " |", "| --- | --- " + "| ---: " * 4 + "| --- | --- |"]
-    for report in reports:
-        experiment, stem = report.experiment, report.stem
-        for each in report.verdicts:
-            claim, (low, high) = each.claim, each.interval
-            labels = [experiment.arms[arm].label for arm in (claim.arm, claim.against) if arm]
-            compared = " − ".join(labels) if claim.against else f"1 − bound ÷ nuclear, {labels[0]}"
-            cells = (
-                claim.text,
-                compared
-                + ("" if experiment.larger_is_better or not claim.against else ", negated"),
-                f"{each.difference:+.3g}",
-                f"{low:+.3g} … {high:+.3g}",
-                f"> {-claim.margin:g}",
-                f"{each.seeds}",
-                f"**{each.word}**",
-                f"[{stem}]({stem}.md)",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(["# The paper's claims, judged", "", *lines, "", _RULE, ""])
+    rows = [_row(each, report) for report in reports for each in report.verdicts]
+    return "\n".join(["# The paper's claims, judged", _HEADER + "\n".join(rows), "", _RULE, ""])
+
+
+def _row(verdict: Verdict, report: Judged) -> str:
+    claim, (low, high) = verdict.claim, verdict.interval
+    label = report.experiment.arms[claim.arm].label
+    if claim.against is None:
+        compared = f"1 − bound ÷ nuclear norm, {label}"
+    else:
+        both = (label, report.experiment.arms[claim.against].label)
+        compared = " − ".join(both if report.experiment.larger_is_better else both[::-1])
+    cells = (
+        claim.text,
+        compared,
+        f"{verdict.difference:+.3g}",
+        f"{low:+.3g} … {high:+.3g}",
+        f"> {-claim.margin:g}",
+        f"{verdict.seeds}",
+        f"**{verdict.word}**",
+        f"[{report.stem}]({report.stem}.md)",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 _RULE = (
