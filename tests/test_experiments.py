@@ -122,6 +122,20 @@ def test_sizes_are_the_ratio_of_the_dense_model(kind, tmp_path, protocol):
     assert held == made.parameters() == round(made.kept * made.dense_parameters)
 
 
+def test_scales_are_the_ranks_of_the_paper(tmp_path, protocol):
+    """By outputs times kernel height where the matrix has fewer columns, too."""
+    made = trial(tmp_path, ImageArm(label=""), replace(protocol, scales={"lowrank": 0.4}))
+    products = {product.name: product.rank for product in frobdecay.products(made.model)}
+    assert products["layer2.0.conv1.weight"] == round(0.4 * 16 * 3)
+    over = trial(tmp_path, ImageArm(label="", rank=1.0), protocol)
+    products = {product.name: product.rank for product in frobdecay.products(over.model)}
+    assert products["layer2.0.conv1.weight"] == 16 * 3  # of a 48 × 24 matrix
+    scaled = replace(protocol, scales={"train": 0.5})
+    train = trial(tmp_path, ImageArm(label="", kind="train", init="spectral"), scaled)
+    (first,) = [p for p in frobdecay.products(train.model) if "layer1.0.conv1" in p.name]
+    assert [tuple(factor.shape) for factor in first.params] == [(4, 2), (4, 2, 2), (4, 2)]
+
+
 def test_a_ratio_that_tensors_cannot_have_is_refused(tmp_path, protocol):
     """With the one that they can."""
     arm = ImageArm(label="", kind="tucker", init="spectral")
@@ -246,10 +260,9 @@ def test_trials_are_shared_between_variants():
 def test_what_an_arm_is_blind_to_makes_no_difference(tmp_path, protocol):
     """The dense one, to the ratio."""
     arm = VISION["compression"].arms["dense"]
-    assert arm.blind == ("ratio",)
-    first, second = (
-        finish(trial(tmp_path, arm, replace(protocol, ratio=ratio))) for ratio in (0.5, 0.3)
-    )
+    assert arm.blind == ("ratio", "scales")
+    other = replace(protocol, ratio=0.3, scales={"lowrank": 0.1})
+    first, second = (finish(trial(tmp_path, arm, each)) for each in (protocol, other))
     assert first == second
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import frobdecay
-from benchmarks.models import DENSE, MODELS, LanguageModel, TranslationTransformer, separate_
+from benchmarks.models import (
+    DENSE,
+    MODELS,
+    LanguageModel,
+    TranslationTransformer,
+    output_ranks,
+    separate_,
+)
 
 COUNTS = {
     ("resnet20", 10): 269_722,
@@ -81,17 +88,10 @@ def low_rank(name, classes, scale, **options):
     """The plan at the paper's ranks: a fraction of the output side, outputs times kernel height."""
     with torch.device("meta"):
         model = MODELS[name](classes=classes)
-    ranks = {
-        name: max(round(scale * module.out_channels * module.kernel_size[0]), 1)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Conv2d)
-    }
-    dense = DENSE[name]
-    ranks = {name: rank for name, rank in ranks.items() if name not in dense}
     return frobdecay.plan_ranks(
         model,
-        rank=ranks,
-        exclude=dense,
+        rank=output_ranks(model, scale, DENSE[name]),
+        exclude=DENSE[name],
         parametrization=partial(frobdecay.LowRank, **options),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 import frobdecay
 from benchmarks.data import ImageData, load
 from benchmarks.experiments.trials import Arm, Common, Training, count_parameters
-from benchmarks.models import DENSE, MODELS, separate_
+from benchmarks.models import DENSE, MODELS, output_ranks, separate_
 from benchmarks.training import batches, evaluate
 from frobdecay.diagnostics import Recorder
 
@@ -31,7 +31,7 @@ class ImageArm(Arm):
         kind: key in ``KINDS``.
         init: of the factors: "spectral" is SI.
         decay: key in ``DECAYS``.
-        rank: fraction of the smaller side in place of the protocol's ratio.
+        rank: fraction of the output side (``output_ranks``) in place of the protocol's ratio.
         after: the arm whose norms the decay "normalized" replays.
     """
 
@@ -49,6 +49,8 @@ class ImageProtocol(Common):
         data: source for ``benchmarks.data.load``.
         model: key in ``MODELS``.
         ratio: parameters to keep ÷ all of the dense model's.
+        scales: kind -> the ranks by which the paper comes to that ratio, in place of it: fractions
+            of the output side, of tensors those of the modes.
         epochs, batch, lr, weight_decay, momentum: of SGD.
         milestones, gamma: fractions of the epochs at which lr is multiplied by gamma.
         warmup: lr of the first epoch, for deep models and large batches.
@@ -58,6 +60,7 @@ class ImageProtocol(Common):
 
     model: str
     ratio: float | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 200
     batch: int = 128
     lr: float = 0.1
@@ -80,10 +83,13 @@ def _dense(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
 
 def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
     def make(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
-        size: dict[str, Any] = {"ratio": protocol.ratio} if arm.rank is None else {"rank": arm.rank}
+        dense, size = DENSE[protocol.model], dict[str, Any](ratio=protocol.ratio)
+        scale = protocol.scales.get(arm.kind) if arm.rank is None else arm.rank
+        if scale is not None:
+            size = {"rank": output_ranks(model, scale, dense)}
         plan = frobdecay.factorize(
             model,
-            exclude=DENSE[protocol.model],
+            exclude=dense,
             parametrization=parametrization,
             init=arm.init,
             **size,
@@ -97,13 +103,14 @@ def _tensorized(parametrization: Callable[..., nn.Module]) -> Make:
     def make(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
         dense = count_parameters(model)
         separate_(model, DENSE[protocol.model])
-        assert protocol.ratio is not None
         most = count_parameters(model) / dense
-        if protocol.ratio >= most:
+        scale = protocol.scales.get(arm.kind)
+        if scale is None and protocol.ratio >= most:
             raise ValueError(f"expected a ratio below {most:.3f}, that of the separated model")
+        size = {"ratio": protocol.ratio / most} if scale is None else {"rank": scale}
         frobdecay.factorize(
             model,
-            ratio=protocol.ratio / most,
+            **size,
             include="*.pointwise",
             parametrization=parametrization,
             init=arm.init,

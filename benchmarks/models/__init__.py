@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import nn
 
+from benchmarks.models.ranks import output_ranks
 from benchmarks.models.resnet import ResNet, resnet
 from benchmarks.models.separable import separate_
 from benchmarks.models.transformer import LanguageModel, TranslationTransformer
@@ -25,6 +26,7 @@ __all__ = [
     "TranslationTransformer",
     "VGG",
     "WideResNet",
+    "output_ranks",
     "resnet",
     "separate_",
 ]
