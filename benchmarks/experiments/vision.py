@@ -113,14 +113,14 @@ VISION: Mapping[str, Experiment] = {
                 for ratio, scale in scales.items()
             },
             "cpu": {
-                f"{model} 0.1": replace(_SMALL, model=model, ratio=0.1)
+                f"{model} 0.1": replace(_SMALL, model=model, ratio=0.1, epochs=5)
                 for model in ("resnet20", "vgg19-16")
             },
             "gpu": {"resnet32x2 0.1": replace(_GPU, model="resnet32x2", ratio=0.1)},
         },
         {
             "cpu": "ResNet-20 for ResNet-32x2, VGG-19 with a quarter of its channels, both at 0.1 "
-            f"alone, 6 epochs for 200, λ 5e-4 for 1e-4 and 2e-4, {_ON_CPU}",
+            f"alone, 5 epochs for 200, λ 5e-4 for 1e-4 and 2e-4, {_ON_CPU}",
             "gpu": f"ResNet-32x2 at 0.1 alone, {_ON_GPU}",
         },
         claims=[
@@ -153,7 +153,7 @@ VISION: Mapping[str, Experiment] = {
                     ratio=1 / 15,
                     epochs=4,
                     batch=32,
-                    limit=3000,
+                    limit=2500,
                     **_WIDE,
                 )
             },
@@ -161,7 +161,7 @@ VISION: Mapping[str, Experiment] = {
         },
         {
             "paper": f"{_DRAWN}; a Tucker core is itself, not a redundant tensor train",
-            "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 4 epochs for 200, 3,000 "
+            "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 4 epochs for 200, 2,500 "
             f"images, batch 32 for 128, lr 0.03 for 0.1, JPEG images, {_FEW_TESTED}; {_DRAWN}",
             "gpu": f"WRN-16-4 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, {_ON_GPU}; {_DRAWN}",
         },
