@@ -128,7 +128,7 @@ def _row(verdict: Verdict, report: Judged) -> str:
         compared,
         f"{verdict.difference:+.3g}",
         f"{low:+.3g} … {high:+.3g}",
-        f"> {-claim.margin:g}",
+        f"> {0 - claim.margin:g}",
         f"{verdict.seeds}",
         f"**{verdict.word}**",
         f"[{report.stem}]({report.stem}.md)",
