@@ -190,7 +190,8 @@ _PANELS = ("validation", "effective step size lr / ‖W‖²", "nuclear norm (do
 
 
 def _draw(row: Sequence[Any], records: Sequence[Record], label: str, colour: Any) -> None:
-    row[0].plot(_mean([r["validation"] for r in records]), color=colour, label=label)
+    validation = _mean([r["validation"] for r in records])  # after epochs; norms also before
+    row[0].plot(range(1, len(validation) + 1), validation, color=colour, label=label)
     norms = [r["norms"] for r in records if r["norms"]]
     if norms:
         panels = ((1, "effective_step", "-"), (2, "nuclear", "-"), (2, "bound", ":"))
