@@ -66,23 +66,27 @@ def _write(path: Path, record: dict[str, Any], console: Console) -> None:
 def _report(path: Path, console: Console) -> dict[str, Any]:
     """Tables and pictures anew from JSON; of a directory also the page of claims."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    records = {file.stem: json.loads(file.read_text()) for file in files}
+    records = {file: _read(file) for file in files}
     if not records:
         raise ValueError(f"expected a JSON file, or a directory with some, got {path}")
-    for stem, record in records.items():
-        if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
-            raise ValueError(f"{stem}.json: expected what an experiment wrote, got something else")
-    for file, record in zip(files, records.values(), strict=True):
+    judged = []
+    for file, record in records.items():
         _write(file, record, console)
+        experiment = EXPERIMENTS[record["experiment"]]
+        judged.append(Judged(file.stem, experiment, judge(record["trials"], experiment)))
     if path.is_dir():
-        found = [
-            Judged(stem, experiment, judge(record["trials"], experiment))
-            for stem, record in records.items()
-            for experiment in [EXPERIMENTS[record["experiment"]]]
-        ]
-        (path / "claims.md").write_text(verdicts.markdown(found), encoding="utf-8")
+        (path / "claims.md").write_text(verdicts.markdown(judged), encoding="utf-8")
         console.print(f"wrote {path / 'claims.md'}")
-    return records
+    return {file.stem: record for file, record in records.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+        EXPERIMENTS[record["experiment"]]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file}: expected what an experiment wrote, got something else") from None
+    return record  # type: ignore[no-any-return]
 
 
 def _caption(record: dict[str, Any], options: argparse.Namespace) -> str:
