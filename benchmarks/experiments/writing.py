@@ -89,7 +89,7 @@ TEXT: Mapping[str, Experiment] = {
             "paper": "Multi30k for IWSLT'14, 8,000 tokens of each language for 25,000 merges, 60 "
             "epochs for 100,000 updates",
             "cpu": "24,000 sentences of Multi30k for IWSLT'14, width 64 for 256, 2,000 tokens of "
-            "each language for 25,000 merges, 2 epochs for 100,000 updates, batches of 1,000 tokens "
+            "each language for 25,000 merges, 2 epochs for 100,000 updates, 1,000 tokens a batch "
             "for 4,000, the largest of the paper's λ, no dropout, greedy translation",
             "gpu": "Multi30k for IWSLT'14, 8,000 tokens of each language for 25,000 merges, 30 "
             "epochs, bfloat16",
