@@ -44,6 +44,7 @@ class Experiment:
         some: (preset, variant) -> its arms, where it does not have all of them.
         claims: what the table is held against, see ``verdicts.py``.
         larger_is_better: of the score.
+        digits: of the score, behind the point.
     """
 
     title: str
@@ -57,3 +58,4 @@ class Experiment:
     some: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
     claims: Sequence[Claim] = ()
     larger_is_better: bool = True
+    digits: int = 2

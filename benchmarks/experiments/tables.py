@@ -99,19 +99,19 @@ def _mean_of(what: Callable[[Any], float], records: Sequence[Record]) -> float |
     return fmean(found) if found else None
 
 
-def _plus_minus(value: Spread | None, sign: str = "") -> str:
+def _plus_minus(value: Spread | None, digits: int, sign: str = "") -> str:
     if value is None:
         return ""
     mean, error = value
-    return f"{mean:{sign}.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, digits: int) -> tuple[str, ...]:
     return (
         row.variant,
         row.label,
-        _plus_minus(row.score),
-        _plus_minus(row.gain, "+"),
+        _plus_minus(row.score, digits),
+        _plus_minus(row.gain, digits, "+"),
         f"{row.parameters:,}",
         f"{row.ratio:.3f}",
         "" if row.tightness is None else f"{row.tightness:.3f}",
@@ -143,14 +143,15 @@ def rich_table(rows: Sequence[Row], experiment: Experiment, caption: str) -> Tab
     for k, name in enumerate(_header(experiment)):
         table.add_column(name, justify="left" if k < 2 else "right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, experiment.digits))
     return table
 
 
 def markdown(rows: Sequence[Row], experiment: Experiment, caption: str) -> str:
     """Make the table, headed by the claim, for the page of results."""
     header = _header(experiment)
-    lines = [header, ("---", "---", *("---:" for _ in header[2:])), *map(_cells, rows)]
+    cells = [_cells(row, experiment.digits) for row in rows]
+    lines = [header, ("---", "---", *("---:" for _ in header[2:])), *cells]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"# {experiment.title}\n\nThe paper: {experiment.claim}\n\n{table}\n\n{caption}\n"
 

@@ -163,6 +163,7 @@ TEXT: Mapping[str, Experiment] = {
         },
         score="test loss, nats a token (less is better)",
         larger_is_better=False,
+        digits=4,
         trial=LanguageTrial,
         some=dict.fromkeys(
             (("cpu", "masked"), ("cpu", "causal")), ("dense", "lowrank", "si", "fd", "sifd")
@@ -215,6 +216,7 @@ TEXT: Mapping[str, Experiment] = {
         baseline="plain",
         score="test loss, nats a token (less is better)",
         larger_is_better=False,
+        digits=4,
         trial=lora_trial,
     ),
 }
