@@ -149,6 +149,7 @@ VISION: Mapping[str, Experiment] = {
                 "wrn10-2 0.0667": replace(
                     _SMALL,
                     data=_FEW,
+                    channels_last=False,
                     model="wrn10-2",
                     ratio=1 / 15,
                     epochs=4,
