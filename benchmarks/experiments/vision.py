@@ -154,7 +154,7 @@ VISION: Mapping[str, Experiment] = {
                     ratio=1 / 15,
                     epochs=4,
                     batch=32,
-                    limit=1500,
+                    limit=1000,
                     **_WIDE,
                 )
             },
@@ -162,7 +162,7 @@ VISION: Mapping[str, Experiment] = {
         },
         {
             "paper": f"{_DRAWN}; a Tucker core is itself, not a redundant tensor train",
-            "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 4 epochs for 200, 1,500 "
+            "cpu": "WRN-10-2 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, 4 epochs for 200, 1,000 "
             f"images, batch 32 for 128, lr 0.03 for 0.1, JPEG images, {_FEW_TESTED}; {_DRAWN}",
             "gpu": f"WRN-16-4 at 0.0667 for WRN-28-10 at 0.0167 and 0.0667, {_ON_GPU}; {_DRAWN}",
         },
