@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -94,9 +95,9 @@ def tightness(norms: Any) -> float:
 
 
 def _mean_of(what: Callable[[Any], float], records: Sequence[Record]) -> float | None:
-    """The mean of something about the norms; None where there are none."""
+    """The mean of something about the norms; None where there are none, as of Tucker's spectrum."""
     found = [what(record["norms"]) for record in records if record["norms"]]
-    return fmean(found) if found else None
+    return fmean(found) if found and not any(map(isnan, found)) else None
 
 
 def _plus_minus(value: Spread | None, digits: int, sign: str = "") -> str:
