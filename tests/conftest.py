@@ -58,6 +58,11 @@ def _seed():
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Have the tests of one row of ``test_capabilities.py`` run alone."""
+    parser.addoption("--covers", metavar="ROW", help="run tests that are marked with this row only")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of the integration matrix, ``third_party/matrix.py``."""
     config.addinivalue_line(
@@ -65,8 +70,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the cell written beside the outcome in the file of ``--junitxml``."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose by ``--covers``; have cells written beside outcomes in the file of ``--junitxml``."""
+    if row := config.getoption("--covers", None):
+        marked = {item for item in items if any(row in m.args for m in item.iter_markers("covers"))}
+        config.hook.pytest_deselected(items=[item for item in items if item not in marked])
+        items[:] = [item for item in items if item in marked]
     for item in items:
         for mark in reversed(list(item.iter_markers("integration"))):  # the closest says it last
             item.user_properties += mark.kwargs.items()

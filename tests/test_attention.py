@@ -126,6 +126,7 @@ def transformer(**options):
 # --- which products there are ---------------------------------------------------------------
 
 
+@pytest.mark.covers("C6")
 def test_every_attention_has_two_products():
     """Named after the module, encoder and decoder, self and cross."""
     assert [product.name for product in products(transformer())] == [
@@ -144,6 +145,7 @@ def test_attention_that_is_the_model_has_bare_names():
     assert [product.name for product in products(layer())] == ["query_key", "output_value"]
 
 
+@pytest.mark.covers("C6", "D17")
 @given(attentions())
 def test_products_are_the_loops_over_heads(module):
     """Norm and dense product, for every layout, number of heads, size, width and dtype."""
@@ -223,6 +225,7 @@ class Turned(nn.MultiheadAttention):
         return super().forward(query, key.flip(1), value, **options)
 
 
+@pytest.mark.covers("C6")
 def test_products_of_subclasses_with_a_forward_of_their_own_are_fixed():
     """Decayed as the base's, but nobody knows what is between the factors."""
     model = nn.Sequential(Turned(8, 2))
@@ -254,6 +257,7 @@ def test_subclasses_inherit_and_a_users_provider_wins(monkeypatch, key):
     assert products(model) == []
 
 
+@pytest.mark.covers("C6")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -310,6 +314,7 @@ def test_exclude_takes_from_what_include_chose():
     assert [product.name for product in found] == NAMES[:1]
 
 
+@pytest.mark.covers("D8")
 @pytest.mark.parametrize("what", ["include", "exclude"])
 @pytest.mark.parametrize(
     ("selector", "error", "message"),
@@ -470,6 +475,7 @@ def test_balancing_changes_no_output(name, bias, dtype):
     )
 
 
+@pytest.mark.covers("C9")
 @given(attentions([torch.float64]))
 def test_balancing_keeps_the_function_of_every_attention(module):
     """Grouped queries are mixed jointly, by what their key head is mixed by."""
@@ -671,6 +677,7 @@ class Penalized(nn.Module):
         return penalty(products(self), 2.0)
 
 
+@pytest.mark.covers("D19")
 def test_products_look_parameters_up_in_the_module_tree():
     """functional_call reaches all of them, biases too: nothing is kept aside (D19)."""
     model, other = Penalized(), Penalized()
@@ -684,6 +691,7 @@ def test_products_look_parameters_up_in_the_module_tree():
     assert torch.equal(twin, model.attention(x, x, x)[0])
 
 
+@pytest.mark.covers("D20")
 def test_products_follow_weights_that_are_replaced():
     """Found before the weight was swapped, tied or moved, a product reads the new one (D20)."""
     module = Grouped()
@@ -695,6 +703,7 @@ def test_products_follow_weights_that_are_replaced():
         assert squared_norm(product).item() == pytest.approx(dense.square().sum().item())
 
 
+@pytest.mark.covers("D20")
 def test_decay_writes_through_views_of_any_memory_layout():
     """A weight stored transposed is decayed and balanced in place, or not at all (D20)."""
     module = Grouped().double()
@@ -711,6 +720,7 @@ def test_decay_writes_through_views_of_any_memory_layout():
     assert sum(d.square().sum() for d in per_head(module)).item() == pytest.approx(total.item())
 
 
+@pytest.mark.covers("D21")
 def test_heads_and_layers_run_together():
     """All heads of all layers are a few batched calls, not a loop over modules (D21)."""
     stack = nn.ModuleList(layer() for _ in range(6))
@@ -719,6 +729,7 @@ def test_heads_and_layers_run_together():
     assert "(12)" in lines[0]
 
 
+@pytest.mark.covers("C9", "D21")
 def test_balancing_heads_never_forms_their_products():
     """QR and an SVD of d×d per head: nothing of width×width (D21)."""
     module = nn.MultiheadAttention(256, 64)

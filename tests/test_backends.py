@@ -55,6 +55,7 @@ def with_gradients(make, dtype, count=3):
     return products
 
 
+@pytest.mark.covers("C11")
 @pytest.mark.parametrize(("make", "backend"), RUN)
 @DTYPES
 def test_every_backend_adds_the_exact_gradient(make, backend, dtype):
@@ -67,6 +68,7 @@ def test_every_backend_adds_the_exact_gradient(make, backend, dtype):
             assert close(param.grad - 1, 0.5 * gradient, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.covers("C11")
 @pytest.mark.parametrize("backend", sorted(set(GENERAL) - {"reference"}))
 @pytest.mark.parametrize("shape", [(96, 5), (96, 11), (512, 16), (64, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -128,6 +130,7 @@ def test_a_shared_factor_gets_the_sum(backend):
         assert close(shared.grad, total, 1e-12)
 
 
+@pytest.mark.covers("D12")
 @NAMES
 def test_none_and_frozen_are_left_alone(backend):
     """No gradient, no decay; a frozen factor stays a constant in the product (D12)."""
@@ -142,6 +145,7 @@ def test_none_and_frozen_are_left_alone(backend):
     assert close(products[1].params[0].grad - 1, expected[1][0], 1e-10)
 
 
+@pytest.mark.covers("D20")
 @NAMES
 def test_swapped_and_moved_parameters_are_followed(backend):
     """A Parameter swapped in its module, or given new storage, is read anew (D20)."""
@@ -171,6 +175,7 @@ def test_autocast_does_not_reach_the_grams():
     assert torch.equal(products[0].params[0].grad, plain)
 
 
+@pytest.mark.covers("D21")
 def test_small_products_share_calls_and_large_ones_do_not():
     """No loop over small products (D21); the choice follows size, and ``explain`` states it."""
     small = [bare((48, 5), (48, 5))(torch.float32) for _ in range(4)]
@@ -182,6 +187,7 @@ def test_small_products_share_calls_and_large_ones_do_not():
     assert "a copy costs more than a call" in text
 
 
+@pytest.mark.covers("C12", "P9")
 def test_add_equals_backward_of_the_penalty():
     """``add_penalty_grad_`` is ``penalty(...).backward()`` without the graph."""
     product = PRODUCTS["scaled"](torch.float64)
@@ -207,6 +213,7 @@ def test_what_cannot_run_says_why():
         Accumulator(product)
 
 
+@pytest.mark.covers("D29")
 def test_sparse_gradients_are_refused():
     """The penalty's gradient is dense; a sparse ``.grad`` cannot hold it (D29)."""
     product = PRODUCTS["pair"](torch.float32)

@@ -229,6 +229,7 @@ def test_a_named_weight_that_cannot_be_factorized_is_an_error(case):
         make(), ValueError, f"bad.weight cannot be factorized.*{reason}")  # fmt: skip
 
 
+@pytest.mark.covers("D29")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_weight_that_cannot_be_factorized_is_listed_by_default(case):
     """The rest of the model is factorized; the plan says why this one is not."""
@@ -240,6 +241,7 @@ def test_a_weight_that_cannot_be_factorized_is_listed_by_default(case):
     assert reason in str(plan)
 
 
+@pytest.mark.covers("D16", "P6", "P18")
 @pytest.mark.parametrize("case", FATAL)
 @pytest.mark.parametrize("include", [None, "bad", "*"])
 def test_weights_without_numbers_are_an_error(case, include):
@@ -250,6 +252,7 @@ def test_weights_without_numbers_are_an_error(case, include):
     )
 
 
+@pytest.mark.covers("D8")
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_wrong_arguments(case):
     """Each is refused at once, says what was expected, and leaves the model alone."""
@@ -282,6 +285,7 @@ def test_a_stack_of_matrices_needs_a_pattern():
         Net(_experts()), ValueError, "bad.up.*3 dimensions.*pattern")  # fmt: skip
 
 
+@pytest.mark.covers("C16")
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.MultiheadAttention])
 def test_an_error_half_way_leaves_everything_as_it_was(kind):
     """The first weights are already factors when the last one fails."""
@@ -330,6 +334,7 @@ def test_interrupts_are_rolled_back_too():
     )
 
 
+@pytest.mark.covers("P24")
 def test_data_parallel_wrappers_are_refused(tmp_path):
     """They would go on reducing the gradients of parameters that are gone."""
     torch.distributed.init_process_group(
@@ -348,6 +353,7 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.covers("P26")
 def test_sharded_weights_are_refused(tmp_path):
     """Sharded weights are refused by name where whole ones are needed, half sharded ones by all."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -374,6 +380,7 @@ def test_sharded_weights_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.covers("P18")
 @pytest.mark.parametrize("act", [merge, unroll])
 def test_factors_on_the_meta_device_are_refused_on_the_way_back(act):
     """There is nothing to multiply."""

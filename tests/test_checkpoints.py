@@ -74,6 +74,7 @@ def _same(one, other):
 # --- dense into factorized ----------------------------------------------------------------------
 
 
+@pytest.mark.covers("C24", "P13")
 @pytest.mark.parametrize("prefix", ["", "outer.inner."])
 def test_a_dense_state_dict_loads_into_a_factorized_model(prefix):
     """Strictly, at any nesting: the model is the one that is factorized from those weights."""
@@ -195,6 +196,7 @@ def test_wrong_dense_state_dicts_change_nothing(case):
     assert _same(model, before)
 
 
+@pytest.mark.covers("P13")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("case", ["NaN", "zero", "shape", "integers"])
 def test_torchs_own_loading_names_weights_without_factors(case, strict):
@@ -204,6 +206,7 @@ def test_torchs_own_loading_names_weights_without_factors(case, strict):
         _factorized().load_state_dict(make(), strict=strict)
 
 
+@pytest.mark.covers("P18")
 def test_dense_weights_for_factors_without_numbers_are_refused():
     """On the meta device there is nothing to copy to, and torch only warns."""
     model = _factorized().to("meta")
@@ -227,6 +230,7 @@ def test_a_factorized_state_dict_loads_into_the_same_structure(tmp_path):
     assert _same(one, other)
 
 
+@pytest.mark.covers("D24")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -262,6 +266,7 @@ def test_factors_into_a_dense_model():
         load_dense_(Net(), Net().state_dict())
 
 
+@pytest.mark.covers("P13")
 def test_merge_makes_a_checkpoint_that_the_original_class_loads(tmp_path):
     """Keys, order, shapes; no trace of what the factorized class could do."""
     model = _factorized()
@@ -306,6 +311,7 @@ def _reset(model):
                 getattr(module, name)()
 
 
+@pytest.mark.covers("C7", "P17")
 @pytest.mark.parametrize("rank", [1, 2.0])
 @pytest.mark.parametrize("case", RESETS)
 def test_reset_parameters_draws_the_dense_weights_and_factorizes_them(case, rank):
@@ -409,6 +415,7 @@ def _built(kinds, dtype, **_):
     return nn.Sequential(nn.Linear(6, 5), *(KINDS[kind]() for kind in kinds)).to(dtype)
 
 
+@pytest.mark.covers("C24", "P28")
 @needs_safetensors
 @given(STRUCTURES)
 def test_round_trip(tmp_path_factory, structure):
@@ -432,6 +439,7 @@ def test_round_trip(tmp_path_factory, structure):
         assert _same(merge(fresh), merge(copy.deepcopy(model)))
 
 
+@pytest.mark.covers("C24", "D24")
 @needs_safetensors
 @pytest.mark.parametrize("kind", [Tucker, TensorTrain, CP])
 def test_every_kind_makes_the_round_trip(tmp_path, kind):
@@ -491,6 +499,7 @@ def test_the_file_is_an_ordinary_one(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o044  # as others' files are
 
 
+@pytest.mark.covers("P19")
 @needs_safetensors
 @pytest.mark.parametrize("meta", [False, True])
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path, meta):
@@ -636,6 +645,7 @@ WRONG_FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.covers("C24")
 @needs_safetensors
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_wrong_files_change_nothing(tmp_path, case):

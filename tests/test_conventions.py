@@ -175,6 +175,7 @@ def test_a_plain_checkpoint_of_another_layout_is_refused():
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.covers("P25")
 def test_flat_parameters_are_recognized():
     """ZeRO and FSDP1 hand the optimizer one flat tensor, in which there are no factors."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
@@ -184,6 +185,7 @@ def test_flat_parameters_are_recognized():
         FrobeniusDecay(torch.optim.AdamW([flat]), model)
 
 
+@pytest.mark.covers("P45")
 @pytest.mark.parametrize("missing", [0, 1])
 def test_an_optimizer_for_each_parameter_is_refused(missing):
     """Stepping in the backward pass, one factor at a time, knows only half of a product."""
@@ -193,6 +195,7 @@ def test_an_optimizer_for_each_parameter_is_refused(missing):
         FrobeniusDecay(torch.optim.SGD([product.params[1 - missing]], weight_decay=0.1), product)
 
 
+@pytest.mark.covers("P32")
 def test_a_schedule_goes_on_after_loading():
     """The groups that a load replaces are the ones that a scheduler then changes (no alias)."""
     net = Net()

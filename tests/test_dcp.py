@@ -141,6 +141,7 @@ def trajectories(request, tmp_path_factory):
     return request.param, straight[0], resumed
 
 
+@pytest.mark.covers("P39")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("world", [4, 2, 1])

@@ -44,6 +44,7 @@ ARMS = {
 }
 
 
+@pytest.mark.covers("C20")
 @pytest.mark.parametrize("arm", ARMS)
 def test_arms_of_plain_decay_are_one_line(net, arm):
     """The factors' group is the last one: its weight decay is all there is to change."""
@@ -55,6 +56,7 @@ def test_arms_of_plain_decay_are_one_line(net, arm):
         torch.testing.assert_close(new, (1 - rate) * old, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.covers("C20")
 def test_the_arm_of_the_product_takes_the_same_groups(net):
     """Around the same groups, the same λ decays the product: U ← U − λ U (VᵀV), likewise V."""
     model, _ = net
@@ -68,6 +70,7 @@ def test_the_arm_of_the_product_takes_the_same_groups(net):
     torch.testing.assert_close(new, (1 - LAMBDA) * old, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.covers("C13")
 def test_a_summed_loss_takes_the_count_times_the_coefficient(net):
     """Gradients of a sum, with N·λ, divided by N: those of the mean with λ, for clipping to see."""
     model, _ = net

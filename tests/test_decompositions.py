@@ -57,6 +57,7 @@ def tails(tensor, ranks):
     return [value / float(tensor.square().sum()) for value in left]
 
 
+@pytest.mark.covers("C19")
 @given(sizes, st.integers(0, 100))
 def test_full_ranks_are_exact(dims, seed):
     """At the largest ranks that fit, Tucker and train are the tensor itself."""
@@ -65,6 +66,7 @@ def test_full_ranks_are_exact(dims, seed):
     assert error(tensor, train(tensor, train_ranks(10**6, dims))) < 1e-11
 
 
+@pytest.mark.covers("C19")
 @given(sizes, st.floats(0.1, 0.9), st.integers(0, 100))
 def test_tucker_errors_are_between_their_bounds(dims, share, seed):
     """Largest tail ≤ HOOI ≤ HOSVD ≤ sum of tails: of the squared errors."""
@@ -76,6 +78,7 @@ def test_tucker_errors_are_between_their_bounds(dims, share, seed):
     assert first <= sum(left) + 1e-12
 
 
+@pytest.mark.covers("C19")
 @given(sizes, st.floats(0.1, 0.9), st.integers(0, 100))
 def test_train_errors_are_between_their_bounds(dims, share, seed):
     """At least the largest bond's tail, at most the sum of all."""
@@ -128,6 +131,7 @@ def test_tucker_factors_are_orthonormal():
         assert torch.allclose(core.norm(), product.materialize().norm())
 
 
+@pytest.mark.covers("C19")
 def test_cp_finds_the_terms_of_a_cp_tensor():
     """A tensor of r terms comes back, to the tolerance's order."""
     terms = [normal((n, 3), n) for n in (7, 6, 5)]
@@ -162,6 +166,7 @@ def rank_one():
     return torch.einsum("i,j,k->ijk", torch.randn(6), torch.randn(5), torch.randn(4))
 
 
+@pytest.mark.covers("C8", "D3")
 @pytest.mark.parametrize("kind", ["tt", "cp"])
 def test_no_column_is_dead(kind):
     """Above the tensor's own rank no factor's column gets zero gradients (D3)."""
@@ -260,6 +265,7 @@ def test_one_rank_is_cut_down_to_what_fits(dims, rank):
         assert all(r >= 1 for r in found)
 
 
+@pytest.mark.covers("C19")
 @pytest.mark.parametrize(
     ("rule", "rank", "dims", "expected"),
     [

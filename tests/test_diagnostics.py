@@ -55,6 +55,7 @@ def conditioned(decades, m=60, n=40, r=10):
     return U * root @ A, V * root @ torch.linalg.inv(A).mT
 
 
+@pytest.mark.covers("C22")
 @pytest.mark.parametrize("case", CHAINS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_spectrum_is_that_of_the_dense_product(case, dtype):
@@ -67,6 +68,7 @@ def test_spectrum_is_that_of_the_dense_product(case, dtype):
     assert float(want[..., kept:].abs().sum()) < 1e-10
 
 
+@pytest.mark.covers("C22")
 @pytest.mark.parametrize("case", CHAINS)
 def test_numbers_follow_from_the_dense_spectrum(case):
     """Norm, nuclear norm and stable rank read a batch as one block-diagonal matrix."""
@@ -98,6 +100,7 @@ def test_rank_deficient_factors_lower_the_rank():
     assert measure(Product.of(U, V)).products[0].rank == 3
 
 
+@pytest.mark.covers("C22", "C26")
 @given(m=st.integers(1, 12), n=st.integers(1, 12), r=st.integers(1, 12), seed=st.integers(0, 2**16))
 def test_bound_holds_and_is_tight_where_balanced(m, n, r, seed):
     """(‖U‖² + ‖V‖²)/2 ≥ ‖W‖_*, equal for balanced factors, whose imbalance is 0 (paper T1)."""
@@ -125,6 +128,7 @@ def test_gauge_changes_balance_only(scale, seed):
         assert other[quantity] == near(one[quantity], rel=1e-7)
 
 
+@pytest.mark.covers("C22")
 def test_imbalance_looks_at_every_bond_of_a_chain():
     """U M Vᵀ is compared at UᵀU = MMᵀ and MᵀM = VᵀV; the worse one counts."""
     U, M, V = chain((), 9, 7, (3, 4))
@@ -169,6 +173,7 @@ def test_factors_and_graph_are_left_alone():
     assert U.grad is None
 
 
+@pytest.mark.covers("P5")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_run_that_diverged_measures_as_nan(value):
     """NaN or infinity in a factor gives NaN numbers instead of LAPACK's error."""
@@ -289,6 +294,7 @@ def test_recorder_measures_where_due(two):
     assert kinds == [Measurement, type(None)] * 2 + [Measurement]
 
 
+@pytest.mark.covers("C22")
 def test_resumed_history_is_the_uninterrupted_one(two, tmp_path):
     """state_dict through a weights_only checkpoint, mid-way between two recorded steps."""
     whole = Recorder(two, every=2)

@@ -23,6 +23,7 @@ def of(world, what):
     return [report[what] for report in reports(world)]
 
 
+@pytest.mark.covers("C14", "D26", "P26")
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_layout_is_exact(world):
     """Gradients and norms of products sharded in every way are those of the whole ones."""
@@ -41,6 +42,7 @@ def test_every_layout_sends_what_it_has_to(world):
             assert counts == (ONE if expected else {}), name
 
 
+@pytest.mark.covers("C14")
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_training_is_that_of_one_process(world):
     """20 steps with ``fully_shard`` give the parameters and losses of one process."""
@@ -66,6 +68,7 @@ def test_measurements_are_those_of_whole_factors():
         assert measured < 1e-9
 
 
+@pytest.mark.covers("C14")
 def test_a_step_communicates_once():
     """One all-reduce for all products of the mesh, and no other collective."""
     for report in of(2, "collectives"):
@@ -77,6 +80,7 @@ def test_decay_is_that_of_the_float32_factors():
     assert all(error < 1e-5 for error in of(2, "precision"))
 
 
+@pytest.mark.covers("D26")
 def test_copies_are_rounded_alike():
     """Half-precision copies of a part stay bit for bit equal, and the decay acts as it should."""
     found = of(4, "rounding")
@@ -86,6 +90,7 @@ def test_copies_are_rounded_alike():
     assert all(states == found[0][2] for *_, states in found)
 
 
+@pytest.mark.covers("C14", "D26")
 @pytest.mark.parametrize("name", workers.DATA_PARALLEL)
 def test_data_parallel_training_is_that_of_one_process(name):
     """All processes keep the same factors bit for bit, those of one process with all the data."""
@@ -105,6 +110,7 @@ def test_nan_of_one_process_is_seen_by_all():
         assert report == [True] + [False] * (len(report) - 1)
 
 
+@pytest.mark.covers("P43")
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_order_of_products_and_meshes_does_not_matter(world):
     """Processes that list their products differently exchange the right ones, mesh by mesh."""
@@ -133,6 +139,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.covers("C14", "D26")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     """On all processes alike, naming the product."""
@@ -140,6 +147,7 @@ def test_refused(name):
         assert re.match(f"(?s){REFUSED[name]}", report[name]), report[name]
 
 
+@pytest.mark.covers("P18")
 @pytest.mark.parametrize("world", [2, 4])
 def test_layer_by_layer_from_the_meta_device(world):
     """A model that no process ever holds is initialized and trained as a whole one."""
@@ -148,6 +156,7 @@ def test_layer_by_layer_from_the_meta_device(world):
         assert after < 1e-9
 
 
+@pytest.mark.covers("C24")
 def test_a_killed_process_and_a_restart_from_the_checkpoint(tmp_path):
     """It dies within a step; restarted from the last checkpoint, all end where they would have."""
     with pytest.raises(AssertionError, match=r"exit codes .*-9"):

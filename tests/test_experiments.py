@@ -63,6 +63,7 @@ def finish(trial):
     return trial.result()
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(("name", "key"), ARMS)
 def test_an_interrupted_trial_ends_in_the_same_result(name, key, tmp_path, protocol):
     """Stopped after three of four epochs, its state written and read again, bit for bit."""
@@ -206,6 +207,7 @@ def test_pruning_keeps_as_many_parameters_as_the_ratio(tmp_path, protocol):
     assert pruned.result()["ratio"] == pytest.approx(kept, abs=2e-3)
 
 
+@pytest.mark.covers("C21")
 def test_normalized_trials_have_the_norms_of_the_others(tmp_path, protocol):
     """At every step, though nothing decays."""
     arms = VISION["why"].arms
@@ -225,6 +227,7 @@ def test_milestones_and_warmup_set_the_rate(tmp_path, protocol):
     assert rates == pytest.approx([0.01] + [0.1] * 3 + [0.01] * 2 + [0.001] * 2)
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("preset", ["paper", "cpu", "gpu"])
 def test_every_preset_makes_its_jobs(name, preset):
@@ -364,6 +367,7 @@ def test_peak_memory_is_that_of_the_trial(tmp_path):
     assert json.loads((tmp_path / "small.json").read_text())["peak_mib"] < 900
 
 
+@pytest.mark.covers("C25")
 def test_summaries_are_paired_by_seed():
     """Mean, standard error, and the difference to the baseline's run of the same seed."""
     records = [

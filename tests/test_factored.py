@@ -52,6 +52,7 @@ def test_any_other_function_gets_the_dense_tensor(name):
     assert_equal_dense(DENSE_CALLS[name], W, allowed=True)
 
 
+@pytest.mark.covers("P11")
 def test_the_dense_tensor_is_formed_once(monkeypatch):
     """Any number of dense uses of one access form the product once."""
     W = weight("o i -> o i", (6, 5))
@@ -64,6 +65,7 @@ def test_the_dense_tensor_is_formed_once(monkeypatch):
     assert len(count) == 1
 
 
+@pytest.mark.covers("P11")
 @pytest.mark.parametrize("write", ["factor", "dense", "grad mode"])
 def test_a_kept_dense_tensor_is_never_stale(write):
     """Writing to a factor, to the result, or changing the grad mode forms it again."""
@@ -137,6 +139,7 @@ WRITES = {
 }
 
 
+@pytest.mark.covers("P17")
 @pytest.mark.parametrize("name", WRITES)
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_write_raises(name, grad):
@@ -245,6 +248,7 @@ def test_an_operator_below_autograd_raises():
 # --------------------------------------------------------------------------- the choice
 
 
+@pytest.mark.covers("C2", "P10")
 @pytest.mark.parametrize(
     ("rows", "rank", "wins"),
     [(1, 8, True), (10**6, 8, True), (10**6, 31, True), (10**6, 33, False), (1, 33, True),
@@ -257,6 +261,7 @@ def test_the_cheaper_way_is_chosen(rows, rank, wins):
     assert factors_cheaper(lambda: rows, lambda: cost) is wins
 
 
+@pytest.mark.covers("C2", "D23")
 def test_the_choice_is_followed(monkeypatch):
     """A high rank materializes for many rows and not for one."""
     W = weight("o i -> o i", (8, 8), rank=8)
@@ -277,6 +282,7 @@ def test_more_function_calls_count_against_the_factors():
 # --------------------------------------------------------------------------- copies and averages
 
 
+@pytest.mark.covers("P15")
 def test_a_copied_model_has_its_own_factors():
     """A deep copy is an equal model that shares nothing, also after a forward."""
     model, x = network(), torch.randn(2, 3, 6, 6)
@@ -319,6 +325,7 @@ def test_loading_weights_only_names_what_it_needs():
         torch.load(stream, weights_only=True)
 
 
+@pytest.mark.covers("P15")
 @pytest.mark.parametrize("average", [None, torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)])
 def test_averaged_models_average_the_factors(average):
     """AveragedModel, plain and EMA, runs and follows."""
@@ -328,6 +335,7 @@ def test_averaged_models_average_the_factors(average):
     torch.testing.assert_close(averaged(x), model(x))
 
 
+@pytest.mark.covers("P24")
 def test_distributed_data_parallel_takes_the_factors(tmp_path):
     """DDP registers the factors and gives their gradients."""
     if not torch.distributed.is_available():
@@ -377,6 +385,7 @@ def test_the_gradient_of_the_weight_is_none():
     assert all(f.grad is not None for f in W.factors)
 
 
+@pytest.mark.covers("P21")
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_factor_stays_a_constant(frozen):
     """The other factor gets its gradient; the weight still requires one."""

@@ -39,6 +39,7 @@ def _input(function, W, *batch):
     return leaf(*batch, n)
 
 
+@pytest.mark.covers("C1")
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 1, 3)])
 @pytest.mark.parametrize(("pattern", "shape", "axes"), MATRIX_PATTERNS)
@@ -105,6 +106,7 @@ def test_batched_matmul_equals_dense(pattern):
     assert_equal_dense(lambda W, x: x @ W.transpose(1, 2), W, leaf(4, 1, 3, 5))
 
 
+@pytest.mark.covers("C5")
 @pytest.mark.parametrize("padding_idx", [None, 0, 2, -1])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("pattern", ["n d -> n d", "n d -> d n"])
@@ -115,6 +117,7 @@ def test_embedding_equals_dense(pattern, depth, padding_idx):
     assert_equal_dense(lambda W: F.embedding(ids, W, padding_idx), W)
 
 
+@pytest.mark.covers("C5")
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("pattern", ["n d -> n d", "n d -> d n"])
 def test_embedding_bag_equals_dense(pattern, mode):
@@ -196,6 +199,7 @@ def _check_convolution(functions, transposed, case, unbatched):
     assert_equal_dense(lambda W, x, b: functions[dims](x, W, b, **options), W, x, leaf(channels[1]))
 
 
+@pytest.mark.covers("C2")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @given(convolutions(transposed=False), st.booleans())
 def test_convolution_equals_dense(case, unbatched):
@@ -203,6 +207,7 @@ def test_convolution_equals_dense(case, unbatched):
     _check_convolution(CONVS, False, case, unbatched)
 
 
+@pytest.mark.covers("C3")
 @given(convolutions(transposed=True), st.booleans())
 def test_transposed_convolution_equals_dense(case, unbatched):
     """So do two thin transposed convolutions."""
@@ -219,6 +224,7 @@ def test_pattern_without_a_form_is_materialized(pattern):
     assert_equal_dense(lambda W, x: F.conv2d(x, W), W, leaf(2, 3, 5, 5), allowed=True)
 
 
+@pytest.mark.covers("C3")
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [1, "same"])
 def test_padding_modes_equal_dense(mode, padding, monkeypatch):
@@ -232,6 +238,7 @@ def test_padding_modes_equal_dense(mode, padding, monkeypatch):
         torch.testing.assert_close(conv(x), twin(x))
 
 
+@pytest.mark.covers("D18")
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 3, 1), (4, 6, 1, 3), (6, 6, 1, 1)])
 @pytest.mark.parametrize("choice", [True, False])

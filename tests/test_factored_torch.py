@@ -31,6 +31,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.covers("P23")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_without_graph_breaks(backend, compiler):
@@ -71,6 +72,7 @@ def test_functions_of_the_weight_compile(use, compiler):
     )
 
 
+@pytest.mark.covers("P23")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_export_is_two_products(strict, dynamic):
@@ -134,6 +136,7 @@ def test_a_weight_may_cross_a_graph_break(compiler):
     assert_same(gradients_of(layer, compiled(x)), gradients_of(layer, broken(x)))
 
 
+@pytest.mark.covers("P17")
 def test_a_write_in_a_compiled_function_raises(compiler):
     """Writes are refused while a graph is traced, too."""
     layer = factored(nn.Linear(5, 6))
@@ -142,6 +145,7 @@ def test_a_write_in_a_compiled_function_raises(compiler):
         compiled()
 
 
+@pytest.mark.covers("P23")
 @pytest.mark.parametrize("inside", [True, False])
 def test_cached_around_and_inside_a_compiled_function(inside, compiler):
     """parametrize.cached() and torch.compile give the gradients of plain calls."""
@@ -166,6 +170,7 @@ def test_two_compiled_calls_share_a_cached_weight(compiler):
     assert_same(ours, gradients_of(layer, 2 * layer(x)))
 
 
+@pytest.mark.covers("D23", "P11")
 def test_cached_forms_the_product_once():
     """One instance, one dense tensor within cached()."""
     layer = factored(nn.Linear(5, 6))
@@ -175,6 +180,7 @@ def test_cached_forms_the_product_once():
     assert layer.weight is not layer.weight
 
 
+@pytest.mark.covers("D22")
 def test_cached_sees_a_step_of_the_optimizer():
     """A factor changed in place within cached() is not answered with the dense tensor of before."""
     layer = factored(nn.Linear(5, 6))
@@ -237,6 +243,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, choice):
         assert_same(ours, gradients_of(model, model(x))[1:])
 
 
+@pytest.mark.covers("P23")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_follows_the_factors():
     """A traced model is not frozen to the dense weight of the trace."""
@@ -264,6 +271,7 @@ def attention(pattern, **axes):
     return ours, theirs
 
 
+@pytest.mark.covers("P11", "P12")
 @pytest.mark.parametrize(("pattern", "axes"), [("o i -> o i", {}), ("(b o) i -> b o i", {"b": 3})])
 @pytest.mark.parametrize("inputs", ["self", "memory", "three"])
 @pytest.mark.parametrize("train", [True, False])
@@ -301,6 +309,7 @@ def test_attention_compiles(compiler):
     torch.testing.assert_close(compiled(q, q, q)[0], theirs(q, q, q)[0])
 
 
+@pytest.mark.covers("P12")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_transformer_layer_equals_dense(train, grad):

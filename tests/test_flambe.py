@@ -81,6 +81,7 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float =
         assert torch.allclose(ours[name], theirs[name], rtol=tolerance, atol=tolerance), name
 
 
+@pytest.mark.covers("C23")
 @options
 @pytest.mark.parametrize("factored", [True, False], ids=["products", "plain LAMB"])
 def test_it_is_the_equation(options, factored):
@@ -91,6 +92,7 @@ def test_it_is_the_equation(options, factored):
     close(found, run(theirs, Reference(theirs, products, **options)))
 
 
+@pytest.mark.covers("C23")
 def test_the_decay_is_inside_of_the_trust_ratio():
     """With zero gradients a factor's step has the size lr·‖w‖, along ∇½‖W‖², whatever λ is."""
     moved = []
@@ -390,6 +392,7 @@ def fit(model: nn.Module, optimizer, inputs: Tensor, labels: Tensor, steps: int)
     return losses
 
 
+@pytest.mark.covers("C23", "P5")
 @makers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transformer_learns(make, dtype):
@@ -399,6 +402,7 @@ def test_a_transformer_learns(make, dtype):
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.covers("C23")
 @makers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bitwise(make, dtype, tmp_path):
@@ -418,6 +422,7 @@ def test_resume_is_bitwise(make, dtype, tmp_path):
     assert_identical(resumed.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.covers("P4")
 def test_half_precision_moves_in_expectation():
     """Steps below bf16's resolution act: the mean over many entries is the exact one."""
     weight = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))

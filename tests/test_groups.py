@@ -46,6 +46,7 @@ def names(groups: list) -> list:
     return [(group["weight_decay"], *group["param_names"]) for group in groups]
 
 
+@pytest.mark.covers("C15")
 def test_dense_weights_the_rest_and_factors(net):
     """Norms of any dimension, biases and vectors do not decay; factors are apart."""
     assert names(split_param_groups(net, 0.1)) == [
@@ -55,6 +56,7 @@ def test_dense_weights_the_rest_and_factors(net):
     ]
 
 
+@pytest.mark.covers("C15")
 def test_every_trainable_parameter_is_in_one_group(net):
     """Shared ones once, frozen ones never; the parameters are the model's own."""
     held = [id(p) for group in split_param_groups(net, 0.1) for p in group["params"]]
@@ -71,6 +73,7 @@ def test_again_is_the_same(net):
         assert [*map(id, one["params"])] == [*map(id, other["params"])]
 
 
+@pytest.mark.covers("C15", "D6")
 def test_factors_are_told_by_identity(net):
     """Parameters that only look like factors by name, and products of other modules."""
     net.body[0].register_parameter("original0", nn.Parameter(torch.randn(4, 4)))
@@ -128,6 +131,7 @@ def test_a_modules_own_list_is_honoured(net, inside):
     assert {"token", U, V} < {name.removeprefix("0.") for name in spared}
 
 
+@pytest.mark.covers("D8")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -175,6 +179,7 @@ def test_the_groups_train_like_one(net):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.covers("P43")
 def test_meshes_are_kept_apart():
     """Parameters on a device mesh and plain ones cannot be updated by one fused call."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

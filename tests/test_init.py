@@ -44,6 +44,7 @@ def best_error(W, r):
     return torch.linalg.svdvals(W.double())[..., r:].square().sum().sqrt()
 
 
+@pytest.mark.covers("C7")
 @given(weights(), st.integers(1, 20))
 def test_error_is_the_smallest_possible(W, r):
     """‖W − UVᵀ‖_F equals the tail of the singular values; exact from full rank on."""
@@ -59,6 +60,7 @@ def test_factors_are_balanced(W, r):
     assert (U.mT @ U - V.mT @ V).norm() <= 1e-10 * W.norm()
 
 
+@pytest.mark.covers("C8", "D3")
 @given(weights(), st.integers(1, 20))
 def test_no_column_is_zero(W, r):
     """No dead directions where r exceeds the number of singular values (D3)."""
@@ -67,6 +69,7 @@ def test_no_column_is_zero(W, r):
         assert (factor.norm(dim=-2) > 0).all()
 
 
+@pytest.mark.covers("C26")
 @given(weights(), st.integers(1, 20))
 def test_half_the_sum_of_squares_is_the_nuclear_norm(W, r):
     """(‖U‖² + ‖V‖²)/2 = ‖UVᵀ‖_*: the bound is tight for balanced factors (T1)."""
@@ -75,6 +78,7 @@ def test_half_the_sum_of_squares_is_the_nuclear_norm(W, r):
     assert abs(0.5 * (U.square().sum() + V.square().sum()) - nuclear) <= 1e-8 * nuclear
 
 
+@pytest.mark.covers("C7", "D14", "D15")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (3, 9, 5), (2, 2, 5, 9), (1, 7), (7, 1), (1, 1)])
 def test_every_dtype_and_shape(dtype, shape):
@@ -105,6 +109,7 @@ def refused(*_):
     raise AssertionError("another route was taken")
 
 
+@pytest.mark.covers("D15")
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 90, 60)], ids=str)
 def test_the_float32_route_is_as_exact_as_float64(monkeypatch, shape):
     """On a flat spectrum at low rank it is taken: optimal, balanced, equal to the reference."""
@@ -132,6 +137,7 @@ def test_the_float32_route_refuses_what_it_cannot_resolve(monkeypatch, r):
     assert seen
 
 
+@pytest.mark.covers("D16")
 def test_signs_are_fixed():
     """The same weight gives the same factors: V's columns have a positive largest entry (D16)."""
     W = torch.randn(8, 6)
@@ -184,6 +190,7 @@ def test_extreme_magnitudes_neither_overflow_nor_underflow(scale):
     assert torch.allclose(U @ V.T, W, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.covers("C26", "P5")
 def test_si_never_lengthens():
     """‖W_r x‖ ≤ ‖W x‖ for every x: SI = P_r P_rᵀ W is a projection (T2)."""
     W = torch.randn(20, 30, dtype=torch.float64)
@@ -231,6 +238,7 @@ def test_lower_matmul_precision_does_not_reach_the_factors(precision):
     assert (W.double() - U @ V.T).norm() <= best_error(W, 15) * (1 + 1e-5)
 
 
+@pytest.mark.covers("D15")
 @pytest.mark.parametrize("name", ["falling", "steep", "deficient"])
 def test_randomized_is_near_the_best_where_singular_values_fall(name):
     """Within a percent of the best error, balanced, and the same every time."""
@@ -244,12 +252,14 @@ def test_randomized_is_near_the_best_where_singular_values_fall(name):
     assert (U.T @ U - V.T @ V).norm() <= 1e-5 * (U.T @ U).norm()
 
 
+@pytest.mark.covers("C10", "D7")
 def test_kaiming_is_the_papers_non_spectral_baseline():
     """Entries of the product have variance 4/n, from the weight's own n (D7)."""
     U, V = kaiming_init(torch.ones(600, 500), 100)
     assert (U @ V.T).var().item() == pytest.approx(4 / 500, rel=0.1)
 
 
+@pytest.mark.covers("C10", "D7")
 def test_matched_keeps_the_weights_mean_square():
     """Entries of the product have the dense weight's mean square."""
     W = torch.randn(600, 500) * 0.03
@@ -257,6 +267,7 @@ def test_matched_keeps_the_weights_mean_square():
     assert (U @ V.T).var().item() == pytest.approx(0.03**2, rel=0.1)
 
 
+@pytest.mark.covers("C10", "D9")
 @pytest.mark.parametrize("name", INITS)
 def test_every_init_gives_the_same_shapes(name):
     """Entries of the table can stand for each other, and are found by name (D9)."""
@@ -292,6 +303,7 @@ def test_wrong_weights_and_ranks_are_refused(weight, rank, error, message):
         spectral_init(weight, rank)
 
 
+@pytest.mark.covers("D9")
 def test_wrong_init_and_depth_are_refused():
     """An unknown init lists the known ones; depth counts inner factors."""
     with pytest.raises(ValueError, match="'kaiming', 'matched', 'randomized', 'spectral'"):
@@ -313,6 +325,7 @@ BALANCEABLE = ["pair", "scaled", "rank one", "full rank", "wide", "one row", "de
 BALANCEABLE += ["batched deep", "grouped queries", "packed heads"]
 
 
+@pytest.mark.covers("C9")
 @pytest.mark.parametrize("kind", BALANCEABLE)
 def test_balancing_keeps_the_product_and_balances(kind):
     """The product stays, the ends' Grams become equal, inner factors the identity."""
@@ -328,6 +341,7 @@ def test_balancing_keeps_the_product_and_balances(kind):
     assert torch.allclose(ends[0].mT @ ends[0], ends[1].mT @ ends[1], atol=1e-9)
 
 
+@pytest.mark.covers("C9")
 def test_balancing_equals_spectral_initialization_of_the_product():
     """At the product's own rank, balancing gives what SI of the dense product gives."""
     product = bare((9, 3), (7, 3))(torch.float64)
@@ -337,6 +351,7 @@ def test_balancing_equals_spectral_initialization_of_the_product():
         assert torch.allclose(found, wanted, atol=1e-10)
 
 
+@pytest.mark.covers("C9", "D21")
 def test_balancing_never_forms_the_dense_product():
     """The largest tensor inside is a factor's size: no SVD of an m×n matrix (D21)."""
     product = bare((3000, 2), (2000, 2))(torch.float32)

@@ -27,6 +27,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(("name", "classes"), COUNTS)
 def test_parameters_are_those_of_the_paper(name, classes):
     """Counted on the meta device."""
@@ -43,6 +44,7 @@ def test_images_become_scores(name):
     assert model(images).shape == (2, 7)
 
 
+@pytest.mark.covers("D28")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_stays_dense_is_named_rightly(name):
     """The first convolution and the classifier, and nothing else."""
@@ -96,6 +98,7 @@ def low_rank(name, classes, scale, **options):
     )
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(("name", "classes", "scale", "ratio"), RATIOS)
 def test_ratios_are_those_of_the_paper(name, classes, scale, ratio):
     """All of the digits that are known."""
@@ -130,6 +133,7 @@ TENSORS = [
 ]
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(("kind", "scale", "parameters"), TENSORS)
 def test_tensor_networks_have_the_parameters_of_the_paper(kind, scale, parameters):
     """Of WRN-28-10; there a Tucker core is a redundant tensor train, here it is itself."""

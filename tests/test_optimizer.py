@@ -59,6 +59,7 @@ def different(kwargs):
     return {} if isinstance(lr, torch.Tensor) else {"lr": lr / 2}
 
 
+@pytest.mark.covers("C20", "P31")
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
 @pytest.mark.parametrize(("info", "sample"), ENTRIES, ids=NAMES)
 def test_without_decay_the_trajectory_is_the_base_bitwise(info, sample, closure):
@@ -106,6 +107,7 @@ COUPLED = {
 EACH = pytest.mark.parametrize("make", COUPLED.values(), ids=COUPLED)
 
 
+@pytest.mark.covers("C12", "D1", "P37")
 @EACH
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
 def test_coupled_decay_is_the_base_on_loss_plus_penalty(make, closure):
@@ -120,6 +122,7 @@ def test_coupled_decay_is_the_base_on_loss_plus_penalty(make, closure):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)  # LBFGS amplifies rounding
 
 
+@pytest.mark.covers("D1")
 @pytest.mark.parametrize("make", [COUPLED["SGD-nesterov"], COUPLED["Adam"]], ids=["SGD", "Adam"])
 def test_coupled_decay_acts(make):
     """The decay changes the trajectory at all (D1)."""
@@ -158,6 +161,7 @@ DECOUPLED = {
 }
 
 
+@pytest.mark.covers("C12", "D30")
 @pytest.mark.parametrize("make", DECOUPLED.values(), ids=DECOUPLED)
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
 def test_decoupled_decay_is_the_formula(make, closure):
@@ -177,6 +181,7 @@ def test_decoupled_decay_is_the_formula(make, closure):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.covers("C12", "D30")
 def test_mode_overrides_what_the_base_does():
     """mode="decoupled" keeps the decay of Adam out of its moments (D30)."""
     net, twin = Net(), Net()
@@ -190,6 +195,7 @@ def test_mode_overrides_what_the_base_does():
 # --- closures -----------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("P37")
 @pytest.mark.parametrize("make", [COUPLED["SGD"], COUPLED["LBFGS-wolfe"], DECOUPLED["AdamW"]])
 @pytest.mark.parametrize(
     "kind", [lambda loss: loss, lambda loss: loss.item()], ids=["tensor", "float"]
@@ -211,6 +217,7 @@ def test_the_caller_gets_his_own_loss(make, kind):
     assert result is returned[0]
 
 
+@pytest.mark.covers("P37")
 def test_a_closure_may_return_nothing():
     """Lightning's closures may return None."""
     net, twin = Net(), Net()
@@ -279,6 +286,7 @@ def test_a_factor_without_gradient_does_not_decay(set_to_none):
         torch.testing.assert_close(net.U.detach(), expected)
 
 
+@pytest.mark.covers("D12")
 @pytest.mark.parametrize("make", [COUPLED["SGD"], DECOUPLED["AdamW"]], ids=["coupled", "decoupled"])
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
 def test_a_frozen_factor_is_a_constant(make, closure):
@@ -334,6 +342,7 @@ def test_a_shared_factor_gets_the_sum(make, reverse):
     torch.testing.assert_close(net.U, twin.U)
 
 
+@pytest.mark.covers("D20")
 def test_a_factor_in_a_view_of_a_parameter_decays():
     """Products that look at parameters through patterns and indices reach the parameter (D20)."""
     owner = nn.Module()
@@ -352,6 +361,7 @@ def test_a_factor_in_a_view_of_a_parameter_decays():
 # --- order --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C13")
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_decay_acts_once_for_accumulated_gradients(pieces):
     """However many backward passes a step has, the decay is added once."""
@@ -364,6 +374,7 @@ def test_decay_acts_once_for_accumulated_gradients(pieces):
     torch.testing.assert_close(net.U, twin.U)
 
 
+@pytest.mark.covers("C13")
 @pytest.mark.parametrize("where", ["before", "hook"])
 def test_clipping_comes_before_the_decay(where):
     """Gradients clipped to nothing leave the decay whole; in a pre-hook of the wrapper as well."""
@@ -380,6 +391,7 @@ def test_clipping_comes_before_the_decay(where):
     torch.testing.assert_close(net.U.detach(), expected)
 
 
+@pytest.mark.covers("D22")
 def test_all_updates_use_the_factors_before_the_step():
     """V's decay does not see U's (D20, D22: nothing is written before everything is read)."""
     net = Net()
@@ -432,6 +444,7 @@ def test_there_are_methods_to_compare():
     assert {"step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"} <= {*METHODS}
 
 
+@pytest.mark.covers("P29")
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_have_torchs_signatures(name):
     """Whoever calls an Optimizer's methods by keyword can call ours."""
@@ -442,6 +455,7 @@ def test_methods_have_torchs_signatures(name):
     ]
 
 
+@pytest.mark.covers("P29", "P32")
 @pytest.mark.parametrize("name", ["param_groups", "state", "defaults"])
 def test_its_objects_are_the_bases(name):
     """Also after load_state_dict, which replaces them."""
@@ -462,6 +476,7 @@ def test_the_repr_says_what_it_does():
     assert all(part in text for part in ("auto (decoupled)", "products: 2", "AdamW", "frobenius"))
 
 
+@pytest.mark.covers("P42")
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_train_and_eval_are_there_if_the_base_has_them(name):
     """Schedule-free bases are switched through the wrapper; others have no such switch."""

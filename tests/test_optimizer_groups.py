@@ -29,6 +29,7 @@ def options(optimizer, *names):
 # --- taking over --------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C15", "D5", "P46")
 def test_weight_decay_of_factors_becomes_frobenius_decay():
     """The factors get a group of their own behind the others', with the same coefficient (D5)."""
     net = Net()
@@ -75,6 +76,7 @@ def test_a_number_overrides_weight_decay(decay):
     torch.testing.assert_close(net.before, twin.before)
 
 
+@pytest.mark.covers("D6", "D8")
 def test_groups_without_weight_decay_stay_whole():
     """Nothing is divided without need: LBFGS allows one group only."""
     net = Net()
@@ -124,6 +126,7 @@ def test_a_model_is_enough():
 # --- λ can be scheduled -------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C12", "P3")
 def test_every_group_decays_by_its_own_coefficient():
     """Two products, two λ."""
     net = Net()
@@ -141,6 +144,7 @@ def test_every_group_decays_by_its_own_coefficient():
     torch.testing.assert_close(net.P, expected[1])
 
 
+@pytest.mark.covers("P3")
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 def test_the_coefficient_can_be_changed_between_steps(kind):
     """What is in the group at the time of the step counts."""
@@ -185,6 +189,7 @@ def test_all_of_torchs_schedulers_are_in_the_table():
     assert ours == {name for name in lr_scheduler.__all__ if name != "LRScheduler"}
 
 
+@pytest.mark.covers("P29")
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("schedule", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_see_an_optimizer(schedule, lr):
@@ -204,6 +209,7 @@ def test_schedulers_see_an_optimizer(schedule, lr):
         assert wrapped.param_groups[1]["momentum"] == base.param_groups[0]["momentum"]
 
 
+@pytest.mark.covers("P3")
 def test_decoupled_decay_follows_the_learning_rate():
     """A scheduled lr scales the decay, as it does AdamW's own."""
     net = Net()
@@ -254,6 +260,7 @@ def test_an_added_group_takes_the_given_decay():
     assert options(wrapped, "frobenius_decay", "weight_decay") == [(2, 0.2, 0.0), (1, 0.0, LAMBDA)]
 
 
+@pytest.mark.covers("P20")
 def test_factors_of_a_later_factorization_can_be_added():
     """Factorize more of the model, add the new factors, go on."""
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -364,6 +371,7 @@ def test_there_have_to_be_products(products, error):
         FrobeniusDecay(sgd(Net()), products)
 
 
+@pytest.mark.covers("P20")
 def test_an_optimizer_built_before_factorize_is_named():
     """The message names a missing factor, and a dense weight that is no longer in the model."""
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -373,6 +381,7 @@ def test_an_optimizer_built_before_factorize_is_named():
         FrobeniusDecay(base, model)
 
 
+@pytest.mark.covers("P20")
 def test_factorizing_after_wrapping_is_noticed():
     """The next step names the factor that the optimizer does not hold (design: late)."""
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
@@ -384,6 +393,7 @@ def test_factorizing_after_wrapping_is_noticed():
         wrapped.step()
 
 
+@pytest.mark.covers("P20")
 @pytest.mark.parametrize("change", [merge, unroll])
 def test_merging_after_wrapping_is_noticed(change):
     """A product that is gone would silently not decay any more."""
@@ -414,6 +424,7 @@ def test_parts_of_parameters_do_not_lose_their_weight_decay():
         FrobeniusDecay(base, Product("part", factors))
 
 
+@pytest.mark.covers("D5", "D8")
 def test_weight_decay_set_later_is_refused():
     """A weight-decay schedule over all groups would decay the factors twice (D5, D8)."""
     net = Net()
@@ -440,6 +451,7 @@ def test_a_bad_coefficient_is_refused_at_the_step(coef):
     assert_identical(values(net), before)
 
 
+@pytest.mark.covers("D29")
 def test_sparse_gradients_are_refused():
     """The decay of a lookup table would be dense: every row decays (D29)."""
     net = Net()

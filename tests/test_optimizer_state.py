@@ -41,6 +41,7 @@ def wrap(make, net):
     return FrobeniusDecay(make(net.parameters()), net.products())
 
 
+@pytest.mark.covers("C24", "D11", "P38")
 @EACH
 @DTYPES
 def test_resuming_is_going_on(make, dtype):
@@ -61,6 +62,7 @@ def test_resuming_is_going_on(make, dtype):
     assert_identical(values(other), values(straight))
 
 
+@pytest.mark.covers("P41")
 @EACH
 def test_the_round_trip_before_the_first_step_changes_nothing(make):
     """Accelerate saves and loads the state when it prepares an optimizer."""
@@ -73,6 +75,7 @@ def test_the_round_trip_before_the_first_step_changes_nothing(make):
     assert_identical(values(net), values(twin))
 
 
+@pytest.mark.covers("P31")
 def test_the_state_dict_is_the_bases_with_one_key():
     """Only one versioned key is ours, and nothing of ours is in the state."""
     net = Net()
@@ -100,6 +103,7 @@ def test_the_wrapped_checkpoint_loads_into_a_base_with_the_same_groups(make):
 # --- checkpoints of the plain base optimizer ----------------------------------------------------
 
 
+@pytest.mark.covers("P38")
 @EACH
 def test_a_plain_checkpoint_loads(make):
     """Moments find their parameters, and the weight decay of factors becomes λ."""
@@ -132,6 +136,7 @@ def test_a_plain_checkpoint_keeps_a_given_decay():
     ]
 
 
+@pytest.mark.covers("D11")
 def test_a_plain_checkpoint_of_several_groups_loads():
     """Divided, all-factor, factor-free and added groups each find theirs."""
     net, twin = Net(), Net()
@@ -157,6 +162,7 @@ def test_a_plain_checkpoint_of_several_groups_loads():
         assert_identical(optimizer.state[mine], base.state[other])
 
 
+@pytest.mark.covers("P38")
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -196,6 +202,7 @@ def test_a_plain_checkpoint_with_weight_decay_in_an_undivided_group_is_refused()
 # --- torch.distributed.checkpoint ---------------------------------------------------------------
 
 
+@pytest.mark.covers("P39")
 @EACH
 def test_distributed_checkpoints_initialize_nothing_but_zeros(make):
     """Its dummy step (zero gradients, lr 0) leaves weights and the factors' moments alone."""
@@ -213,6 +220,7 @@ def test_distributed_checkpoints_initialize_nothing_but_zeros(make):
     assert not any(bool(moment.any()) for moment in moments)
 
 
+@pytest.mark.covers("P39")
 @EACH
 def test_distributed_checkpoints_restore(make):
     """get_optimizer_state_dict and set_optimizer_state_dict carry λ and the moments."""
@@ -275,6 +283,7 @@ def test_pickling_the_optimizer_does_not_take_the_model_along():
 # --- parameters that others replace -------------------------------------------------------------
 
 
+@pytest.mark.covers("P40")
 @EACH
 def test_swapped_parameters_decay(make):
     """Accelerate and FSDP2 put other Parameter objects into modules and groups."""
@@ -295,6 +304,7 @@ def test_swapped_parameters_decay(make):
     assert_identical(values(net), values(twin))
 
 
+@pytest.mark.covers("P40")
 def test_a_factor_replaced_in_the_model_only_is_named():
     """If the optimizer trains a parameter that the model has lost, the next step says so."""
     net = Net()
@@ -305,6 +315,7 @@ def test_a_factor_replaced_in_the_model_only_is_named():
         train(net, optimizer, 1)
 
 
+@pytest.mark.covers("C24")
 def test_moved_parameters_decay():
     """Module.to changes the storage under the same Parameter."""
     net, twin = Net(torch.float32), Net(torch.float32)

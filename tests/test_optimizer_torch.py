@@ -26,6 +26,7 @@ def wrapped_sgd(net, **options):
 # --- hooks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("P33")
 def test_every_step_hook_fires_once():
     """Global hooks and the base's run once in the base's step, the wrapper's once around it."""
     net = Net()
@@ -56,6 +57,7 @@ def test_every_step_hook_fires_once():
     ]
 
 
+@pytest.mark.covers("P34")
 def test_a_pre_hook_can_replace_the_closure():
     """Torch's protocol: a pre-hook returns new (args, kwargs), post-hooks see them."""
     net = Net()
@@ -75,6 +77,7 @@ def test_a_pre_hook_that_returns_something_else_is_refused():
         optimizer.step()
 
 
+@pytest.mark.covers("P33")
 def test_hooks_of_state_dicts_fire_once():
     """They are given the wrapper and what is saved; a returned dict replaces it."""
     net = Net()
@@ -109,6 +112,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr("frobdecay.wrapper.rates.known_value", unknown)
 
 
+@pytest.mark.covers("C13", "D13", "P35", "P36")
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
@@ -132,6 +136,7 @@ def test_the_loss_scale_does_not_matter(make, fused, unscale):
     assert not hasattr(optimizer.optimizer, "grad_scale")
 
 
+@pytest.mark.covers("C13", "D13", "P36")
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
@@ -149,6 +154,7 @@ def test_a_skipped_step_decays_nothing(make, fused):
     assert_identical((values(net), optimizer.state_dict()), before)
 
 
+@pytest.mark.covers("D13")
 def test_half_precision_gradients_under_a_scaler_are_refused():
     """The scaled decay would overflow in fp16 without being seen (D13)."""
     net = Net(torch.float16)
@@ -180,6 +186,7 @@ def decay_only(dtype, steps, closure=False):
     return owner
 
 
+@pytest.mark.covers("P4")
 @HALF
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
 def test_decoupled_decay_acts_in_expectation(dtype, closure):
@@ -215,6 +222,7 @@ def test_replicas_round_alike(dtype):
     assert_identical(values(one), values(other))
 
 
+@pytest.mark.covers("D13")
 @HALF
 def test_coupled_decay_of_half_precision_is_accumulated_in_float32(dtype):
     """The gradient gets the float32 penalty gradient, rounded once."""
@@ -267,6 +275,7 @@ def test_a_compiled_step_is_the_step(make):
     assert graphs
 
 
+@pytest.mark.covers("P34")
 @pytest.mark.parametrize("base", [False, True], ids=["wrapper", "base"])
 def test_subclasses_may_patch_the_step(base):
     """Libraries that patch step on the class or the instance neither break nor double it."""
@@ -302,6 +311,7 @@ class Copying:
         return self._optimizer.step(closure)
 
 
+@pytest.mark.covers("P34")
 def test_an_optimizer_that_shares_our_attributes_works():
     """Lightning hands out such objects: schedulers, groups and checkpoints go through them."""
     net, twin = Net(), Net()

@@ -61,6 +61,7 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.covers("C2", "C4")
 @RANKS
 @DEPTHS
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -72,6 +73,7 @@ def test_one_convolution_runs(name, rank, depth):
     assert seen.kernels == [tuple(dense.weight.shape)]
 
 
+@pytest.mark.covers("C4")
 @RANKS
 @DEPTHS
 @pytest.mark.parametrize("name", LAYERS)
@@ -85,6 +87,7 @@ def test_it_starts_as_the_dense_layer(name, rank, depth):
         assert torch.equal(M, torch.eye(M.shape[-1]).to(M).expand_as(M))
 
 
+@pytest.mark.covers("C4", "C18")
 @RANKS
 @DEPTHS
 @pytest.mark.parametrize("name", LAYERS)
@@ -99,6 +102,7 @@ def test_it_collapses_exactly(name, rank, depth):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.covers("C4")
 @RANKS
 @DEPTHS
 def test_its_size_is_that_of_the_factors(rank, depth):
@@ -111,6 +115,7 @@ def test_its_size_is_that_of_the_factors(rank, depth):
     assert plan.ratio > 1
 
 
+@pytest.mark.covers("C4", "C8")
 @RANKS
 @DEPTHS
 def test_it_trains(rank, depth):

@@ -87,6 +87,7 @@ def test_all_is_sorted_and_complete():
     assert all(hasattr(frobdecay, name) for name in frobdecay.__all__)
 
 
+@pytest.mark.covers("D4")
 def test_core_imports_torch_and_einops_only():
     """A fresh interpreter imports the package, and no optional dependency with it (D4)."""
     optional = {"triton", "matplotlib", "rich", "sklearn", "tensorboard", "transformers", "peft"}

@@ -161,6 +161,7 @@ def differences(world):
     return run(compare_all, world)
 
 
+@pytest.mark.covers("C14", "P27")
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", [2, 4])
@@ -399,6 +400,7 @@ def refused():
     return run(refusals, 2)
 
 
+@pytest.mark.covers("P27")
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("style", ["Colwise", "Rowwise"])
 def test_refusals(style, case):

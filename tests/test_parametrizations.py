@@ -104,6 +104,7 @@ def _assert_same_function(one, other, x):
     torch.testing.assert_close(a, b, rtol=TOLERANCE[torch.float64], atol=1e-10)
 
 
+@pytest.mark.covers("C2", "C3", "D2", "D17")
 @given(case=convolutions(), pattern=PATTERNS, depth=st.integers(0, 2))
 def test_full_rank_convolution_is_the_dense_one_D2_D17(case, pattern, depth):
     """The matricization and its inverse are the same map, whatever the options (D2, D17)."""
@@ -137,6 +138,7 @@ def test_unrolled_convolution_is_the_factorized_one(case, pattern, depth):
     torch.testing.assert_close(chain(x), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.covers("C2")
 @given(case=convolutions(), pattern=PATTERNS)
 def test_gradients_through_a_convolution_are_those_of_the_product(case, pattern):
     """Factors and input get the gradients that forming the weight would give them."""
@@ -183,6 +185,7 @@ def _formed(layer):
     return out
 
 
+@pytest.mark.covers("C1", "D17")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_full_rank_layer_is_the_dense_one(kind):
     """Every supported layer computes with its factors what it computed with its weights."""
@@ -208,6 +211,7 @@ def test_merge_restores_the_layer(kind):
         torch.testing.assert_close(layer.state_dict()[name], value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.covers("C1")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_the_product(kind):
     """Factors get the gradients that forming the weight would give them."""
@@ -217,6 +221,7 @@ def test_gradients_are_those_of_the_product(kind):
     _assert_gradients_of_the_product(layer, example())
 
 
+@pytest.mark.covers("D25")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_copy_works_after_a_forward_D25(kind):
     """No graph tensor stays behind on a module, so deepcopy works and is apart (D25)."""
@@ -287,6 +292,7 @@ def test_recurrent_layers_run_in_compiled_models():
     torch.testing.assert_close(again, grads)
 
 
+@pytest.mark.covers("D19")
 def test_functional_call_sees_the_factors_of_recurrent_layers_D19():
     """Parameters given from outside are the ones used (D19)."""
     layer, x = nn.LSTM(5, 4).double(), _double(3, 2, 5)
@@ -309,6 +315,7 @@ def test_unrolled_layer_is_the_factorized_one(kind, depth):
     assert sum(p.numel() for p in chain.parameters()) == count
 
 
+@pytest.mark.covers("C7", "P6")
 @given(m=st.integers(1, 8), n=st.integers(1, 8), rank=st.integers(1, 10), depth=st.integers(0, 2))
 def test_spectral_initialization_is_optimal_through_a_module(m, n, rank, depth):
     """The error is that of the best matrix of this rank (Eckart and Young)."""
@@ -321,6 +328,7 @@ def test_spectral_initialization_is_optimal_through_a_module(m, n, rank, depth):
     assert plan.rows[0].error == pytest.approx(float(tail / torch.linalg.norm(dense)), abs=1e-9)
 
 
+@pytest.mark.covers("C7", "D2")
 @given(case=convolutions(), pattern=PATTERNS)
 def test_spectral_initialization_of_convolutions_is_optimal_D2(case, pattern):
     """The error of a convolution is optimal for the map that the forward uses (D2)."""
@@ -335,6 +343,7 @@ def test_spectral_initialization_of_convolutions_is_optimal_D2(case, pattern):
     torch.testing.assert_close(error, tail, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.covers("C8", "D3")
 def test_overcomplete_convolution_has_no_dead_direction_D3():
     """Wider than full rank, every column of every factor gets a gradient (D3)."""
     layer = nn.Conv2d(2, 6, 3).double()
@@ -344,6 +353,7 @@ def test_overcomplete_convolution_has_no_dead_direction_D3():
         assert (factor.grad.norm(dim=-2) > 1e-6).all()
 
 
+@pytest.mark.covers("D14", "P16")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_factors_have_dtype_and_are_accurate_D14(dtype):
     """Half precision is decomposed in higher precision and comes back as it was (D14)."""
@@ -357,6 +367,7 @@ def test_factors_have_dtype_and_are_accurate_D14(dtype):
     )
 
 
+@pytest.mark.covers("D16")
 def test_the_same_weight_gives_the_same_factors_D16():
     """Signs are fixed and nothing is random (D16)."""
     one, other = nn.Linear(12, 10), nn.Linear(12, 10)
@@ -369,6 +380,7 @@ def test_the_same_weight_gives_the_same_factors_D16():
         assert torch.equal(a, b)
 
 
+@pytest.mark.covers("D18")
 def test_channels_last_activations_stay_channels_last_D18():
     """No forced copy into another memory format (D18)."""
     layer = nn.Conv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last)
@@ -377,6 +389,7 @@ def test_channels_last_activations_stay_channels_last_D18():
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.covers("C3", "D17")
 def test_padding_mode_is_not_ignored_D17():
     """A circular convolution wraps around: shifting its input shifts its output (D17)."""
     layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular").double()
@@ -404,6 +417,7 @@ def test_assignment_of_another_shape_is_refused():
         layer.weight = torch.randn(6, 9)
 
 
+@pytest.mark.covers("P16")
 def test_not_implemented_never_escapes_right_inverse():
     """Parametrize would take it for a missing inverse and go on without factors."""
 
@@ -456,6 +470,7 @@ def test_factors_are_tall_and_contiguous():
     assert all(p.is_contiguous() for p in layer.parametrizations.weight.parameters())
 
 
+@pytest.mark.covers("P12")
 def test_attention_blocks_have_their_own_factors():
     """Queries, keys and values do not share a row space."""
     layer = nn.MultiheadAttention(8, 2)

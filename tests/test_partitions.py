@@ -77,6 +77,7 @@ def zero1(rank, world):
     return found
 
 
+@pytest.mark.covers("C14")
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_zero1_is_the_optimizer_it_shards(mode):
     """Trained, saved, resumed and trained on: the parameters of the unsharded optimizer."""
@@ -149,6 +150,7 @@ def refused():
 USES = ["products", "products inside", "wrap", "wrap older products", "penalty", "measure", "merge"]
 
 
+@pytest.mark.covers("C14", "P25")
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("act", [*USES, "add_penalty_grad_"])
 def test_flat_parameters_are_refused(act, original):
@@ -159,6 +161,7 @@ def test_flat_parameters_are_refused(act, original):
     )
 
 
+@pytest.mark.covers("P25")
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("act", ["factorize", "factorize inside"])
 def test_flat_weights_are_not_factorized(act, original):
@@ -173,11 +176,13 @@ def test_undivided_groups_of_zero1_are_refused():
     assert refused()["untouched"] == "1"
 
 
+@pytest.mark.covers("P45")
 def test_zero1_inside_the_backward_pass_is_refused():
     """There is no step that could decay anything."""
     assert re.search(r"overlap_with_ddp=True.*build it without", refused()["overlapping"])
 
 
+@pytest.mark.covers("P44")
 def test_partitions_of_deepspeed_are_refused():
     """A factor that ZeRO-3 has partitioned is named; gathered, it is a factor again."""
     model = factored()
@@ -192,6 +197,7 @@ def test_partitions_of_deepspeed_are_refused():
     assert len(products(model)) == 2
 
 
+@pytest.mark.covers("P44")
 def test_optimizers_of_deepspeed_are_refused():
     """By name, whatever they derive from, with what works in their place."""
     kind = type(
@@ -204,6 +210,7 @@ def test_optimizers_of_deepspeed_are_refused():
         FrobeniusDecay(kind(model.parameters(), lr=0.1), model)
 
 
+@pytest.mark.covers("P44")
 def test_engines_of_deepspeed_are_refused():
     """An engine goes on with the parameters it was made of."""
 

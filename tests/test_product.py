@@ -60,6 +60,7 @@ def chains(draw):
     return Product.of(*tensors, scale=draw(st.sampled_from([1.0, 0.25, 2.0])))
 
 
+@pytest.mark.covers("C11")
 @ALL
 @DTYPES
 def test_value_equals_the_dense_norm(make, dtype):
@@ -83,6 +84,7 @@ def test_penalty_gradient_agrees_with_autograd(make, dtype):
         assert close(summed[id(param)], gradient, TOLERANCE[dtype])
 
 
+@pytest.mark.covers("C11")
 @given(chains())
 def test_gradients_agree_with_autograd(product):
     """The property in general: any chain, batch and scale, in float64 to 1e-10."""
@@ -92,6 +94,7 @@ def test_gradients_agree_with_autograd(product):
         assert close(gradient, autograd, 1e-10)
 
 
+@pytest.mark.covers("C11")
 @given(chains())
 def test_euler_identity(product):
     """⟨C, ∇_C ½‖W‖²⟩ = ‖W‖² for every factor: W is linear in each."""
@@ -99,6 +102,7 @@ def test_euler_identity(product):
         assert close((param * gradient).sum(), squared_norm(product), 1e-10)
 
 
+@pytest.mark.covers("C26")
 @given(chains(), st.integers(0, 1000))
 def test_value_does_not_depend_on_the_gauge(product, seed):
     """U → UA, V → VA⁻ᵀ changes the factors and not ‖W‖ (T5); factor decay does change."""
@@ -119,6 +123,7 @@ def test_value_is_the_inner_product_of_grams_at_every_bond(product):
         assert close((left * right).sum() * product.scale**2, squared_norm(product), 1e-10)
 
 
+@pytest.mark.covers("C11")
 @given(chains())
 def test_a_batch_is_the_sum_of_its_products(product):
     """Leading axes keep products apart: ‖W‖² is the sum over them."""
@@ -140,6 +145,7 @@ def test_zero_columns_change_nothing(product, more):
         assert close(wide[..., : gradient.shape[-1]], gradient, 1e-10)
 
 
+@pytest.mark.covers("P9")
 def test_penalty_is_twice_differentiable():
     """Second derivatives agree with finite differences (gradgradcheck)."""
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (4, 2))]
@@ -151,6 +157,7 @@ def test_penalty_is_twice_differentiable():
     assert torch.autograd.gradgradcheck(value, tensors)
 
 
+@pytest.mark.covers("C12", "P9")
 def test_penalty_backward_is_the_gradient():
     """``penalty(...).backward()`` gives coef times ``gradients``, over several products."""
     products = [PRODUCTS["pair"](torch.float64), PRODUCTS["deep"](torch.float64)]

@@ -145,6 +145,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.covers("D28")
 @pytest.mark.parametrize("format_", FORMATS)
 def test_every_format_gives_three_disjoint_parts(tmp_path, format_):
     """Images arrive as (N, C, H, W), a quarter of a tiny training set held out."""

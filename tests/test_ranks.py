@@ -59,6 +59,7 @@ def _counts(model, depth):
     return total, counts
 
 
+@pytest.mark.covers("C17", "D27")
 @given(model=models(), ratio=st.floats(0.01, 0.99), depth=st.integers(0, 1))
 def test_ratio_search_finds_the_nearest_attainable_D27(model, ratio, depth):
     """Against brute force over every scale where a rank changes (D27)."""
@@ -74,6 +75,7 @@ def test_ratio_search_finds_the_nearest_attainable_D27(model, ratio, depth):
     assert plan.ratio == plan.after / total
 
 
+@pytest.mark.covers("C16")
 @given(model=models(), ratio=st.floats(0.3, 0.95))
 def test_plan_is_a_dry_run_of_factorize(model, ratio):
     """The plan says what factorize then does, and counts the parameters that are then there."""
@@ -86,6 +88,7 @@ def test_plan_is_a_dry_run_of_factorize(model, ratio):
     assert sum(p.numel() for p in model.parameters()) == plan.after
 
 
+@pytest.mark.covers("D27")
 def test_ratio_counts_all_parameters_of_the_model_D27():
     """Norms, biases and excluded layers are part of both sides of the ratio (D27)."""
     model = _small()
@@ -95,6 +98,7 @@ def test_ratio_counts_all_parameters_of_the_model_D27():
     assert {row.name: row.reason for row in plan.rows}["3.weight"] == "excluded"
 
 
+@pytest.mark.covers("C17", "D27")
 def test_rank_fraction_is_of_the_smaller_side_D27():
     """The same rule for all layers: round(fraction · min(m, n)), at least 1 (D27)."""
     model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.Linear(100, 30))
@@ -102,6 +106,7 @@ def test_rank_fraction_is_of_the_smaller_side_D27():
     assert plan_ranks(model, rank=1e-9).ranks == {"0.weight": 1, "1.weight": 1}
 
 
+@pytest.mark.covers("C4", "C17")
 @pytest.mark.parametrize("rank", [1, 5, 16, 40, 1.0, 3.0])
 def test_an_explicit_rank_is_obeyed(rank):
     """Also where it does not pay: full rank and overcomplete."""
@@ -109,6 +114,7 @@ def test_an_explicit_rank_is_obeyed(rank):
     assert plan_ranks(nn.Linear(16, 16), rank=rank).ranks == {"weight": expected}
 
 
+@pytest.mark.covers("P10")
 def test_ratio_leaves_dense_and_lists_what_does_not_pay():
     """A column vector has no smaller factorization."""
     plan = plan_ranks(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)), ratio=0.5)
@@ -117,6 +123,7 @@ def test_ratio_leaves_dense_and_lists_what_does_not_pay():
     assert "does not pay" in row.reason
 
 
+@pytest.mark.covers("C3")
 def test_depthwise_convolutions_stay_dense_unless_named():
     """One channel a matrix has nothing to share; a name overrides that."""
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1))
@@ -126,6 +133,7 @@ def test_depthwise_convolutions_stay_dense_unless_named():
     assert plan_ranks(model, rank=2, include=["0", "1"]).ranks == {"0.weight": 2, "1.weight": 2}
 
 
+@pytest.mark.covers("C17", "D27")
 @given(energy=st.floats(0.05, 1.0), seed=st.integers(0, 99))
 def test_energy_takes_the_smallest_sufficient_rank(energy, seed):
     """One column less would keep less than the share."""
@@ -156,6 +164,7 @@ def test_energy_of_a_batch_is_that_of_all_its_matrices():
     assert plan.ranks["weight"] == 1 + int((share < 0.5).sum())
 
 
+@pytest.mark.covers("D24")
 def test_a_plan_can_be_repeated_on_a_copy_D24():
     """Ranks are plain numbers beside a checkpoint; a fresh model then loads it strictly (D24)."""
     model = _small()
@@ -174,6 +183,7 @@ def test_a_plan_is_a_rank():
     assert factorize(model, rank=plan).ranks == plan.ranks
 
 
+@pytest.mark.covers("C16")
 def test_planning_changes_nothing():
     """No copy, no decomposition in place, no random number drawn."""
     model = _small()
@@ -200,6 +210,7 @@ def test_ratio_search_needs_no_decomposition(monkeypatch):
     assert plan_ranks(model, ratio=0.1).ratio == pytest.approx(0.1, abs=1e-3)
 
 
+@pytest.mark.covers("C17")
 def test_per_layer_ranks_take_the_exact_name_first():
     """Then the first pattern that matches; the rest stays dense and is listed."""
     model = nn.ModuleDict({"a": nn.Linear(9, 9), "ab": nn.Linear(9, 9), "b": nn.Linear(9, 9)})
@@ -214,6 +225,7 @@ def test_per_layer_ranks_select_by_themselves():
     assert plan_ranks(model, rank={"0": 3, nn.Linear: 0.5}).ranks == {"0.weight": 3, "3.weight": 5}
 
 
+@pytest.mark.covers("D28")
 def test_every_block_of_a_stage_is_factorized_D28b():
     """Naming a container takes all below it, not only its first layer (D28b)."""
     stage = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()) for _ in range(3)))
@@ -222,6 +234,7 @@ def test_every_block_of_a_stage_is_factorized_D28b():
     assert list(plan.ranks) == ["stage.0.0.weight", "stage.1.0.weight", "stage.2.0.weight"]
 
 
+@pytest.mark.covers("C17")
 def test_the_table_is_aligned_and_complete():
     """One line a weight, one for the head, one for the sum, columns under each other."""
     plan = factorize(_small(), ratio=0.5, exclude="3")

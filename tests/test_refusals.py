@@ -105,6 +105,7 @@ def test_als_that_overflows_names_the_weight():
 # --- around factorized models ---------------------------------------------------------------------
 
 
+@pytest.mark.covers("P15")
 def test_a_module_that_cannot_be_pickled_says_what_can():
     """The error, of torch itself, names the state_dict; the merged module pickles."""
     layer = nn.Linear(6, 4)
@@ -116,6 +117,7 @@ def test_a_module_that_cannot_be_pickled_says_what_can():
     assert torch.equal(twin.weight, layer.weight)
 
 
+@pytest.mark.covers("P8")
 def test_the_dense_weight_is_let_go():
     """Nothing keeps it alive beside its factors."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 4))
@@ -124,6 +126,7 @@ def test_the_dense_weight_is_let_go():
     assert [ref() for ref in dense] == [None] * 3
 
 
+@pytest.mark.covers("P21")
 def test_freezing_goes_through_the_module_before_and_after():
     """``requires_grad_`` of the module reaches the factors; of the weight, it is refused."""
     before, after = nn.Linear(6, 4), nn.Linear(6, 4)
@@ -136,6 +139,7 @@ def test_freezing_goes_through_the_module_before_and_after():
     assert not [p for layer in (before, after) for p in layer.parameters() if p.requires_grad]
 
 
+@pytest.mark.covers("P23")
 def test_factorizing_while_compiling_changes_nothing():
     """A whole graph cannot hold it: torch's error, and a dense model."""
     model = nn.Sequential(nn.Linear(6, 4))
@@ -150,6 +154,7 @@ def test_factorizing_while_compiling_changes_nothing():
     assert unchanged(model)
 
 
+@pytest.mark.covers("C18")
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_merged_layer_can_be_factorized_at_another_rank(rank):
     """Again with the smallest error there is, whatever the first rank was."""

@@ -78,6 +78,7 @@ CONVS = [
 ]
 
 
+@pytest.mark.covers("C16")
 @pytest.mark.parametrize(
     ("include", "expected"),
     [
@@ -102,6 +103,7 @@ def test_include_takes_what_the_selector_says(include, expected):
     assert list(factorize(ResNet(), rank=2, include=include).ranks) == expected
 
 
+@pytest.mark.covers("C16", "D6")
 @pytest.mark.parametrize(
     "exclude", ["fc", "f?", re.compile("f."), nn.Linear, lambda n, m: n == "fc.weight", ["fc"]]
 )
@@ -151,6 +153,7 @@ def test_a_pattern_is_for_weights_with_its_dimensions():
     assert matrices["fc.weight"] == (10, 16)
 
 
+@pytest.mark.covers("C18")
 @pytest.mark.parametrize("kind", MODELS)
 def test_merge_is_exact_at_full_rank_D23(kind):
     """The same outputs, the original classes, keys in the original order (D23)."""
@@ -164,6 +167,7 @@ def test_merge_is_exact_at_full_rank_D23(kind):
     torch.testing.assert_close(model(x), dense(x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.covers("C18", "D23")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("training", [True, False])
 def test_merge_computes_the_same(kind, training):
@@ -177,6 +181,7 @@ def test_merge_computes_the_same(kind, training):
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.covers("C18", "D23")
 def test_unroll_gives_plain_torch_layers_with_the_same_function_D23():
     """No module of ours is left, and no parameter more than the factors (D23)."""
     model = ResNet().double()
@@ -189,6 +194,7 @@ def test_unroll_gives_plain_torch_layers_with_the_same_function_D23():
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.covers("P15")
 def test_unrolled_layers_hold_the_factors_and_know_nothing_of_us():
     """No bytes more than the factors have, and a pickle that loads without this package."""
     model = nn.Sequential(nn.Linear(32, 32), nn.Embedding(32, 32), nn.Conv2d(32, 32, 3))
@@ -253,6 +259,7 @@ def test_the_root_itself_can_be_a_layer():
     assert type(merge(layer)) is nn.Linear
 
 
+@pytest.mark.covers("C16", "D10")
 def test_siblings_in_a_container_survive_D10():
     """The batch norm beside ``downsample.0`` stays where it was (D10)."""
     model = ResNet()
@@ -263,6 +270,7 @@ def test_siblings_in_a_container_survive_D10():
     assert model.layer1[0].downsample[1] is norm
 
 
+@pytest.mark.covers("C16")
 def test_a_shared_module_is_factorized_once():
     """It is one product with one name, and stays shared on the way back."""
     shared = nn.Linear(6, 6)
@@ -275,6 +283,7 @@ def test_a_shared_module_is_factorized_once():
     assert isinstance(model["a"], nn.Sequential)
 
 
+@pytest.mark.covers("C5", "C16", "P19")
 def test_tied_weights_are_left_dense_and_listed():
     """Two modules go on sharing what they shared."""
     model = nn.ModuleDict({"embed": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
@@ -293,6 +302,7 @@ def _tied():
     return model
 
 
+@pytest.mark.covers("C5")
 @pytest.mark.parametrize(
     ("include", "copies"), [(None, 1), ("0", 1), (["0", "2"], 1), (["1", "2"], 1)]
 )
@@ -323,6 +333,7 @@ def test_untied_weights_that_do_not_pay_are_dense_copies():
     assert plan.after == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.covers("P19")
 def test_ties_can_be_errors():
     """Also where nobody named the weight; what is excluded may be tied."""
     model = _tied()
@@ -442,6 +453,7 @@ def test_state_dict_keys_of_merge_without_factorize():
     assert list(merge(layer).state_dict()) == ["weight", "bias"]
 
 
+@pytest.mark.covers("D20")
 def test_products_are_in_module_order_and_follow_their_parameters_D20():
     """A replaced parameter is the product's parameter at the next look (D20)."""
     model = ResNet()
@@ -556,6 +568,7 @@ def test_products_are_found_behind_data_parallel():
     assert [p.name for p in products(nn.DataParallel(model))] == ["0.weight"]
 
 
+@pytest.mark.covers("D19")
 def test_functional_call_uses_the_given_parameters_D19():
     """Factors are parameters of the module tree, bias included (D19)."""
     model = nn.Conv2d(3, 4, 3).double()
@@ -565,6 +578,7 @@ def test_functional_call_uses_the_given_parameters_D19():
     assert not torch.func.functional_call(model, zero, (x,)).any()
 
 
+@pytest.mark.covers("D22")
 def test_writes_by_an_optimizer_reach_the_weight_D22():
     """Nothing holds an old copy of a factor (D22)."""
     layer, x = nn.Linear(6, 4), torch.randn(3, 6)

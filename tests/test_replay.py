@@ -31,6 +31,7 @@ def train(net, optimizer, after, steps=5):
         after(k)
 
 
+@pytest.mark.covers("C21")
 def test_a_run_without_decay_follows_the_norms_of_one_with_it(tmp_path):
     """After every step each product has the recorded norm; the directions are its own."""
     decayed = model()
@@ -56,6 +57,7 @@ def test_a_run_without_decay_follows_the_norms_of_one_with_it(tmp_path):
     assert not torch.allclose(*weights, rtol=1e-3)
 
 
+@pytest.mark.covers("C21")
 @pytest.mark.parametrize("kind", SCALABLE)
 def test_every_kind_of_product_is_scaled_evenly(kind):
     """W is multiplied by one number, all factors by its root."""
@@ -73,6 +75,7 @@ def test_every_kind_of_product_is_scaled_evenly(kind):
         torch.testing.assert_close(view, was / 1.7)
 
 
+@pytest.mark.covers("C21")
 def test_norms_alone_are_those_of_a_full_record():
     """The cheap record and the measured one agree."""
     products = [PRODUCTS[kind](torch.float32) for kind in ("pair", "deep")]
@@ -120,6 +123,7 @@ def twice():
     return recorder
 
 
+@pytest.mark.covers("C21")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

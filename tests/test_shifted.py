@@ -210,6 +210,7 @@ def test_the_wrapper_decays_the_sum(frozen):
         assert torch.allclose(param, before[k] - moved, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.covers("P1")
 def test_it_decays_to_zero():
     """A pair of full rank takes the sum to zero, away from W₀: the prior is W = 0."""
     product = shifted_product(6, 4, (4,), (1.0,))

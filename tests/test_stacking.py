@@ -72,6 +72,7 @@ def test_equal_shapes_are_decomposed_at_once(calls):
     assert calls == [(5, 12, 8), (8, 12)]
 
 
+@pytest.mark.covers("P8")
 def test_stacks_are_bounded(calls, monkeypatch):
     """By a number of entries, or by the largest weight where that has more."""
     layers = [nn.Linear(8, 12) for _ in range(5)]

@@ -80,6 +80,7 @@ def test_materialize_is_the_definition(product):
     assert close(product.materialize(), dense, 1e-12)
 
 
+@pytest.mark.covers("C19")
 @given(stars())
 def test_gradients_agree_with_autograd(product):
     """Value and gradient of every factor are the dense tensor's, in float64 to 1e-10."""
@@ -133,6 +134,7 @@ def test_half_precision_accumulates_in_float32(name, dtype):
         assert close(gradient, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.covers("C19")
 @pytest.mark.parametrize(
     "product",
     [
@@ -221,6 +223,7 @@ def test_structures_are_values():
     assert pickle.loads(pickle.dumps(CP)) == CP
 
 
+@pytest.mark.covers("D1")
 @pytest.mark.parametrize("name", STARS)
 def test_frobenius_decay_shrinks_the_norm(name):
     """Steps of decay alone lower ‖W‖ and follow the dense tensor's own penalty (D1)."""

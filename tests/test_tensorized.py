@@ -89,6 +89,7 @@ def gradients(model, inputs):
 # --- reading --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C19")
 @pytest.mark.parametrize(
     ("shape", "order", "modes"),
     [
@@ -124,6 +125,7 @@ def test_primes_have_no_flat_modes(count):
         flat_modes((count, 1), 3)
 
 
+@pytest.mark.covers("C19")
 @pytest.mark.parametrize(
     ("shape", "pattern", "modes"),
     [
@@ -149,6 +151,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.covers("C19")
 @ALL
 @pytest.mark.parametrize("name", PATTERNS)
 def test_any_pattern_is_right(kind, name):
@@ -196,6 +199,7 @@ def test_a_prime_number_of_entries_is_left_dense_and_listed():
 # --- forward and backward -------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C19")
 @ALL
 @CASES
 def test_forward_is_that_of_the_merged_layer(case, kind):
@@ -273,6 +277,7 @@ def test_tucker_2_is_three_convolutions(monkeypatch):
     ]
 
 
+@pytest.mark.covers("P10")
 def test_few_positions_take_the_dense_weight():
     """One output pixel: the weight is formed, which the cost says is cheaper."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3))
@@ -401,6 +406,7 @@ def test_full_rank_keeps_the_function(case, kind):
     assert torch.allclose(run(dense, inputs), expected, atol=1e-4)
 
 
+@pytest.mark.covers("P6")
 @ALL
 def test_the_plan_has_the_error_of_the_initialization(kind):
     """‖W − Ŵ‖/‖W‖, as measured on the dense weights."""
@@ -424,6 +430,7 @@ def test_hooi_is_no_worse_than_hosvd():
     assert errors["hooi"] <= errors["spectral"]
 
 
+@pytest.mark.covers("C10")
 @ALL
 def test_matched_factors_have_the_weights_mean_square(kind):
     """Gaussian factors, the baseline without spectral initialization."""
@@ -502,6 +509,7 @@ def convnet():
     )  # fmt: skip
 
 
+@pytest.mark.covers("C19")
 @ALL
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_ratio_is_attained(kind, ratio):
@@ -571,6 +579,7 @@ def test_energy_is_refused(kind):
 # --- decay and diagnostics ------------------------------------------------------------------------
 
 
+@pytest.mark.covers("C19", "D1")
 @ALL
 @CASES
 def test_decay_is_the_dense_penalty(case, kind):
@@ -595,6 +604,7 @@ def test_decay_is_the_dense_penalty(case, kind):
     assert float(penalty(products(model), 0.3).detach()) > 0
 
 
+@pytest.mark.covers("P5")
 @ALL
 def test_training_with_frobenius_decay(kind):
     """A loop as a user writes it: the loss falls, and the norm is less than without decay."""
@@ -659,6 +669,7 @@ def test_a_train_is_measured_as_a_chain():
 # --- copies, files, the way back ------------------------------------------------------------------
 
 
+@pytest.mark.covers("D25")
 @ALL
 @pytest.mark.parametrize("case", ["conv2d", "linear"])
 def test_copies_after_a_forward_pass(case, kind):
@@ -759,6 +770,7 @@ def separable(conv):
     )
 
 
+@pytest.mark.covers("C19")
 @ALL
 def test_the_separable_recipe(kind):
     """Only the 1×1 is decomposed and decayed as a product; the depthwise part keeps its own."""

@@ -40,6 +40,7 @@ def decayed(kind):
     return torch.linalg.svdvals(before), torch.linalg.svdvals(after), float(turned)
 
 
+@pytest.mark.covers("C26")
 @pytest.mark.parametrize(
     ("kind", "law"),
     [
@@ -54,6 +55,7 @@ def test_singular_values_shrink_by_the_law(kind, law):
     torch.testing.assert_close(before - after, ETA * LAMBDA * law(before), rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.covers("C26")
 def test_only_frobenius_decay_turns_the_weight():
     """Decay of each factor scales W; that of the product flattens its spectrum."""
     assert decayed("dense")[2] < 1e-12
@@ -83,6 +85,7 @@ def direction_error(eta):
     return float((new / new.norm() - expected).norm())
 
 
+@pytest.mark.covers("C22", "C26")
 def test_the_effective_step_is_that_of_the_direction():
     """The direction w = W/‖W‖ moves by η/‖W‖² times the projected gradient, to O(η²)."""
     errors = []
@@ -93,6 +96,7 @@ def test_the_effective_step_is_that_of_the_direction():
     assert errors[2] < errors[1] / 50
 
 
+@pytest.mark.covers("C26")
 def test_decay_of_three_factors_bounds_a_schatten_quasi_norm():
     """(‖U‖² + ‖M‖² + ‖V‖²)/2 ≥ 3/2·Σ s^(2/3), with equality for equal shares of each s."""
     U, M, V = (torch.randn(n, m, dtype=torch.float64) for n, m in ((8, 3), (3, 3), (6, 3)))
@@ -105,6 +109,7 @@ def test_decay_of_three_factors_bounds_a_schatten_quasi_norm():
     assert measure(even).products[0].bound == pytest.approx(least)
 
 
+@pytest.mark.covers("P5")
 @pytest.mark.parametrize(("product", "shrinks"), [(0.5, True), (1.9, True), (2.1, False)])
 def test_decay_is_stable_below_two(product, shrinks):
     """A balanced pair is multiplied by 1 − ηλs, so the largest singular value bounds η and λ."""

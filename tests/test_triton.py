@@ -87,6 +87,7 @@ def expect(products, targets, tolerance, coef=1.0):
             assert close(found.detach(), coef * wanted, tolerance)
 
 
+@pytest.mark.covers("C11")
 @pytest.mark.parametrize("kind", PAIRS)
 @DTYPES
 def test_the_exact_gradient_is_added(kind, dtype):
@@ -183,6 +184,7 @@ def test_any_shapes_and_strides_share_two_launches(products, programs, in_place,
             assert close(target, was + 0.01 * wanted, 1e-5)
 
 
+@pytest.mark.covers("C11")
 @pytest.mark.parametrize("shape", [(96, 5), (150, 16), (64, 48)], ids=str)
 @DTYPES
 def test_no_less_accurate_than_the_reference(shape, dtype):
@@ -310,6 +312,7 @@ def test_a_target_that_occurs_twice_gets_the_sum():
     assert close(target, wanted, 1e-6)
 
 
+@pytest.mark.covers("D21")
 def test_two_launches_for_all_shapes(monkeypatch):
     """However many shapes, ranks and heads: one launch of Grams, one of updates."""
     products = [
@@ -354,6 +357,7 @@ def test_norms_come_from_the_grams(kind):
         assert close(norm, 2 * exact(product)[0], 1e-6)
 
 
+@pytest.mark.covers("D22")
 def test_autograd_learns_of_the_change():
     """The version of a target moves, so that a backward through its old value is refused."""
     products = make("pair")

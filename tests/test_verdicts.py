@@ -31,6 +31,7 @@ def experiment(*claims, larger_is_better=True):
     )
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(
     ("new", "margin", "word"),
     [

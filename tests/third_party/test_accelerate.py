@@ -86,6 +86,7 @@ def assert_same(one, other) -> None:
     assert_identical(values(one), values(other))
 
 
+@pytest.mark.covers("P30", "P41")
 @cell("prepare")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_prepare_tracks_it_and_changes_nothing(name):
@@ -100,6 +101,7 @@ def test_prepare_tracks_it_and_changes_nothing(name):
     assert_identical(optimizer.state_dict(), before)
 
 
+@pytest.mark.covers("P30")
 @cell("training")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -142,6 +144,7 @@ def test_bf16():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.covers("P35")
 @cell("GradScaler")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_loss_scale_does_not_matter(name):
@@ -217,6 +220,7 @@ def test_wrapping_what_was_prepared_is_refused():
         FrobeniusDecay(base, model, decay=0.1, mode="coupled")
 
 
+@pytest.mark.covers("P42")
 @cell("schedule-free")
 def test_train_and_eval_reach_the_base():
     """Accelerate switches schedule-free optimizers through the wrapper, and leaves others alone."""

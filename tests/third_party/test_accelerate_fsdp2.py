@@ -98,6 +98,7 @@ def results(tmp_path_factory):
     return run(prepared, 2, str(tmp_path_factory.mktemp("accelerate")))
 
 
+@pytest.mark.covers("P26")
 @pytest.mark.parametrize("name", BASES)
 def test_prepared_training_is_that_of_one_process(results, name):
     """Before, after three steps, and after three more from a saved state."""
@@ -112,6 +113,7 @@ def test_loading_a_state_goes_back(results, name):
     assert all(result[name]["astray"] > 1e-3 for result in results)
 
 
+@pytest.mark.covers("P40")
 @pytest.mark.parametrize(("name", "decay"), [("SGD", 0.2), ("AdamW", 0.5)])
 def test_the_coefficient_survives_prepare(results, name, decay):
     """The groups are as the wrapper made them."""

@@ -64,6 +64,7 @@ def test_the_registry_is_not_empty():
     assert {*bases.REFUSED, *bases.REGARDLESS} < set(bases.NAMES)
 
 
+@pytest.mark.covers("P31")
 @pytest.mark.parametrize(
     "case", sweep([bases.Case(name) for name in bases.NAMES], "λ = 0 is the base, bitwise")
 )
@@ -83,6 +84,7 @@ def test_without_decay_the_trajectory_is_the_base_bitwise(case):
     assert_identical(plain(list(wrapped.state.values())), plain(list(reference.state.values())))
 
 
+@pytest.mark.covers("D30")
 @pytest.mark.parametrize(
     "case", sweep([c for c in bases.cases() if c.name not in bases.REFUSED], "λ > 0 decays")
 )
@@ -324,6 +326,7 @@ def _net() -> base_decay.Net:
     return base_decay.Net(torch.float64, frozen=False)
 
 
+@pytest.mark.covers("P37")
 def test_sams_two_steps_go_around_ours():
     """Inside SAM, first_step and second_step decay; in front of it, they are refused by name."""
     net = _net()
@@ -350,6 +353,7 @@ def test_sams_two_steps_go_around_ours():
         outside.first_step()
 
 
+@pytest.mark.covers("P38")
 @pytest.mark.parametrize("inside", [True, False])
 def test_lookahead_resumes(inside):
     """Its checkpoints, laid out in a way of their own, carry λ and go on to the bit."""

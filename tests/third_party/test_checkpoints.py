@@ -26,6 +26,7 @@ def _like(model):
     return type(model)(copy.deepcopy(model.config)).eval()
 
 
+@pytest.mark.covers("P14")
 @pytest.mark.integration(column="save_factorized, load_factorized")
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("family", families("BERT", "BERT (masked LM)", "GPT-2", "T5"))
@@ -45,6 +46,7 @@ def test_a_saved_model_is_rebuilt_from_its_configuration(tmp_path, family, empty
     assert torch.equal(logits(fresh.eval(), inputs), logits(model, inputs))
 
 
+@pytest.mark.covers("P14")
 @pytest.mark.integration(column="merge, save_pretrained")
 @pytest.mark.parametrize("family", families("BERT", "GPT-2"))
 def test_from_pretrained_takes_the_merged_model(tmp_path, family):
@@ -57,6 +59,7 @@ def test_from_pretrained_takes_the_merged_model(tmp_path, family):
     torch.testing.assert_close(logits(fresh.eval(), inputs), logits(model, inputs))
 
 
+@pytest.mark.covers("P14")
 @pytest.mark.integration(column="save_pretrained, from_pretrained (factorized)", refused=True)
 @pytest.mark.parametrize("family", families("BERT", "GPT-2"))
 def test_save_pretrained_of_a_factorized_model_is_no_checkpoint(tmp_path, family):
@@ -70,6 +73,7 @@ def test_save_pretrained_of_a_factorized_model_is_no_checkpoint(tmp_path, family
         load_factorized(fresh, tmp_path / "model.safetensors")
 
 
+@pytest.mark.covers("P13")
 @pytest.mark.integration(column="load_dense_")
 @pytest.mark.parametrize("family", families("BERT", "GPT-2"))
 def test_a_factorized_model_takes_the_dense_checkpoint(family):
@@ -82,6 +86,7 @@ def test_a_factorized_model_takes_the_dense_checkpoint(family):
     torch.testing.assert_close(logits(model, inputs), logits(dense, inputs), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.covers("P28")
 def test_the_trainers_safetensors_have_no_shared_memory(tmp_path):
     """Of a factorized model with a tie, as ``save_pretrained`` checks."""
     model, _ = _factorized("GPT-2")

@@ -79,6 +79,7 @@ def finish(made):
 ARMS = [(name, key) for name, experiment in TEXT.items() for key in experiment.arms]
 
 
+@pytest.mark.covers("C25")
 @pytest.mark.parametrize(("name", "key"), ARMS)
 def test_an_interrupted_trial_ends_in_the_same_result(name, key, texts, tmp_path):
     """Stopped after all but one epoch, its state written and read again, bit for bit."""

@@ -152,6 +152,7 @@ def assert_close(one, other) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covers("P37")
 @cell("closures")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_is_the_plain_loop(name, tmp_path):
@@ -199,6 +200,7 @@ def test_bf16_true_resumes(tmp_path):
     resumes(tmp_path, "SGD", precision="bf16-true")
 
 
+@pytest.mark.covers("P35")
 @cell("16-mixed")
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_16_mixed(name, tmp_path):

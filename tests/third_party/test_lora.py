@@ -148,6 +148,7 @@ def agree(product: Product, dense: Tensor) -> None:
         assert (by_id[id(param)] - gradient).norm() <= 1e-10 * gradient.norm()
 
 
+@pytest.mark.covers("P1")
 @kinds
 def test_delta_is_what_peft_adds(kind):
     """‖s·BA‖ and its gradients, for every kind of layer that PEFT adapts."""
@@ -160,6 +161,7 @@ def test_delta_is_what_peft_adds(kind):
         agree(product, delta_of(layer_of(model, product)))
 
 
+@pytest.mark.covers("P1")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNMERGEABLE])
 @pytest.mark.integration(column="decay of W₀ + s·BA")
 def test_full_is_what_peft_merges(kind):
@@ -265,6 +267,7 @@ def test_merged_adapters_are_refused():
     assert len(frobdecay.products(model)) == 1
 
 
+@pytest.mark.covers("P2")
 def test_a_changed_scaling_is_read_anew():
     """``set_scale`` counts from the next listing on."""
     model = KINDS["nn.Linear"]()
@@ -375,6 +378,7 @@ def test_a_mixture_of_adapters_is_refused():
         frobdecay.products(mixture)
 
 
+@pytest.mark.covers("P27")
 @pytest.mark.integration(row="PEFT LoRA, tensor parallel", refused=True)
 def test_tensor_parallel_layers_are_refused():
     """What PEFT adapts shard by shard is marked in the base layer."""
@@ -479,6 +483,7 @@ def test_without_decay_it_is_the_optimizer_itself(lora):
     assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
 
 
+@pytest.mark.covers("P2")
 @pytest.mark.parametrize("lora", ["delta", "full"])
 def test_decoupled_decay_is_the_formula(lora):
     """Beside AdamW's own step, every factor moves by −lr·λ·∇½‖W‖², W by PEFT's definition."""

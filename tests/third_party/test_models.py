@@ -38,6 +38,7 @@ def randomize(model):
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
 
 
+@pytest.mark.covers("P7")
 @column("factorize")
 @pytest.mark.parametrize("family", families())
 def test_full_rank_is_the_dense_model(family):
@@ -59,6 +60,7 @@ def test_full_rank_is_the_dense_model(family):
     assert untouched == []
 
 
+@pytest.mark.covers("P7")
 @column("factorize")
 @pytest.mark.parametrize("family", families())
 def test_every_matrix_of_the_blocks_is_taken(family):
@@ -72,6 +74,7 @@ def test_every_matrix_of_the_blocks_is_taken(family):
     assert all("tied to" in row.reason for row in plan.rows if row.rank is None)
 
 
+@pytest.mark.covers("C7")
 @column("from_pretrained, factorize")
 @pytest.mark.parametrize("family", families())
 def test_a_loaded_model_is_factorized(family, tmp_path):
@@ -203,6 +206,7 @@ def test_copies_are_independent(family):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.covers("P23")
 @column("torch.compile")
 @pytest.mark.parametrize("family", families("BERT", "GPT-2", "Llama", "ViT"))
 def test_compiled_models_are_one_graph_with_the_same_gradients(family):
@@ -266,6 +270,7 @@ def test_unrolled_models_are_exported_to_onnx(family, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), answer(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.covers("P14")
 @column("save_pretrained of factors")
 @pytest.mark.parametrize("family", families("BERT", "GPT-2", "Llama"))
 def test_saved_factors_are_loaded_into_a_factorized_model(family, tmp_path):
@@ -362,6 +367,7 @@ NAMED = {
 }
 
 
+@pytest.mark.covers("P19")
 @column("tied weights", refused=True)
 @pytest.mark.parametrize("family", families(*TIED))
 def test_a_tied_weight_that_was_named_is_refused(family):
@@ -375,6 +381,7 @@ def test_a_tied_weight_that_was_named_is_refused(family):
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.covers("C5")
 @column("tied weights")
 @pytest.mark.parametrize("family", families(*TIED))
 def test_tied_weights_that_are_swept_in_stay_tied(family):
@@ -390,6 +397,7 @@ def test_tied_weights_that_are_swept_in_stay_tied(family):
     assert logits(model, inputs).shape[-1] == 70
 
 
+@pytest.mark.covers("C5")
 @column("tied weights")
 @pytest.mark.parametrize("family", families(*TIED))
 def test_untied_weights_are_their_own(family):
@@ -456,6 +464,7 @@ def test_resizing_works_after_merging_the_embeddings(family):
     model(**inputs).loss.backward()
 
 
+@pytest.mark.covers("P17")
 @column("init_weights")
 @pytest.mark.parametrize("family", families())
 def test_initializing_an_initialized_model_changes_nothing(family):
@@ -467,6 +476,7 @@ def test_initializing_an_initialized_model_changes_nothing(family):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.covers("P17")
 @column("init_weights", refused=True)
 @pytest.mark.parametrize("family", families())
 def test_initializing_factorized_weights_in_place_is_refused(family):
@@ -484,6 +494,7 @@ def test_initializing_factorized_weights_in_place_is_refused(family):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.covers("P19")
 @pytest.mark.integration(row="GPT-2", column="tied weights", refused=True)
 def test_tying_to_a_factorized_weight_is_refused():
     """A configuration that ties what is factorized already: an error, and the factors stay."""
@@ -496,6 +507,7 @@ def test_tying_to_a_factorized_weight_is_refused():
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.covers("P22")
 @column("PEFT merge", refused=True)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("safe", [False, True])
@@ -509,6 +521,7 @@ def test_merging_an_adapter_into_factors_is_refused(family, safe, options):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.covers("P22")
 @column("PEFT merge")
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("family", families("GPT-2", "Llama"))
@@ -521,6 +534,7 @@ def test_an_adapter_is_merged_into_the_merged_weights(family, options):
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.covers("P22")
 @column("factorize under PEFT")
 @pytest.mark.parametrize("family", families("GPT-2", "Llama"))
 def test_adapters_stay_as_they_are(family):

@@ -111,6 +111,7 @@ def assert_same(one, other) -> None:
         assert torch.equal(mine[name], theirs[name]), name
 
 
+@pytest.mark.covers("D5", "P46")
 @pytest.mark.parametrize("make", WAYS)
 def test_it_trains_and_no_factor_decays_twice(make, tmp_path):
     """The loss falls; factors have λ and no weight decay, dense matrices have theirs."""
@@ -132,6 +133,7 @@ def test_it_trains_and_no_factor_decays_twice(make, tmp_path):
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.1}
 
 
+@pytest.mark.covers("P46")
 def test_all_ways_are_the_same(tmp_path):
     """Factory, object and subclass end with the same parameters, bit for bit."""
     models = []
@@ -142,6 +144,7 @@ def test_all_ways_are_the_same(tmp_path):
     assert_same(models[0], models[2])
 
 
+@pytest.mark.covers("P36")
 def test_the_default_optimizer_is_fused(tmp_path):
     """What Trainer takes by default reaches the base."""
     trainer = by_factory(factorized(), arguments(tmp_path))
@@ -182,6 +185,7 @@ def test_resuming_is_going_on(make, tmp_path):
     assert_same(whole, resumed)
 
 
+@pytest.mark.covers("C13")
 @cell("accumulation, clipping")
 def test_accumulation_and_clipping(tmp_path):
     """Two halves are one batch: the decay acts once a step, behind the clipping."""
@@ -206,6 +210,7 @@ def test_bf16(make, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.covers("P4")
 @cell("bf16 parameters")
 def test_bf16_parameters_decay_and_resume(tmp_path):
     """Stochastic rounding makes λ act, and its generator is in the checkpoint."""
@@ -289,6 +294,7 @@ def test_schedule_free_adam_asks_for_the_mode(tmp_path):
         trainer.train()
 
 
+@pytest.mark.covers("P45")
 @cell("optimizers of the backward pass", refused=True)
 def test_layerwise_optimizers_are_refused(tmp_path, monkeypatch):
     """What Trainer prepares for them is recognized: they update in the backward pass."""
@@ -298,6 +304,7 @@ def test_layerwise_optimizers_are_refused(tmp_path, monkeypatch):
         by_factory(factorized(), arguments(tmp_path)).train()
 
 
+@pytest.mark.covers("P20")
 @cell("factorized too late", refused=True)
 def test_factorizing_after_the_optimizer_is_refused(tmp_path):
     """At the first step the factors are missing from the optimizer, and it says so."""

@@ -117,6 +117,7 @@ def per_head(module):
     return scores, outputs
 
 
+@pytest.mark.covers("C6")
 @pytest.mark.integration(column="attention products")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_are_the_loops_over_heads(family):
@@ -222,6 +223,7 @@ def test_balancing_in_single_precision_changes_no_output(family):
     assert (zoo.logits(model, inputs) - before).abs().max() <= 1e-5 * before.abs().max()
 
 
+@pytest.mark.covers("C9")
 @pytest.mark.parametrize("family", zoo.families(*ROTARY))
 def test_rotary_embeddings_forbid_to_balance_scores(family):
     """The refusal names product, reason and remedy; without it the model would be another one."""
@@ -245,6 +247,7 @@ def test_every_entry_of_the_table_is_tested():
     assert found == {key for key in ATTENTION if str(key).startswith("transformers.")}
 
 
+@pytest.mark.covers("C6")
 def test_a_wrong_number_of_heads_is_refused_by_name():
     """As after pruning one head of one layer by hand."""
     model, _ = MODELS["BERT"]()

@@ -103,6 +103,7 @@ def test_lookahead_as_the_base(name):
     assert found.kinds == {"coupled" if name.endswith("sgd") else "decoupled"}
 
 
+@pytest.mark.covers("C15")
 def test_groups_agree_with_timms():
     """What timm would not decay, split_param_groups does not; the factors are apart."""
     timm = pytest.importorskip("timm")

@@ -39,6 +39,7 @@ def made(family, dtype=torch.float64):
     return model.eval().to(dtype), torch.randn(2, 3, 32, 32).to(dtype)
 
 
+@pytest.mark.covers("P7")
 @column("factorize")
 @pytest.mark.parametrize("family", families())
 def test_full_rank_is_the_dense_model(family):

@@ -45,6 +45,7 @@ def per_head(attention):
     return scores, sum((o[:, part] @ v[part]).square().sum() for part in parts)
 
 
+@pytest.mark.covers("C6")
 @pytest.mark.integration(column="attention products")
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_the_loops_over_heads(kind):
