@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import is_parametrized
 
+from frobdecay.holding import lists_of
 from frobdecay.init import split_evenly, with_inner
 from frobdecay.product import Factor, Product, as_products, is_sharded
 from frobdecay.structures import CHAIN
@@ -107,8 +107,7 @@ def _check_balanceable(products: list[Product]) -> None:
 def _is_computed(factor: Factor) -> bool:
     """Whether a parametrization makes the tensor anew at every look."""
     owner, name = factor.owner, factor.attribute
-    held = isinstance(owner, torch.nn.Module) and is_parametrized(owner)
-    return held and name in owner.parametrizations
+    return isinstance(owner, torch.nn.Module) and name in lists_of(owner)
 
 
 def _apart(one: Factor, other: Factor) -> bool:

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from frobdecay.modules.layouts import layouts
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
@@ -97,13 +96,13 @@ def _put_back(weight: Weight, dense: nn.Parameter) -> None:
     ``remove_parametrizations`` would multiply once more, and makes a buffer of a frozen weight.
     """
     module, attribute = weight.module, weight.attribute
-    held: Any = module.parametrizations
+    held: Any = module._modules["parametrizations"]
     order = getattr(held[attribute][0], "order", ()) or _usual_order(module)
     delattr(type(module), attribute)  # its own class, since the transaction began
     del held[attribute]
-    module.register_parameter(attribute, dense)
-    if not is_parametrized(module):
-        del module.parametrizations
+    module._parameters[attribute] = dense
+    if not len(held):
+        del module._modules["parametrizations"]
         module.__class__ = type(module).__bases__[0]
     reorder(module, order)
 
@@ -160,6 +159,8 @@ def unroll(model: nn.Module) -> nn.Module:
         for parent in parents:
             for name, child in parent._modules.items():
                 parent._modules[name] = chains.get(id(child), child)
+            if "_orig_mod" in parent._modules:  # torch.compile's: its forward holds the layer, too
+                parent.__setstate__(parent.__getstate__())
     return chains.get(id(model), model)
 
 

@@ -34,8 +34,8 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.nn.utils.parametrize import is_parametrized
 
+from frobdecay.holding import lists_of
 from frobdecay.parametrizations import LowRank
 
 __all__ = ["ColwiseFactored", "RowwiseFactored"]
@@ -68,7 +68,7 @@ class _Factored(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Shard the factors and have the layer compute with them; what torch calls."""
         self._check(module, device_mesh)
-        held: Any = module.parametrizations.weight  # type: ignore[union-attr]
+        held = lists_of(module)["weight"]
         U, V, bias = self._placements
         last = len(list(held.parameters())) - 1
         for i in range(last + 1):
@@ -115,7 +115,7 @@ class _Factored(ParallelStyle):
                 f"{kind}: expected plain parameters, got {shown}, which is sharded already; "
                 "first parallelize_module, once, and fully_shard after it"
             )
-        if not is_parametrized(module, "weight"):
+        if "weight" not in lists_of(module):
             raise ValueError(
                 f"{kind}: expected a factorized nn.Linear, got the dense {shown}; factorize it "
                 f"first, or use torch.distributed.tensor.parallel.{self._dense} for it"
@@ -128,12 +128,12 @@ class _Factored(ParallelStyle):
 
 
 def _check_factors(kind: str, module: nn.Linear) -> None:
-    held: Any = module.parametrizations
-    chain = held.weight[0]
+    held = lists_of(module)
+    chain = held["weight"][0]
     view = getattr(chain, "matricization", None)
     if (
         len(held) > 1
-        or len(held.weight) > 1
+        or len(held["weight"]) > 1
         or getattr(type(chain), "forward", None) is not LowRank.forward
         or view is None
         or view.batch
@@ -142,7 +142,7 @@ def _check_factors(kind: str, module: nn.Linear) -> None:
         raise ValueError(
             f"{kind}: expected a weight W = U M Vᵀ with U of {module.out_features} rows and V of "
             f"{module.in_features}, and no other parametrization, got {_shown(module)} with "
-            f"{held}; factorize it with LowRank and its default pattern"
+            f"{dict(held)}; factorize it with LowRank and its default pattern"
         )
 
 
@@ -229,7 +229,7 @@ class RowwiseFactored(_Factored):
 
 def _factors(module: nn.Module) -> list[DTensor]:
     """U, M.., V."""
-    held: Any = module.parametrizations.weight  # type: ignore[union-attr]
+    held = lists_of(module)["weight"]
     return [getattr(held, f"original{i}") for i in range(len(list(held.parameters())))]
 
 

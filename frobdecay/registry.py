@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
+from frobdecay.holding import lists_of, register_parametrization
 from frobdecay.init import Init
 from frobdecay.modules.candidates import Entry, OnTied
 from frobdecay.modules.progress import Progress
@@ -166,10 +166,9 @@ def _register(entry: Entry, stacks: Stacks) -> float:
 
 def parameter_order(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's parameters while all were dense."""
-    if is_parametrized(module):
-        for held in module.parametrizations.values():  # type: ignore[operator]
-            if getattr(held[0], "order", ()):
-                return tuple(held[0].order)
+    for held in lists_of(module).values():
+        if getattr(held[0], "order", ()):
+            return tuple(held[0].order)
     return tuple(module._parameters)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.holding import lists_of
 from frobdecay.modules.surgery import factorized, reorder
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import is_sharded
@@ -156,7 +157,7 @@ def _resetting(base: type, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
         lists = factorized(self)
-        if len(lists) < len(self.parametrizations):
+        if len(lists) < len(lists_of(self)):
             raise ValueError(
                 f"cannot reset a {base.__name__} that has other parametrizations beside the "
                 f"factorized {list(lists)}; remove those first"

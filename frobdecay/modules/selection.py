@@ -26,8 +26,8 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from frobdecay.holding import lists_of
 from frobdecay.modules.layouts import Layout, layouts
 from frobdecay.product import Product
 
@@ -117,7 +117,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
-        if child is None or (name == "parametrizations" and is_parametrized(module)):
+        if child is None or (name == "parametrizations" and lists_of(module)):
             continue
         transparent = name in _WRAPPERS or (parallel and name == "module")
         yield from _walk(child, path if transparent else f"{path}.{name}".lstrip("."))
@@ -142,14 +142,10 @@ def _attributes(module: nn.Module) -> dict[str, bool]:
     table = layouts(module)
     present = [name for name, parameter in module._parameters.items() if parameter is not None]
     # Hooks such as weight_norm's write plain attributes; quantized modules have methods.
-    held = {*present, *_parametrized(module), *module._buffers, *module.__dict__}
+    held = {*present, *lists_of(module), *module._buffers, *module.__dict__}
     packed = ["weight"] if callable(getattr(type(module), "weight", None)) else []
-    known = [name for name in table if name in held] + _parametrized(module) + packed
+    known = [name for name in table if name in held] + [*lists_of(module)] + packed
     return {**dict.fromkeys(known, True), **{name: name in known for name in present}}
-
-
-def _parametrized(module: nn.Module) -> list[str]:
-    return list(module.parametrizations) if is_parametrized(module) else []  # type: ignore[arg-type]
 
 
 def select(

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
+from frobdecay.holding import lists_of
 from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.selection import Weight, modules, weights
 from frobdecay.partitions import why_partitioned
@@ -132,9 +132,9 @@ def reason_against(weight: Weight) -> str | None:
 
 def _not_a_parameter(weight: Weight) -> str | None:
     module, attribute = weight.module, weight.attribute
-    if is_parametrized(module, attribute):
-        kinds = [type(p).__name__ for p in module.parametrizations[attribute]]  # type: ignore[index]
-        if hasattr(module.parametrizations[attribute][0], "product"):  # type: ignore[index]
+    if held := lists_of(module).get(attribute):
+        kinds = [type(p).__name__ for p in held]
+        if hasattr(held[0], "product"):
             return "already factorized; merge it first to change its rank"
         return f"already parametrized by {', '.join(kinds)}; remove that parametrization first"
     if weight.tensor is not None:
@@ -218,10 +218,9 @@ def ties(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _parametrized_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if is_parametrized(module):
-        assert isinstance(module.parametrizations, nn.Module)
-        for name, held in module.parametrizations.named_parameters():
-            yield f"parametrizations.{name}", held
+    for attribute, held in lists_of(module).items():
+        for name, parameter in held.named_parameters():
+            yield f"parametrizations.{attribute}.{name}", parameter
 
 
 def _overlaps(tensors: dict[int, Tensor]) -> Iterator[tuple[int, int]]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from frobdecay.factored import FactoredTensor
+from frobdecay.holding import copied_class, lists_of
 from frobdecay.parametrizations import VERSION
 
 __all__ = ["factorized", "own_class", "reorder", "settle_recurrent", "transaction"]
@@ -24,7 +24,7 @@ __all__ = ["factorized", "own_class", "reorder", "settle_recurrent", "transactio
 def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Undo every change to the attributes and classes of these modules if an error escapes."""
     touched = list({id(module): module for module in modules}.values())
-    touched += [m.parametrizations for m in touched if is_parametrized(m)]  # type: ignore[misc]
+    touched += [table for m in touched if (table := m._modules.get("parametrizations")) is not None]
     saved = [(module, module.__class__, _snapshot(module)) for module in touched]
     for module in touched:
         own_class(module)
@@ -50,18 +50,14 @@ def _snapshot(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict[str, A
 
 def factorized(module: nn.Module) -> dict[str, Any]:
     """Attribute -> ``ParametrizationList`` of the weights of a module that are products."""
-    if not is_parametrized(module):
-        return {}
-    held: Any = module.parametrizations
-    return {name: held[name] for name in held if hasattr(held[name][0], "factor_shapes")}
+    held = lists_of(module).items()
+    return {name: one for name, one in held if hasattr(one[0], "factor_shapes")}
 
 
 def own_class(module: nn.Module) -> None:
     """Give a parametrized module a copy of its injected class, so that no other one shares it."""
-    if is_parametrized(module):
-        kind = type(module)
-        content = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, kind.__bases__, content)
+    if lists_of(module):
+        module.__class__ = copied_class(type(module))
 
 
 def reorder(module: nn.Module, order: Sequence[str]) -> None:
@@ -96,7 +92,7 @@ def settle_recurrent(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if not isinstance(module, nn.RNNBase):
             continue
-        if is_parametrized(module):
+        if lists_of(module):
             kind: Any = type(module)
             # Formed outside of compiled code: torch.compile leaves recurrent layers alone, but
             # compiles what they call, and there a product from outside has no factors.

@@ -19,8 +19,8 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from frobdecay.holding import dense_type, lists_of
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import LowRank
 
@@ -35,7 +35,7 @@ def _name(kind: type) -> str:
 
 def _chain(module: nn.Module) -> Callable[..., list[nn.Module]] | None:
     """What builds the chain for this very type; subclasses have a forward of their own."""
-    kind = type_before_parametrizations(module)
+    kind = dense_type(module)
     return _CHAINS.get(kind) or _CHAINS.get(_name(kind))
 
 
@@ -62,8 +62,8 @@ def reads_weight(module: nn.Module, path: str) -> bool:
 
 def why_not_unrolled(module: nn.Module) -> str | None:
     """Say why this parametrized layer cannot be a chain of plain layers, if so."""
-    kind = type_before_parametrizations(module)
-    held: Any = module.parametrizations
+    kind = dense_type(module)
+    held = lists_of(module)
     if _chain(module) is None:
         return f"a {_name(kind)} reads its weight itself"
     if list(held) != ["weight"] or len(held["weight"]) > 1:
@@ -87,8 +87,7 @@ def unrolled(module: nn.Module) -> nn.Sequential:
 
     Call it only where ``why_not_unrolled`` has nothing against it.
     """
-    held: Any = module.parametrizations
-    weight = held["weight"]
+    weight = lists_of(module)["weight"]
     factors = tuple(getattr(weight, f"original{i}") for i in range(weight.ntensors))
     build = _chain(module)
     assert build is not None
@@ -225,7 +224,7 @@ def _link(
     module: _ConvNd, weight: Tensor, source: Tensor, mine: tuple[bool, ...], bias: Any = None
 ) -> nn.Module:
     """A convolution with the module's settings along its own kernel dimensions."""
-    kind: Any = type_before_parametrizations(module)
+    kind: Any = dense_type(module)
 
     def own(setting: Any, other: int) -> Any:
         if isinstance(setting, str):  # "same" and "valid" hold for a kernel of 1 too

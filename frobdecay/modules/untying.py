@@ -9,6 +9,7 @@ is saved with all of them, and loaded so by transformers 5, which says so in a w
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import getattr_static
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ def other_ties(model: nn.Module, untied: Iterable[Entry]) -> list[tuple[Any, Tie
     others = []
     for path, module in found.items():
         prefix = f"{path}." if path else ""
-        every = getattr(module, "all_tied_weights_keys", None)
+        every = getattr_static(module, "all_tied_weights_keys", None)  # not of one inside
         if isinstance(every, dict):
             # Its own are patterns, which it expands to names.
             tables = (module.get_expanded_tied_weights_keys(), every)

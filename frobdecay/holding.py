@@ -1,0 +1,69 @@
+"""What a module itself holds, whatever it answers for a module inside of it.
+
+Wrappers forward attributes that they lack to the module that they wrap (``torch.compile``'s, those
+of adapters, many of users). Asked through ``getattr``, as torch's ``is_parametrized`` asks, such a
+wrapper has the weights and the parametrizations of another module. Here it has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = ["copied_class", "dense_type", "lists_of", "register_parametrization"]
+
+
+def lists_of(module: nn.Module) -> Mapping[str, Any]:
+    """Attribute -> ``ParametrizationList`` of a module's own parametrized tensors."""
+    held = module._modules.get("parametrizations")
+    if not isinstance(held, nn.ModuleDict):
+        return {}
+    return {name: one for name, one in held.items() if isinstance(one, ParametrizationList)}
+
+
+def dense_type(module: nn.Module) -> type[nn.Module]:
+    """The type that the module has without its parametrizations."""
+    kind: Any = type(module)
+    return kind.__bases__[0] if lists_of(module) else kind
+
+
+def copied_class(kind: type[nn.Module], *bases: type[nn.Module]) -> Any:
+    """A class with the content of another, and its bases unless others are given."""
+    content = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, bases or kind.__bases__, content)
+
+
+def register_parametrization(
+    module: nn.Module, attribute: str, parametrization: nn.Module, unsafe: bool = False
+) -> None:
+    """As torch's; also on modules that forward attributes, which torch takes for the one inside."""
+    with _not_forwarding(module):
+        parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
+
+
+_FORWARDING = ("__getattr__", "__setattr__", "__delattr__")
+
+
+@contextmanager
+def _not_forwarding(module: nn.Module) -> Iterator[None]:
+    """Have a module answer for itself only; what its class gains is kept."""
+    kind: Any = type(module)
+    plain = {name: getattr(nn.Module, name) for name in _FORWARDING}
+    if all(getattr(kind, name) is method for name, method in plain.items()):
+        yield
+        return
+    blind: Any = type(kind.__name__, (kind,), plain)
+    module.__class__ = blind
+    try:
+        yield
+    finally:
+        made: Any = type(module)
+        if made is blind:  # it has a class of its own already, which takes what was added
+            for name in set(vars(blind)).intersection(lists_of(module)):
+                setattr(kind, name, vars(blind)[name])
+        module.__class__ = kind if made is blind else copied_class(made, kind)
