@@ -28,7 +28,7 @@ def lists_of(module: nn.Module) -> Mapping[str, Any]:
 
 def dense_type(module: nn.Module) -> type[nn.Module]:
     """The type that the module has without its parametrizations."""
-    kind: Any = type(module)
+    kind: type[Any] = type(module)
     return kind.__bases__[0] if lists_of(module) else kind
 
 

@@ -160,7 +160,8 @@ def unroll(model: nn.Module) -> nn.Module:
             for name, child in parent._modules.items():
                 parent._modules[name] = chains.get(id(child), child)
             if "_orig_mod" in parent._modules:  # torch.compile's: its forward holds the layer, too
-                parent.__setstate__(parent.__getstate__())
+                compiled: Any = parent
+                compiled.__setstate__(compiled.__getstate__())
     return chains.get(id(model), model)
 
 

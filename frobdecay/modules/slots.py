@@ -53,8 +53,8 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.DataParallel):
             raise ValueError(
-                f"{path or 'the model'} is a DataParallel, whose names are those of the model inside "
-                "of it; take its .module"
+                f"{path or 'the model'} is a DataParallel, whose names are those of the model "
+                "inside of it; take its .module"
             )
         passing = module._non_persistent_buffers_set
         kept = ((k, v) for k, v in module._buffers.items() if k not in passing)

@@ -24,7 +24,8 @@ __all__ = ["factorized", "own_class", "reorder", "settle_recurrent", "transactio
 def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Undo every change to the attributes and classes of these modules if an error escapes."""
     touched = list({id(module): module for module in modules}.values())
-    touched += [table for m in touched if (table := m._modules.get("parametrizations")) is not None]
+    inside = [module._modules.get("parametrizations") for module in touched]
+    touched += [held for held in inside if held is not None]
     saved = [(module, module.__class__, _snapshot(module)) for module in touched]
     for module in touched:
         own_class(module)
