@@ -18,7 +18,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, nan
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from frobdecay.measurement import (
     measure,
     total,
 )
+from frobdecay.modules.files import FilePath, replacing, write_figure
 from frobdecay.product import Product, as_products, product_norm
 
 __all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]
@@ -206,15 +206,16 @@ class Recorder:
             for name, table in state["history"].items()
         }
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: FilePath) -> None:
         """Write the history as JSON; what is not finite is written as a string.
 
         Args:
             path: of the file.
         """
-        Path(path).write_text(json.dumps(_map_numbers(self.state_dict(), _spell)) + "\n")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(_map_numbers(self.state_dict(), _spell)) + "\n")
 
-    def load(self, path: str | PathLike[str]) -> None:
+    def load(self, path: FilePath) -> None:
         """Continue the history of a file that ``save`` wrote.
 
         Args:
@@ -225,7 +226,7 @@ class Recorder:
         """
         self.load_state_dict(_map_numbers(json.loads(Path(path).read_text()), _unspell))
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+    def plot(self, path: FilePath | None = None) -> Any:
         """Draw product norm, nuclear norm with its bound, effective step and stable rank.
 
         Args:
@@ -251,7 +252,7 @@ class Recorder:
         for axes, quantity in zip(figure.subplots(2, 2).flat, panels, strict=True):
             self._panel(axes, quantity)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            write_figure(path, figure)
         return figure
 
     def _panel(self, axes: Any, quantity: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
 from frobdecay.matricize import Matricization
 from frobdecay.measurement import measure
+from frobdecay.modules.files import write_figure
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild
 from frobdecay.parametrizations import LowRank
@@ -325,4 +326,4 @@ def _plot(rows: list[Row], path: str) -> None:
     axes.set(xlabel="share of the singular values", ylabel="σᵢ / σ₁", yscale="log", ylim=(1e-4, 2))
     if 0 < len(drawn) <= 12:
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -6,11 +6,10 @@ import argparse
 from math import prod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from frobdecay.cli.reading import Checkpoint, check_memory, read
-from frobdecay.modules.files import replacing, write_safetensors
+from frobdecay.modules.files import write_safetensors, write_torch
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, rebuild
 
@@ -46,8 +45,7 @@ def run(options: argparse.Namespace) -> None:
             )
         write_safetensors(target, merged)
     else:
-        with replacing(target) as temporary:
-            torch.save({**merged, **checkpoint.others}, temporary)
+        write_torch(target, {**merged, **checkpoint.others})
     count, size = len(checkpoint.records), sum(tensor.numel() for tensor in merged.values())
     print(f"{target}: {count} weights merged, {len(merged)} tensors, {size:,} numbers")
 

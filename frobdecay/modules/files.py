@@ -2,34 +2,147 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import re
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FilePath", "read_safetensors", "replacing", "write_safetensors"]
+try:
+    import fcntl
+except ImportError:  # no locks as POSIX has them; what a killed save leaves then stays
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "FilePath",
+    "check_regular",
+    "read_safetensors",
+    "replacing",
+    "write_figure",
+    "write_safetensors",
+    "write_torch",
+]
 
 FilePath = str | os.PathLike[str]
+
+# Note [a folder for each save]
+# A save writes into a folder of its own beside the file that it is to replace: whatever the writer
+# puts beside its file (safetensors has a temporary one, too) is in there, no two saves meet, and
+# the file's own name, however long, can be used. The folder holds a lock while the save lives. A
+# killed save cannot clean up, so the next one in the same place does: folders whose lock can be
+# taken. A lock gets its name when it is locked already, so that no new folder looks abandoned.
+_PREFIX, _LOCK = ".frobdecay-", ".frobdecay-lock"
 
 
 @contextmanager
 def replacing(path: FilePath) -> Iterator[Path]:
-    """A path to write to, beside ``path``, which it replaces in one step if nothing fails."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """A path to write to, which replaces ``path`` in one step if nothing fails.
+
+    Links are followed, and the file keeps its owner and its permissions; a new one gets those that
+    ``open`` would give it. The numbers are on the disk before the old ones are gone.
+
+    Raises:
+        OSError: the file cannot be written, for want of space or of permission, or because it is a
+            folder or a device. What was there is there still.
+    """
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, target)
+        target = Path(os.path.realpath(path))
+        old = _writable(target)
+        with _own_folder(target.parent) as (folder, mode):
+            temporary = folder / target.name
+            yield temporary
+            if old is not None and hasattr(os, "chown"):
+                with suppress(PermissionError):
+                    os.chown(temporary, old.st_uid, old.st_gid)
+            temporary.chmod(stat.S_IMODE(mode if old is None else old.st_mode))
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        with suppress(OSError):  # not every system can
+            _sync(target.parent)
+    except Exception as error:
+        found = _os_error(error)
+        if found is None:
+            raise
+        raise OSError(found.errno, found.strerror, os.fspath(path)) from error
+
+
+def _writable(target: Path) -> os.stat_result | None:
+    """What is known of the file that is to be replaced; None if there is none."""
+    try:
+        old = check_regular(target)
+    except FileNotFoundError:
+        return None
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(target))
+    return old
+
+
+def check_regular(path: FilePath) -> os.stat_result:
+    """Refuse what is no file: reading a pipe or replacing a device would do harm.
+
+    Raises:
+        OSError: there is none, or something else.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        what = "a pipe, a socket or a device, but expected a regular file"
+        raise OSError(errno.EINVAL, what, os.fspath(path))
+    return found
+
+
+@contextmanager
+def _own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
+    """A folder for one save and the mode of new files; see Note [a folder for each save]."""
+    _clean(parent)
+    made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
+    with made as name, Path(name, "unlocked").open("wb") as lock:
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(lock.name, Path(name, _LOCK))
+        yield Path(name), os.fstat(lock.fileno()).st_mode
+
+
+def _clean(parent: Path) -> None:
+    """Remove the folders of saves that were killed."""
+    for folder in parent.glob(f"{_PREFIX}*") if fcntl is not None else ():
+        with suppress(OSError), Path(folder, _LOCK).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind a writer's own words, if there is one.
+
+    ``torch.save`` raises a RuntimeError over the OSError of the file; safetensors has but words.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        if said := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(said[1]), os.strerror(int(said[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _safetensors() -> Any:
@@ -43,6 +156,27 @@ def _safetensors() -> Any:
     return safetensors
 
 
+def write_torch(path: FilePath, content: Any) -> None:
+    """``torch.save`` into a file that is replaced as a whole.
+
+    Raises:
+        OSError: as ``replacing``.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def write_figure(path: FilePath, figure: Any) -> None:
+    """Save a figure of matplotlib; the file's ending decides the format.
+
+    Raises:
+        OSError: as ``replacing``.
+        ValueError: an ending that matplotlib does not know.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, format=temporary.suffix[1:] or None, dpi=150)
+
+
 def write_safetensors(
     path: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -50,6 +184,7 @@ def write_safetensors(
 
     Raises:
         ImportError: safetensors is not installed.
+        OSError: as ``replacing``.
         ValueError: a tensor that is not whole, dense and in memory, or of a dtype without a name
             in the format; nothing was written then.
     """
@@ -83,8 +218,9 @@ def read_safetensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]
         ValueError: it is not a safetensors file, or damaged.
     """
     safetensors = _safetensors()
+    check_regular(path)
     with open(path, "rb"):
-        pass  # a missing file and a folder are errors of their own
+        pass  # what may not be read is an error of its own
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
