@@ -173,8 +173,8 @@ def batches(steps, dtype=torch.float64):
         yield torch.randn(8, 13, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def train(model, optimizer, steps=20, *, clip=None, closure=False, dtype=torch.float64):
-    """Some steps; returns the losses and the norms of the gradients."""
+def train(model, optimizer, steps=6, *, clip=None, closure=False, dtype=torch.float64):
+    """A few steps; returns the losses and the norms of the gradients."""
     losses, norms = [], []
     for x in batches(steps, dtype):
 
@@ -357,7 +357,7 @@ def ordinary(rank, world):
         whole, copy = Branches(), Branches()
         alone, optimizer = adamw(whole), adamw(copy)
         model = wrap(copy)
-        for x in batches(20):
+        for x in batches(6):
             for process, part in enumerate(x.chunk(world)):  # one process does it all
                 (whole(part, branches * process) / world).backward()
             alone.step()

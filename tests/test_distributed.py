@@ -45,7 +45,7 @@ def test_every_layout_sends_what_it_has_to(world):
 @pytest.mark.covers("C14")
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_training_is_that_of_one_process(world):
-    """20 steps with ``fully_shard`` give the parameters and losses of one process."""
+    """Steps with ``fully_shard`` give the parameters and losses of one process."""
     for report in of(world, "runs"):
         assert len(report) >= 3
         for name, (parameters, losses) in report.items():
