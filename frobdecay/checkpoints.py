@@ -47,7 +47,7 @@ from frobdecay.modules.slots import (
     slots_of,
 )
 from frobdecay.modules.support import check_unwrapped, reason_against, ties
-from frobdecay.modules.surgery import factorized, settle_recurrent, transaction
+from frobdecay.modules.surgery import factorized, ordinary, settle_recurrent, transaction
 from frobdecay.modules.untying import forget_ties, other_ties
 from frobdecay.plan import PlanRow, RankPlan
 from frobdecay.registry import parameter_order, relative_error
@@ -61,6 +61,7 @@ M = TypeVar("M", bound=nn.Module)
 # --- dense weights into a factorized model ------------------------------------------------------
 
 
+@ordinary("load")
 def load_dense_(model: nn.Module, state_dict: Mapping[str, Any]) -> RankPlan:
     """Load a dense ``state_dict`` into a factorized model, and say how well the ranks hold it.
 
@@ -197,6 +198,7 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
 # --- load ---------------------------------------------------------------------------------------
 
 
+@ordinary("load")
 def load_factorized(model: M, path: FilePath) -> M:
     """Factorize a dense model as a file of ``save_factorized`` says, and load the file, in place.
 

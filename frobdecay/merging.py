@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from frobdecay.modules.layouts import layouts
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
 from frobdecay.modules.support import check_unwrapped
-from frobdecay.modules.surgery import factorized, reorder, settle_recurrent, transaction
+from frobdecay.modules.surgery import factorized, ordinary, reorder, settle_recurrent, transaction
 from frobdecay.modules.unrolling import reads_weight, unrolled, why_not_unrolled
 from frobdecay.partitions import why_partitioned
 
@@ -19,6 +19,7 @@ __all__ = ["merge", "unroll"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@ordinary("merge")
 def merge(model: M, *, include: Selector | None = None, exclude: Selector | None = None) -> M:
     """Multiply the factors out again, in place: dense modules of their original class.
 
@@ -112,6 +113,7 @@ def _usual_order(module: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(module, "_flat_weights_names", layouts(module)))
 
 
+@ordinary("unroll")
 def unroll(model: nn.Module) -> nn.Module:
     """Replace layers with factorized weights by chains of plain torch layers, in place.
 

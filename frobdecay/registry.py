@@ -21,7 +21,7 @@ from frobdecay.modules.restoring import restorable
 from frobdecay.modules.selection import ProductSelector, Selector, modules, pick
 from frobdecay.modules.stacking import Stacks
 from frobdecay.modules.support import check_unwrapped, check_values
-from frobdecay.modules.surgery import factorized, settle_recurrent, transaction
+from frobdecay.modules.surgery import factorized, ordinary, settle_recurrent, transaction
 from frobdecay.modules.untying import forget_ties, other_ties, untie
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
@@ -45,6 +45,7 @@ _OWN: dict[type | str, Provider] = {**ATTENTION}
 _USERS: dict[type | str, Provider] = {}
 
 
+@ordinary("factorize")
 def factorize(
     model: nn.Module,
     rank: RankRule | None = None,

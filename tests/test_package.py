@@ -22,7 +22,13 @@ LAYERS = [
     {"forms.product_tensor", "forms.cost", "forms.matrix", "forms.dense", "forms.shapes"}
     | {"forms.tensors", "forms.attention", "forms.table", "factored"},
     {"modules.layouts", "parametrizations", "parallel", "tensorized.base", "tensorized.kinds"},
-    {"modules.selection", "modules.support", "modules.candidates", "modules.surgery"}
+    {
+        "modules.memory",
+        "modules.selection",
+        "modules.support",
+        "modules.candidates",
+        "modules.surgery",
+    }
     | {"modules.stacking", "modules.progress", "modules.untying"}
     | {"modules.restoring", "modules.records", "modules.slots", "modules.files", "checkpoints"}
     | {"modules.unrolling", "plan", "ranks", "providers.attention", "registry", "merging"}

@@ -3,12 +3,14 @@
 import io
 import pickle
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from test_bad_input import FATAL, REFUSED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import frobdecay
@@ -179,3 +181,96 @@ def test_a_forward_of_ones_own_computes(kind):
     factorize(layer, 2, parametrization=kind)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), merge(layer)(x), rtol=1e-5, atol=1e-6)
+
+
+# --- in contexts ----------------------------------------------------------------------------------
+
+CONTEXTS = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("cpu"),
+}
+W = torch.linspace(-1, 1, 24).sin().view(4, 6)
+DENSE = {f"{i}.weight": w for i, w in enumerate((W, W.T.contiguous(), W.T.contiguous()))}
+DENSE |= {f"{i}.bias": torch.zeros(n) for i, n in enumerate((4, 6, 6))}
+
+
+def copied():
+    """A state_dict of one's own."""
+    with torch.inference_mode(False):
+        return {name: tensor.clone() for name, tensor in DENSE.items()}
+
+
+def _assigns(model):
+    model[0].weight = W
+
+
+# What changes a model -> whether it works on a factorized one.
+ACTS = {
+    "factorize": (lambda model: factorize(model, 2), False),
+    "untie": (lambda model: factorize(model, ratio=0.9, on_tied="untie"), False),
+    "merge": (merge, True),
+    "unroll": (frobdecay.unroll, True),
+    "assign": (_assigns, True),
+    "load": (lambda model: model.load_state_dict(copied()), True),
+    "load assigned": (lambda model: model.load_state_dict(copied(), assign=True), True),
+    "load_dense_": (lambda model: frobdecay.load_dense_(model, DENSE), True),
+    "balance_": (lambda model: frobdecay.balance_(frobdecay.products(model)), True),
+}
+
+
+def _changed(act, context):
+    """A model after an act in a context."""
+    run, factored = ACTS[act]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6))
+    if factored:
+        factorize(model, 2)
+    elif act == "untie":
+        model[2].weight = model[1].weight
+    with context():
+        run(model)
+    return model
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("act", ACTS)
+def test_contexts_of_the_caller_leave_parameters_that_train(act, context):
+    """The numbers are those of the act outside, and the first step of an optimizer works."""
+    model, expected = (_changed(act, each) for each in (CONTEXTS[context], nullcontext))
+    for (name, one), (other_name, other) in zip(
+        model.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name == other_name
+        assert (type(one), one.requires_grad, one.is_inference()) == (nn.Parameter, True, False)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model[1](model[0](torch.ones(3, 6))) + model[2](torch.ones(3, 4))).sum().backward()
+    optimizer.step()
+    assert not torch.equal(next(model.parameters()), next(expected.parameters()))
+
+
+def _inside_grad(run, model):
+    torch.func.grad(lambda x: (run(model), x.sum())[1])(torch.ones(3))
+
+
+def _inside_fake(run, model):
+    with FakeTensorMode():
+        run(model)
+
+
+@pytest.mark.parametrize("act", ["factorize", "merge", "unroll", "load_dense_"])
+@pytest.mark.parametrize(
+    ("inside", "where"), [(_inside_fake, "mode of FakeTensors"), (_inside_grad, "torch.func")]
+)
+def test_contexts_without_numbers_are_refused(act, inside, where):
+    """Under modes whose tensors hold none, and in transformed functions: nothing was changed."""
+    run, factored = ACTS[act]
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6))
+    if factored:
+        factorize(model, 2)
+    before = [(id(module), type(module)) for module in model.modules()]
+    with pytest.raises(RuntimeError, match=rf"cannot \w+ a model inside of .*{where}"):
+        inside(run, model)
+    assert [(id(module), type(module)) for module in model.modules()] == before

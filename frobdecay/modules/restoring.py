@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.holding import lists_of
-from frobdecay.modules.surgery import factorized, reorder
+from frobdecay.modules.surgery import factorized, ordinary, reorder
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import is_sharded
 
@@ -95,6 +95,7 @@ def _factors(held: Any) -> list[Tensor]:
     return [getattr(held, f"original{i}") for i in range(held.ntensors)]
 
 
+@ordinary("load")
 @torch.no_grad()
 def dense_to_factors(held: Any, dense: Tensor, like_model: bool = True) -> tuple[Tensor, ...]:
     """The factors of a dense weight, at the structure that a ``ParametrizationList`` has.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from frobdecay.holding import lists_of
 from frobdecay.modules.layouts import is_kind, refusal
+from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, modules, weights
 from frobdecay.partitions import why_partitioned
 
@@ -194,7 +194,7 @@ def _hooked(weight: Weight) -> str | None:
 
 
 def ties(model: nn.Module) -> dict[int, list[str]]:
-    """List the parameters that share memory.
+    """List the parameters and buffers that share memory.
 
     Returns:
         The id of each -> the names of all that use its memory, its own among them.
@@ -206,39 +206,20 @@ def ties(model: nn.Module) -> dict[int, list[str]]:
             owners[id(weight.tensor)].extend(weight.names[:1])
             tensors[id(weight.tensor)] = weight.tensor
     for path, module in modules(model).items():
-        for name, held in _parametrized_parameters(module):
+        for name, held in _others(module):
             owners[id(held)].append(f"{path}.{name}".lstrip("."))
             tensors[id(held)] = held
     found = {key: names for key, names in owners.items() if len(names) > 1}
-    for one, other in _overlaps(tensors):
+    for one, other in overlaps(tensors):
         both = [*owners[one], *owners[other]]
         for key in (one, other):
             found[key] = list(dict.fromkeys([*found.get(key, []), *both]))
     return found
 
 
-def _parametrized_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _others(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers, and what parametrizations hold."""
+    yield from ((name, held) for name, held in module._buffers.items() if held is not None)
     for attribute, held in lists_of(module).items():
         for name, parameter in held.named_parameters():
             yield f"parametrizations.{attribute}.{name}", parameter
-
-
-def _overlaps(tensors: dict[int, Tensor]) -> Iterator[tuple[int, int]]:
-    """Pairs of different parameters that use the same bytes (one is a view of the other)."""
-    spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), _extent(tensor), key)
-        for key, tensor in tensors.items()
-        if type(tensor) is nn.Parameter
-        and tensor.layout == torch.strided
-        and not tensor.is_meta
-        and tensor.numel()
-    )
-    for before, after in pairwise(spans):
-        if before[0] == after[0] and after[1] < before[1] + before[2]:
-            yield before[3], after[3]
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first to behind its last entry."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()

@@ -7,17 +7,41 @@ parametrize or merge one would then break the other. ``own_class`` parts them fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from frobdecay.factored import FactoredTensor
+from frobdecay.forms.product_tensor import transforms_active
 from frobdecay.holding import copied_class, lists_of
 from frobdecay.parametrizations import VERSION
 
-__all__ = ["factorized", "own_class", "reorder", "settle_recurrent", "transaction"]
+__all__ = ["factorized", "ordinary", "own_class", "reorder", "settle_recurrent", "transaction"]
+
+
+@contextmanager
+def ordinary(act: str) -> Iterator[None]:
+    """Tensors made inside are such as train, under ``inference_mode`` too; also a decorator.
+
+    Args:
+        act: what is to be done, for the error.
+
+    Raises:
+        RuntimeError: a mode is active under which there are no such tensors.
+    """
+    # Without need this mode would switch gradients on.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        made = type(torch.ones((), device="cpu")).__name__
+        if made != "Tensor" or transforms_active():
+            where = (
+                "functions that torch.func transforms"
+                if made == "Tensor"
+                else f"the mode of {made}s"
+            )
+            raise RuntimeError(f"cannot {act} a model inside of {where}; {act} it outside")
+        yield
 
 
 @contextmanager
