@@ -234,10 +234,10 @@ def load_factorized(model: M, path: FilePath) -> M:
                 "it has no structure of frobdecay: a dense checkpoint is loaded with "
                 "load_state_dict; a factorized one has to be written by save_factorized"
             )
-        records, tied = parse_records(metadata[HEADER])
+        records, tied = parse_records(metadata[HEADER], tensors)
         fresh = _fit(model, records)
         slots = _expected(model, fresh)
-        values = {**tensors, **{name: tensors[k] for name, k in tied.items() if k in tensors}}
+        values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
         found = {name: like(value.shape, value.dtype) for name, value in values.items()}
         check_same({name: slot.like for name, slot in slots.items()}, found, "it", "the model")
         check_ties(slots, tied)
@@ -272,11 +272,14 @@ def _fit(
     if extra:
         raise ValueError(f"it has {extra[:8]} dense, which the model has factorized; merge them")
     fresh = []
+    met: dict[str, str] = {}
     for name, record in records.items():
         made = rebuild(name, record)
         if name not in known:
             raise ValueError(f"it has {name} factorized, which the model does not have")
         weight, shape = replace(known[name], named=True), tuple(record["shape"])
+        if (other := met.setdefault(weight.name, name)) != name:
+            raise ValueError(f"it has both {other} and {name} factorized, one weight in the model")
         if weight.name in present:
             theirs, ours = (_structure(r) for r in (record, present[weight.name]))
             if theirs != ours:

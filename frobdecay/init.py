@@ -268,6 +268,6 @@ def resolve_init(init: str | Init) -> Init:
     """
     if callable(init):
         return init
-    if init not in INITS:
+    if not isinstance(init, str) or init not in INITS:
         raise ValueError(f"expected init to be one of {sorted(INITS)} or a callable, got {init!r}")
     return INITS[init]

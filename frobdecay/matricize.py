@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from numbers import Integral
 
 from einops import EinopsError, rearrange
 from torch import Tensor
@@ -140,8 +141,16 @@ def fit_pattern(
         of all axes.
 
     Raises:
+        TypeError: the pattern is no string, or a length no int.
         ValueError: the pattern cannot be read, is not one-to-one, or does not fit the shape.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"expected a pattern, a string such as 'o i -> o i', got {pattern!r}")
+    for name, length in dict(axes or {}).items():
+        if isinstance(length, bool) or not isinstance(length, Integral):
+            raise TypeError(f"expected the length of the axis {name!r} as an int, got {length!r}")
+        if length < 1:
+            raise ValueError(f"expected the length of the axis {name!r} above 0, got {length}")
     left, arrow, right = pattern.partition("->")
     if not arrow:
         raise ValueError(f"expected a pattern 'tensor -> rows columns', got {pattern!r}")

@@ -122,10 +122,11 @@ class Recorded(nn.Module):
         )
 
 
-def _reading(record: Mapping[str, Any]) -> dict[str, Any]:
+def _reading(record: Any) -> Any:
     """A record without what the shapes of factors say, and without the initialization."""
-    settings = record.get("config") or {}
-    config = {k: v for k, v in settings.items() if k not in ("rank", "depth", "init")}
+    if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
+        return record  # a damaged one, which equals none of ours
+    config = {k: v for k, v in record["config"].items() if k not in ("rank", "depth", "init")}
     return {**record, "config": config}
 
 

@@ -599,6 +599,17 @@ def _edited(path, header=None, drop=(), **tensors):
     save_file(content, path, {"frobdecay": json.dumps(structure)})
 
 
+def _reworded(path, old, new):
+    """Write the file again with another text for its structure."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["frobdecay"]
+    assert old in text
+    save_file(load_file(path), path, {"frobdecay": text.replace(old, new)})
+
+
 def _head(**changes):
     return lambda structure: structure["weights"]["head.weight"].update(changes)
 
@@ -625,6 +636,17 @@ WRONG_FILES = {
     "wrong shape": (lambda path: _edited(path, _head(shape=[6, 5])), r"head.weight.*\(6, 5\)"),
     "unknown option": (lambda path: _edited(path, _config(colour=1)), "head.weight.*colour"),
     "wrong pattern": (lambda path: _edited(path, _config(pattern="o -> i")), "head.weight.*o -> i"),
+    **{f"pattern {value!r}": (lambda path, v=value: _edited(path, _config(pattern=v)),
+                              "head.weight.*expected a pattern") for value in (3, [], True, {})},
+    "no end of axes": (lambda path: _edited(path, _config(pattern="o " * 10**5)), "config"),
+    "axes": (lambda path: _edited(path, _config(axes=[1])), "head.weight.*LowRank cannot be made"),
+    "axis": (lambda path: _edited(path, _config(axes={"o": -5, "i": -6})), "head.weight.*above 0"),
+    "half an axis": (lambda path: _edited(path, _config(axes={"o": 2.5})), "head.weight.*an int"),
+    "ranks": (lambda path: _edited(path, _config(rank=[2, 2])), "head.weight.*expected a rank"),
+    "infinite": (lambda path: _edited(path, _config(rank=1e308)), "head.weight.*rank|infinity"),
+    "deep": (lambda path: _edited(path, _config(init=functools.reduce(
+        lambda inner, _: [inner], range(300), 1))), "head.weight.*init"),
+    "no end of sizes": (lambda path: _edited(path, _head(shape=[5, 6] + [1] * 10**5)), "shape"),
     "unknown init": (lambda path: _edited(path, _config(init="os")), "head.weight.*init"),
     "another rank": (lambda path: _edited(path, _config(rank=3)), "original0.*float32 5×2.*5×3"),
     "missing": (lambda path: _edited(path, drop=["head.bias"]), "lacks head.bias"),
@@ -635,9 +657,20 @@ WRONG_FILES = {
     "a weight more": (
         lambda path: _edited(path, lambda s: s["weights"].update(
             {"tail.weight": s["weights"]["head.weight"]})), "tail.weight.*does not have"),
-    "tied": (
+    "tied to what is not there": (
         lambda path: _edited(path, lambda s: s["tied"].update({"head.bias": "out.bias"}),
-                             drop=["head.bias"]), "head.bias"),
+                             drop=["head.bias"]), "head.bias is said to be out.bias, which is not"),
+    "tied to what is tied": (
+        lambda path: _edited(path, lambda s: s["tied"].update(
+            {"head.bias": "body.0.bias", "body.0.bias": "body.1.bias"}),
+            drop=["head.bias", "body.0.bias"]), "head.bias is said to be body.0.bias, which is"),
+    "tied, though there": (
+        lambda path: _edited(path, lambda s: s["tied"].update({"head.bias": "body.1.bias"})),
+        "head.bias is said to be body.1.bias, but has its own numbers"),
+    "a tie of an unknown name": (
+        lambda path: _edited(path, lambda s: s["tied"].update({"tail.bias": "head.bias"})),
+        "does not tail.bias"),
+    "a name twice": (lambda path: _reworded(path, '"kind"', '"config": 1, "kind"'), "name twice"),
     "tied to another": (
         lambda path: _edited(
             path, lambda s: s["tied"].update({"body.0.bias": "body.1.bias"}),
@@ -692,6 +725,25 @@ def test_models_that_a_file_does_not_fit_are_left_alone(tmp_path, case):
         load_factorized(model, tmp_path / "model.safetensors")
     after = list(model.state_dict(keep_vars=True).values())
     assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+@needs_safetensors
+def test_a_weight_has_one_record(tmp_path):
+    """A module under two names is one, whichever of its names a file uses."""
+
+    def make():
+        model = nn.Sequential(nn.Linear(6, 5))
+        model.twin = model[0]
+        return model
+
+    def double(structure):
+        structure["weights"]["twin.weight"] = structure["weights"]["0.weight"]
+
+    path = tmp_path / "model.safetensors"
+    save_factorized(_factorized(make), path)
+    _edited(path, double)
+    with pytest.raises(ValueError, match=r"both 0\.weight and twin\.weight"):
+        load_factorized(make(), path)
 
 
 @needs_safetensors

@@ -282,6 +282,25 @@ def test_merge_expands_ties(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("given", SUFFIXES)
+def test_merge_keeps_both_names_of_a_shared_module(tmp_path, capsys, given):
+    """The original class expects them; they are one in a safetensors file."""
+
+    def make():
+        model = nn.Sequential(nn.Linear(6, 8))
+        model.twin = model[0]
+        return model
+
+    model = make()
+    factorize(model, 2)
+    _saved(tmp_path / f"in{given}", model)
+    assert _run("merge", tmp_path / f"in{given}", tmp_path / "out.pt") == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    make().load_state_dict(found)
+    assert torch.equal(found["0.weight"], found["twin.weight"])
+    capsys.readouterr()
+
+
 def test_merge_keeps_what_lies_beside_the_tensors(tmp_path, capsys):
     """Extra state stays, where the format can hold it."""
     model = _net()
@@ -357,6 +376,16 @@ UNMERGED = {
     "no config": (lambda s: _record(s).update(config=7), "3.weight.*config"),
     "no shape": (lambda s: _record(s).update(shape=None), "3.weight.*shape"),
     "no memory has it": (lambda s: _record(s).update(shape=[2**40, 2**40]), "3.weight.*shape"),
+    "pattern": (lambda s: _record(s)["config"].update(pattern=[]), "3.weight.*expected a pattern"),
+    "two dtypes": (
+        lambda s: s.update({FIRST: s[FIRST].double()}), "3.weight.*one floating.*float64.*float32"),
+    "integers": (
+        lambda s: s.update({key: s[key].int() for key in s if key.startswith(FIRST[:-1])}),
+        "3.weight.*int32"),
+    "sparse": (lambda s: s.update({FIRST: s[FIRST].to_sparse()}), "3.weight.*sparse_coo"),
+    "without numbers": (
+        lambda s: s.update({key: s[key].to("meta") for key in s if key.startswith(FIRST[:-1])}),
+        "3.weight.*meta"),
     "endless": (lambda s: _record(s)["config"].update(depth=10**12), "3.weight.*config"),
     "dense, too": (lambda s: s.update({"3.weight": torch.ones(10, 32)}), "both the factors.*3.w"),
     "huge": (

@@ -48,8 +48,7 @@ class Checkpoint:
     @property
     def unknown(self) -> list[str]:
         """Names of weights whose factors are here, but not how they are to be read."""
-        met = (_ORIGINAL.fullmatch(key) for key in self.tensors)
-        names = dict.fromkeys(m["path"] + m["name"] for m in met if m)
+        names = dict.fromkeys(filter(None, map(_weight, self.tensors)))
         return [name for name in names if name not in self.records]
 
 
@@ -88,12 +87,19 @@ def _from_safetensors(path: str, key: str | None) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
     if HEADER not in metadata:
         return Checkpoint(path, "", tensors, {})
-    records, tied = parse_records(metadata[HEADER])
+    records, tied = parse_records(metadata[HEADER], tensors)
     for name, source in tied.items():
-        if source not in tensors:
-            raise ValueError(f"{name} is said to be {source}, which is not in the file")
         tensors[name] = tensors[source]
+        ours, theirs = _weight(name), _weight(source)
+        if ours is not None and theirs in records:  # one module under two names
+            records.setdefault(ours, records[theirs])
     return Checkpoint(path, "", tensors, records)
+
+
+def _weight(key: str) -> str | None:
+    """The name of the weight whose factor a key is."""
+    met = _ORIGINAL.fullmatch(key)
+    return met["path"] + met["name"] if met else None
 
 
 def _from_torch(path: str, head: bytes, key: str | None) -> Checkpoint:
@@ -180,9 +186,9 @@ def _records(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for place, entry in metadata.items() if isinstance(metadata, Mapping) else ():
         record = entry.get("frobdecay") if isinstance(entry, Mapping) else None
-        inside = _ORIGINAL.fullmatch(f"{str(place).rpartition('.')[0]}.original0")
-        if isinstance(record, Mapping) and inside:
-            found[inside["path"] + inside["name"]] = record
+        name = _weight(f"{str(place).rpartition('.')[0]}.original0")
+        if isinstance(record, Mapping) and name is not None:
+            found[name] = record
     return found
 
 

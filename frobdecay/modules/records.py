@@ -14,7 +14,8 @@ imported, unpickled or evaluated. The factors are ``conv.parametrizations.weight
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -41,7 +42,7 @@ HEADER = "frobdecay"
 RECORDS_VERSION = 1
 
 # Beyond these a record is no weight's; a file must not make us count to what it says.
-_ENTRIES, _FACTORS = 2**40, 64
+_ENTRIES, _MANY = 2**40, 64
 
 
 def factorized_weights(model: nn.Module) -> list[Weight]:
@@ -88,41 +89,57 @@ def rebuild(name: str, record: Mapping[str, Any]) -> Any:
     shape: Any = record.get("shape")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
-            f"{name} is of kind {kind!r}, but known are {sorted(KINDS)}; upgrade frobdecay, or add "
-            "a kind of your own to frobdecay.parametrizations.KINDS"
+            f"{name} is of kind {_short(kind)}, but known are {sorted(KINDS)}; upgrade frobdecay, "
+            "or add a kind of your own to frobdecay.parametrizations.KINDS"
         )
     if not isinstance(config, Mapping) or not _is_shape(shape) or _many(config):
-        raise ValueError(f"{name}: expected a config and a shape in its record, got {record!r}")
+        raise ValueError(
+            f"{name}: expected a config and a shape in its record, got {_short(record)}"
+        )
     try:
         made: Any = KINDS[kind](**config)
         made.adopt(tuple(shape))
         made.factor_shapes(tuple(shape))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a kind, which may be another's, does with what it gets
         raise ValueError(f"{name}: {kind} cannot be made from its record: {error}") from error
     return made
 
 
 def _is_shape(shape: Any) -> bool:
     sizes = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
-    return sizes and prod(shape) <= _ENTRIES
+    return sizes and len(shape) <= _MANY and prod(shape) <= _ENTRIES
 
 
-def _many(config: Mapping[str, Any]) -> bool:
-    counts = [config.get(key, 0) for key in ("depth", "modes")]
-    return any(isinstance(count, int) and count > _FACTORS for count in counts)
+def _many(config: Mapping[Any, Any]) -> bool:
+    """Whether a kind would count for long: factors, modes, or the axes of a pattern."""
+    counts = [config.get("depth"), config.get("modes")]
+    pattern = config.get("pattern")
+    counts.append(len(pattern) // 8 if isinstance(pattern, str) else None)
+    return any(isinstance(count, int) and count > _MANY for count in counts)
 
 
-def parse_records(text: str) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+def _short(value: Any) -> str:
+    """What a file says, in an error."""
+    return reprlib.repr(value)
+
+
+def parse_records(
+    text: str, names: Collection[str]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
     """Read the header of a file.
+
+    Args:
+        text: of the header.
+        names: of the tensors in the file.
 
     Returns:
         Weight name -> record, and tied name -> the name its numbers are saved under.
 
     Raises:
-        ValueError: not such a header, or one of a later version.
+        ValueError: not such a header, one of a later version, or one that ties what is not there.
     """
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its structure is not JSON: {error}") from None
     version = header.get("version") if isinstance(header, dict) else None
@@ -135,10 +152,22 @@ def parse_records(text: str) -> tuple[dict[str, Mapping[str, Any]], dict[str, st
         )
     found, tied = header.get("weights"), header.get("tied", {})
     if not isinstance(found, dict) or not all(isinstance(r, dict) for r in found.values()):
-        raise ValueError(f"expected a table of weights in its structure, got {found!r:.80}")
+        raise ValueError(f"expected a table of weights in its structure, got {_short(found)}")
     if not isinstance(tied, dict) or not all(isinstance(n, str) for n in tied.values()):
-        raise ValueError(f"expected a table of tied names in its structure, got {tied!r:.80}")
+        raise ValueError(f"expected a table of tied names in its structure, got {_short(tied)}")
+    for name, source in tied.items():
+        if source not in names or name in names:
+            there = "which is not in the file" if source not in names else "but has its own numbers"
+            raise ValueError(f"{name} is said to be {source}, {there}")
     return found, tied
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name may have two meanings."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a name twice among {_short([name for name, _ in pairs])}")
+    return made
 
 
 @torch.no_grad()
@@ -160,7 +189,7 @@ def factors_of(
     """The parametrization of one weight and its factors, in order.
 
     Raises:
-        ValueError: factors that are missing or do not fit their record.
+        ValueError: factors that are missing or do not fit their record or each other.
     """
     made = rebuild(name, record)
     shapes = [tuple(shape) for shape in made.factor_shapes(tuple(record["shape"]))]
@@ -168,4 +197,10 @@ def factors_of(
     got = [None if factor is None else tuple(factor.shape) for factor in found]
     if got != shapes:
         raise ValueError(f"{name}: expected factors of shapes {shapes}, got {got}")
-    return made, [factor for factor in found if factor is not None]
+    factors = [factor for factor in found if factor is not None]
+    whole = all(f.layout == torch.strided and not f.is_meta and not f.is_quantized for f in factors)
+    dtypes = {factor.dtype for factor in factors}
+    if not whole or len(dtypes) > 1 or not factors[0].is_floating_point():
+        kinds = [f"{f.dtype}, {f.layout}, {f.device}" for f in factors]
+        raise ValueError(f"{name}: expected dense factors of one floating dtype, got {kinds}")
+    return made, factors

@@ -116,13 +116,13 @@ def check_ties(slots: Mapping[str, Slot], tied: Mapping[str, str]) -> None:
 
     Args:
         slots: of the model.
-        tied: name -> the name that the file has its numbers under.
+        tied: name -> the name that the file has its numbers under; both are in ``slots``.
 
     Raises:
         ValueError: naming both.
     """
     for name, source in tied.items():
-        if source not in slots or slots[name].identity != slots[source].identity:
+        if slots[name].identity != slots[source].identity:
             raise ValueError(
                 f"{name} and {source} are one tensor in it, but two in the model; tie them first "
                 "(model.tie_weights(), in transformers)"

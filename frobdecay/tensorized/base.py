@@ -66,7 +66,7 @@ class Tensorized(Recorded, ABC):
         if isinstance(modes, bool) or not isinstance(modes, int) or modes < 2:
             raise ValueError(f"expected modes to be an int of at least 2, got {modes!r}")
         named = {"matched": self._matched, **self.inits}
-        if not callable(init) and init not in named:
+        if not callable(init) and not (isinstance(init, str) and init in named):
             raise ValueError(
                 f"expected init of {type(self).__name__} to be one of {sorted(named)} or a "
                 f"callable, got {init!r}"
