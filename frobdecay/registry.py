@@ -62,9 +62,10 @@ def factorize(
 
     Give ``rank`` or ``ratio``. Without ``include`` this takes every weight of linear, convolution,
     embedding, recurrent and attention modules, and of transformers' Conv1D and expert stacks, that
-    can be factorized; what cannot is listed in the plan, as are PEFT's adapters, and is an error
-    only where it was named. Weights keep dtype, device and ``requires_grad``; make the optimizer
-    afterwards. An error leaves the model as it was.
+    can be factorized; what cannot is listed in the plan, as are PEFT's adapters and parameters of
+    other modules with two dimensions or more, and is an error only where it was named. Weights
+    keep dtype, device and ``requires_grad``; make the optimizer afterwards. An error leaves the
+    model as it was.
 
     Args:
         model: any module.

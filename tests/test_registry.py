@@ -133,6 +133,52 @@ def test_parameters_of_other_modules_are_not_swept_in(include):
     assert "head.weight" in plan.ranks
 
 
+class Odd(nn.Module):
+    """Parameters of every number of dimensions, in places that no table knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.experts = (
+            nn.Parameter(torch.randn(6, 4)),
+            nn.Parameter(torch.randn(2, 6, 4)),
+        )
+        self.listed = nn.ParameterList([torch.randn(6, 4), torch.randn(4)])
+        self.keyed = nn.ParameterDict({"a": torch.randn(1, 6, 4, 2)})
+        self.norm = nn.LayerNorm((6, 4))
+        self.known, self.vector = nn.Linear(6, 4), nn.Parameter(torch.randn(6))
+        self.register_buffer("buffer", torch.randn(6, 4))
+
+
+ODD = ["matrix", "experts", "listed.0", "keyed.a", "norm.weight", "norm.bias", "known.weight"]
+
+
+@pytest.mark.parametrize(
+    ("include", "listed"),
+    [
+        (None, ODD),
+        ("*", ODD),
+        (re.compile("odd.*"), ODD),
+        ("odd.k*", ["keyed.a", "known.weight"]),
+        (["odd.matrix", "odd.known"], ["matrix", "known.weight"]),
+        (nn.Linear, ["known.weight"]),
+        (lambda name, module: True, ["known.weight"]),
+    ],
+    ids=["default", "glob", "regex", "some", "named", "other type", "predicate"],
+)
+@pytest.mark.parametrize("act", [factorize, plan_ranks])
+def test_every_matrix_is_in_the_plan(act, include, listed):
+    """Factorized, or with the reason and what to do; vectors and buffers are none."""
+    plan = act(nn.ModuleDict({"odd": Odd()}), rank=2, include=include)
+    rows = {row.name.removeprefix("odd."): row for row in plan.rows}
+    assert sorted(rows) == sorted(listed)
+    for name, row in rows.items():
+        assert (row.rank is None) == bool(row.reason)
+        if row.rank is None:
+            assert "a module type without a default; name it" in row.reason
+            assert ("with a pattern" in row.reason) == (name in ("experts", "keyed.a"))
+    assert plan.before == sum(p.numel() for p in Odd().parameters())
+
+
 def test_a_stack_of_matrices_is_factorized_by_pattern():
     """Expert stacks: three dimensions of an unknown module, read as a batch."""
     model = nn.Module()

@@ -127,6 +127,8 @@ def candidates(
             entry.reason = "excluded"
             continue
         entry.reason = reason_against(entry.weight) or adapter_against(entry.weight, tree)
+        if entry.weight.met:
+            entry.reason = entry.reason or _unknown(entry.weight)
         shared = tie_against(entry.weight, tied) if entry.reason is None else None
         if shared and on_tied == "untie":
             names = tied[id(entry.weight.tensor)]
@@ -141,6 +143,14 @@ def candidates(
     check_any(model, found, [entry.open for entry in found])
     _check_pattern_used([entry for entry in found if entry.open], parametrization)
     return found
+
+
+def _unknown(weight: Weight) -> str:
+    """Why a parameter of a module type without a default is left dense."""
+    assert weight.tensor is not None
+    how = "" if weight.tensor.ndim == 2 else ", with a pattern,"
+    kind = type(weight.module).__name__
+    return f"a parameter of {kind}, a module type without a default; name it{how} to factorize"
 
 
 def _count_copies(model: nn.Module, found: list[Entry]) -> None:

@@ -10,7 +10,8 @@ r"""Which weights of a model are meant, and which of those can be factorized.
 
 A weight of a module type that is not in the table of ``layouts.py`` is taken only where it is
 asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"``, not ``"*"``),
-or by the exact name or the type of the very module that holds it.
+or by the exact name or the type of the very module that holds it. Others that a selector comes
+across are listed, so that nothing of two dimensions or more is passed over in silence.
 
 Products are chosen likewise, by their names (``pick``).
 """
@@ -67,6 +68,7 @@ class Weight:
         known: whether it is factorized by default: the module's type is in the table.
         named: whether a selector gave exactly this weight's or this module's name.
         excluded: whether it was taken and then left out again.
+        met: whether a selector that takes known types only came across it; it stays dense.
     """
 
     paths: tuple[str, ...]
@@ -75,6 +77,7 @@ class Weight:
     known: bool
     named: bool = False
     excluded: bool = False
+    met: bool = False
 
     @property
     def name(self) -> str:
@@ -159,7 +162,8 @@ def select(
         exclude: what to leave out of that.
 
     Returns:
-        Everything included, in module order, with what was left out again marked.
+        Everything included, in module order, with what was left out again marked, and matrices
+        of other modules that were ``met``.
 
     Raises:
         TypeError: a selector of an unknown kind.
@@ -168,9 +172,19 @@ def select(
     tree = modules(model)
     found = weights(model)
     if include is None:
-        chosen = [weight for weight in found if weight.known]
+        taken, met = (
+            {i: False for i, weight in enumerate(found) if weight.known},
+            set(range(len(found))),
+        )
     else:
-        chosen = _union(found, [_included(tree, found, one) for one in _each(include, "include")])
+        each = _each(include, "include")
+        taken = _union(_included(tree, found, one) for one in each)
+        met = {i for one in each for i in _met(tree, found, one)}
+    chosen = [
+        replace(weight, named=taken.get(i, False), met=i not in taken)
+        for i, weight in enumerate(found)
+        if i in taken or (i in met and _is_matrix(weight))
+    ]
     out = _each(exclude, "exclude") if exclude is not None else []
     for one in out:
         check_met(tree, found, one, "exclude")
@@ -234,12 +248,18 @@ def _each(selector: Selector, what: str) -> list[One]:
     return [strip_wrappers(one) if isinstance(one, str) else one for one in listed]
 
 
-def _union(found: list[Weight], parts: Iterable[dict[int, bool]]) -> list[Weight]:
+def _union(parts: Iterable[dict[int, bool]]) -> dict[int, bool]:
     named: dict[int, bool] = {}
     for part in parts:
         for i, exactly in part.items():
             named[i] = named.get(i, False) or exactly
-    return [replace(found[i], named=named[i]) for i in sorted(named)]
+    return named
+
+
+def _met(tree: dict[str, nn.Module], found: list[Weight], one: One) -> Iterator[int]:
+    """Indices of what a name, a pattern or a type comes across, of unknown types too."""
+    if isinstance(one, str | re.Pattern | type):
+        yield from (i for i, weight in enumerate(found) if matches(tree, weight, one, loose=True))
 
 
 def _included(tree: dict[str, nn.Module], found: list[Weight], one: One) -> dict[int, bool]:
