@@ -22,8 +22,9 @@ from torch import Tensor
 from frobdecay.holding import lists_of
 from frobdecay.init import split_evenly, with_inner
 from frobdecay.product import Factor, Product, as_products, is_sharded
+from frobdecay.scaling import work_dtype
 from frobdecay.structures import CHAIN
-from frobdecay.svd import resolution, work_dtype
+from frobdecay.svd import resolution
 
 __all__ = ["balance_"]
 

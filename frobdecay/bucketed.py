@@ -135,7 +135,9 @@ class _Pairs:
         self.multiply = torch.bmm if len(shape) == 3 else torch.matmul
         self.grams = first.new_empty(shape)
         self.partners = torch.empty_like(self.grams)
-        self.partner = torch.tensor([place[k, 1 - j] for k, j in self.order], device=first.device)
+        self.partner = torch.tensor(
+            [place[k, 1 - j] for k, j in self.order], dtype=torch.int64, device=first.device
+        )
         sizes = [len(stack.slots) for stack in self.stacks]
         self.gram_parts, self.partner_parts = (
             torch.split(self.grams, sizes),
@@ -199,6 +201,6 @@ def _together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = Non
             [torch.as_tensor(coef, device=like.device).reshape(()) for coef in coefs]
         )
     else:
-        column = torch.tensor(coefs, dtype=torch.float64)
+        column = torch.tensor(coefs, dtype=torch.float64, device="cpu")
     ndim = like.ndim if ndim is None else ndim
     return column.to(like.device, like.dtype).reshape(-1, *(1 for _ in range(ndim - 1)))

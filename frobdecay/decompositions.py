@@ -5,8 +5,9 @@
     cp_als        CP             U_k (n_k×r)
 
 For d = 2 the first two are the truncated singular value decomposition, and the train's factors
-those of ``spectral_init``. All work in float64, give the dtype and device of what they got, fix
-signs, and draw nothing from the global generator: the same tensor gives the same factors.
+those of ``spectral_init``. All work in float64 on the tensor at unit size, give the dtype and
+device of what they got, fix signs, and draw nothing from the global generator: the same tensor
+gives the same factors, in the sense of ``spectral_init``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from frobdecay.init import check_weight, orthonormal_rows
+from frobdecay.init import orthonormal_rows
+from frobdecay.scaling import check_not_zero, check_weight, exponents, times_power, work_dtype
 from frobdecay.stars import by_growth, mode_product, tucker_dense, unfold
-from frobdecay.svd import resolution, work_dtype
+from frobdecay.svd import resolution
 from frobdecay.tensorize import cp_rank, train_ranks, tucker_ranks
 
 __all__ = ["cp_als", "hooi", "hosvd", "tt_svd"]
@@ -31,15 +33,16 @@ SWEEPS, TOLERANCE = 200, 1e-4
 tensors from 8×8×5 to 64×64×50, at ranks from 2 to 64, took ``cp_als`` 9 to 173 sweeps."""
 
 
-def _work(tensor: Tensor) -> Tensor:
-    """The tensor in float64; refuses what has no decomposition to train from."""
+def _work(tensor: Tensor, shares: int) -> tuple[Tensor, Tensor]:
+    """The tensor in float64 at unit size, X·2⁻ᵉ, and e, a multiple of the number of shares.
+
+    Raises:
+        TypeError, ValueError: what has no decomposition to train from.
+    """
     check_weight(tensor, "the tensor")
-    if not bool(tensor.any()):
-        raise ValueError(
-            "expected a tensor that is not zero, whose factors would be zero and never train; "
-            "initialize it first"
-        )
-    return tensor.detach().to(work_dtype(tensor))
+    check_not_zero(tensor)
+    exponent = exponents(tensor.detach(), range(tensor.ndim), shares).reshape(())
+    return times_power(tensor.detach().to(work_dtype(tensor)), -exponent), exponent
 
 
 def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -91,9 +94,24 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         >>> core.shape, U.shape
         (torch.Size([2, 3, 2]), torch.Size([4, 2]))
     """
-    work = _work(tensor)
+    work, exponent = _work(tensor, 1)
     bases = _bases(work, tucker_ranks(ranks, tensor.shape))
-    return tuple(_like(tensor, _projected(work, bases), *bases.values()))
+    return _scaled_core(tensor, _projected(work, bases), list(bases.values()), exponent)
+
+
+def _scaled_core(
+    tensor: Tensor, core: Tensor, bases: list[Tensor], exponent: Tensor
+) -> tuple[Tensor, ...]:
+    """The core with the scale; what the dtype's normal numbers do not hold goes to the first U_k.
+
+    A core's entry can be √N times the tensor's largest, N its number of entries.
+    """
+    largest, info = torch.frexp(core.abs().max()).exponent + exponent, torch.finfo(tensor.dtype)
+    least, most = math.frexp(info.tiny / info.eps)[1], math.frexp(info.max)[1] - 1
+    excess = largest - largest.clamp(least, most)
+    if bases:
+        exponent, bases[0] = exponent - excess, times_power(bases[0], excess)
+    return tuple(_like(tensor, times_power(core, exponent), *bases))
 
 
 @torch.no_grad()
@@ -116,7 +134,7 @@ def hooi(
         >>> round(core.item() ** 2, 4)
         24.0
     """
-    work, ranks = _work(tensor), tucker_ranks(ranks, tensor.shape)
+    (work, exponent), ranks = _work(tensor, 1), tucker_ranks(ranks, tensor.shape)
     bases = _bases(work, ranks)
     core, norm, before = _projected(work, bases), work.norm(), math.inf
     for _ in range(sweeps if len(bases) > 1 else 0):
@@ -128,7 +146,7 @@ def hooi(
         if before - error < tolerance:
             break
         before = error
-    return tuple(_like(tensor, core, *bases.values()))
+    return _scaled_core(tensor, core, list(bases.values()), exponent)
 
 
 # --- tensor train ---------------------------------------------------------------------------------
@@ -160,7 +178,7 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         >>> [tuple(core.shape) for core in tt_svd(torch.ones(4, 3, 2), (2, 1))]
         [(4, 2), (3, 2, 1), (2, 1)]
     """
-    rest, ranks = _work(tensor), train_ranks(ranks, tensor.shape)
+    (rest, exponent), ranks = _work(tensor, 2), train_ranks(ranks, tensor.shape)
     least = resolution(tensor.dtype)
     lefts: list[Tensor] = []  # (r_{k−1}, n_k, r_k) with orthonormal columns
     for n, r in zip(tensor.shape, ranks, strict=False):
@@ -169,7 +187,10 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         basis, _ = _leading(rest, r)
         lefts.append(basis.reshape(before, n, -1))
         rest = basis.mT @ rest
-    return tuple(_like(tensor, *_balanced(lefts, rest, ranks, least)))
+    first, *inner, last = _balanced(lefts, rest, ranks, least)
+    # Every bond has the scale to both of its sides, so that only the ends have it, half each.
+    first, last = (times_power(end, exponent >> 1) for end in (first, last))
+    return tuple(_like(tensor, first, *inner, last))
 
 
 def _balanced(
@@ -192,7 +213,8 @@ def _balanced(
         p, s, q = p[:, alive], s[alive], q[alive]
         sign = q.gather(1, q.abs().argmax(1, keepdim=True)).sign()
         p, q = p * sign.mT, q * sign
-        spread = orthonormal_rows(len(s), r, s) if len(s) < r else torch.eye(r).to(s)
+        whole = torch.eye(r, dtype=s.dtype, device=s.device)
+        spread = orthonormal_rows(len(s), r, s) if len(s) < r else whole
         inner = (s.sqrt().unsqueeze(1) * q).reshape(-1, *center.shape[1:])
         out.append(_after(torch.tensordot(spread.mT, inner, dims=1), behind))
         behind = s.rsqrt().unsqueeze(1), spread
@@ -233,7 +255,6 @@ def cp_als(
     Raises:
         TypeError, ValueError: a tensor with NaN, or that is zero or not real and dense; ranks
             that do not fit.
-        RuntimeError: the iteration left the finite numbers.
 
     Warns:
         RuntimeWarning: not converged; the factors are those of the last sweep.
@@ -244,18 +265,13 @@ def cp_als(
         >>> [tuple(factor.shape) for factor in U]
         [(4, 1), (3, 1), (2, 1)]
     """
-    work, rank = _work(tensor), cp_rank(rank, tensor.shape)
+    (work, exponent), rank = _work(tensor, tensor.ndim), cp_rank(rank, tensor.shape)
     factors = list(_start(work, rank))
-    size, norm, change = torch.ones(rank).to(work), work.norm(), math.inf
+    size, norm, change = work.new_ones(rank), work.norm(), math.inf
     before = math.inf
     for _ in range(sweeps):
         size, error = _sweep(work, factors, norm)
         change, before = before - error, error
-        if not math.isfinite(error):
-            raise RuntimeError(
-                f"alternating least squares left the finite numbers at rank {rank} of "
-                f"{tuple(tensor.shape)}; take a smaller rank"
-            )
         if change < tolerance:
             break
     else:
@@ -266,15 +282,17 @@ def cp_als(
             RuntimeWarning,
             stacklevel=3,
         )
-    return tuple(_like(tensor, *_shared(factors, size)))
+    each = exponent // tensor.ndim
+    return tuple(_like(tensor, *(times_power(U, each) for U in _shared(factors, size))))
 
 
 def _start(work: Tensor, rank: int) -> Iterator[Tensor]:
     """Unit columns: leading left vectors, then random ones."""
     for mode, n in enumerate(work.shape):
         basis, _ = _leading(unfold(work, mode), rank)
-        generator = torch.Generator().manual_seed(mode)
-        more = torch.randn(n, rank - basis.shape[1], dtype=torch.float64, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(mode)
+        shape = (n, rank - basis.shape[1])
+        more = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         yield torch.cat([basis, torch.nn.functional.normalize(more, dim=0).to(work)], 1)
 
 

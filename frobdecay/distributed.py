@@ -289,7 +289,7 @@ def _agree(mesh: Any, group: Any, layout: str) -> None:
     if layout in agreed:
         return
     digest = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:7], "big")
-    extremes = torch.tensor([digest, -digest], device=mesh.device_type)
+    extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=mesh.device_type)
     torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
     if int(extremes[0]) != digest or int(extremes[1]) != -digest:
         raise RuntimeError(

@@ -30,6 +30,7 @@ from frobdecay.chain import HALF, Coefficient
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import Product, check_coefficient, is_sharded
 from frobdecay.registry import products as products_of
+from frobdecay.scaling import shortened
 from frobdecay.wrapper.checks import check_again, check_membership, find_products, plan_groups
 from frobdecay.wrapper.decay import Decay, Increments
 from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value
@@ -221,7 +222,7 @@ class Flambe(Optimizer):
     def _state_of(self, param: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             for moment in _MOMENTS:
                 state[moment] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return state
@@ -303,8 +304,10 @@ def _adam(
 
 def _trust_ratios(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
     """‖w‖/‖u‖ for each tensor, 1 where one of them is zero."""
-    own = torch.stack(list(torch._foreach_norm(weights)))
-    new = torch.stack(list(torch._foreach_norm(updates)))
+    own, new = (
+        torch.stack(list(torch._foreach_norm([shortened(tensor) for tensor in tensors])))
+        for tensors in (weights, updates)
+    )
     return torch.where((own > 0) & (new > 0), own / new, 1.0)
 
 

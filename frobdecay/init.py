@@ -17,22 +17,26 @@ Tensors in, tensors out: nothing here knows modules. What already is factored is
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
+from numbers import Real
 from types import MappingProxyType
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from frobdecay.chain import full_precision
+from frobdecay.scaling import BLOCK, Unit, check_weight, root_mean_square
 from frobdecay.svd import resolution, sketched_svd, truncated_svd
 
 __all__ = [
     "INITS",
     "Init",
-    "check_weight",
     "kaiming_init",
     "matched_init",
     "orthonormal_rows",
+    "plain_rank",
     "randomized_init",
     "resolve_init",
     "resolve_rank",
@@ -42,16 +46,37 @@ __all__ = [
 ]
 
 Rank = int | float
+Triples = tuple[Tensor, Tensor, Tensor]
 Init = Callable[..., tuple[Tensor, ...]]
 """``init(weight, rank, *, depth)`` -> (U, M₁ … M_depth, V) for weight (*batch, m, n)."""
 
 
-def resolve_rank(rank: Rank, m: int, n: int) -> int:
+def plain_rank(rank: Any) -> int | float:
+    """A rank as a plain number: an int for all that counts, a float for other real numbers.
+
+    So numpy's integers and tensors of no dimensions are taken as what they hold.
+
+    Raises:
+        TypeError: neither, or a bool.
+        ValueError: zero, negative, NaN or infinite.
+    """
+    value = rank.item() if getattr(rank, "ndim", None) == 0 else rank
+    number = isinstance(value, Real | SupportsIndex) and not hasattr(value, "ndim")
+    if not number or isinstance(value, bool):
+        raise TypeError(f"expected a rank as int or as float fraction of min(m, n), got {rank!r}")
+    plain = operator.index(value) if isinstance(value, SupportsIndex) else float(value)
+    if not 0 < plain < math.inf:
+        raise ValueError(f"expected a rank above 0, got {rank}")
+    return plain
+
+
+def resolve_rank(rank: Any, m: int, n: int) -> int:
     """Turn a rank, an int or a fraction of min(m, n), into a number of columns.
 
     Args:
         rank: an int, or a float that is multiplied by min(m, n) and rounded, but at least to 1.
-            Both may exceed min(m, n): the factorization is then overcomplete (wide).
+            Both may exceed min(m, n): the factorization is then overcomplete (wide). Numbers of
+            numpy's and 0-d tensors are taken as what they hold.
         m: rows.
         n: columns.
 
@@ -63,36 +88,8 @@ def resolve_rank(rank: Rank, m: int, n: int) -> int:
         >>> resolve_rank(4, 16, 32), resolve_rank(0.111, 96, 48), resolve_rank(3.0, 8, 16)
         (4, 5, 24)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise TypeError(f"expected a rank as int or as float fraction of min(m, n), got {rank!r}")
-    if not 0 < rank < math.inf:
-        raise ValueError(f"expected a rank above 0, got {rank}")
-    return rank if isinstance(rank, int) else max(1, round(rank * min(m, n)))
-
-
-def check_weight(weight: Tensor, what: str = "the weight") -> None:
-    """Refuse what cannot be factorized.
-
-    Raises:
-        TypeError: not a dense, real, floating-point tensor with storage.
-        ValueError: fewer than two dimensions, an empty one, or entries that are not finite.
-    """
-    if weight.layout != torch.strided or weight.is_quantized or not weight.is_floating_point():
-        raise TypeError(
-            f"expected {what} to be a dense real floating-point tensor, got {weight.dtype}, "
-            f"{weight.layout}; convert it first"
-        )
-    if weight.is_meta:
-        raise TypeError(
-            f"expected {what} to hold numbers, got a tensor on the meta device; "
-            "materialize and initialize the module before factorizing it"
-        )
-    if weight.ndim < 2 or weight.numel() == 0:
-        raise ValueError(
-            f"expected {what} to be a matrix without empty dimensions, got {tuple(weight.shape)}"
-        )
-    if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():  # one pass, no copies
-        raise ValueError(f"expected {what} to be finite, got NaN or infinity; initialize it first")
+    plain = plain_rank(rank)
+    return plain if isinstance(plain, int) else max(1, round(plain * min(m, n)))
 
 
 @torch.no_grad()
@@ -100,11 +97,17 @@ def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor
     """Factorize a matrix by its truncated singular value decomposition, √S on both sides.
 
     Exact (never randomized): the error is the smallest there is to a relative 1e-5 and usually
-    to 1e-7, whatever the dtype. The same weight gives the same factors: the largest entry of each
-    column of V is positive.
+    to 1e-7, whatever the dtype and the magnitude. The same weight gives the same product, to
+    rounding, and where its singular values are apart the same factors, too: the largest entry of
+    each column of V is positive. Not the same bits, where libraries round otherwise: on another
+    processor, with another number of threads, or in a batch with others. And in a cluster of
+    singular values that are equal to rounding, U and V are known only up to a common rotation of
+    the cluster's columns. Nothing else depends on that: files and replicas hold the factors
+    themselves.
 
     Args:
-        weight: W, (*batch, m, n); batches are factorized one by one.
+        weight: W, (*batch, m, n); every matrix of a batch is factorized for itself. One that is
+            zero gets factors that are zero.
         rank: r, an int or a fraction of min(m, n); more than min(m, n) is overcomplete.
         depth: number of inner factors M = I (r×r) between U and V.
 
@@ -122,19 +125,38 @@ def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor
         tensor([[3., 0.],
                 [0., 0.]])
     """
+    return _decomposed(weight, rank, depth, truncated_svd)
+
+
+def _decomposed(
+    weight: Tensor, rank: Rank, depth: int, decompose: Callable[[Unit, int], Triples]
+) -> tuple[Tensor, ...]:
+    """Factors from singular triples, a few matrices of a batch at a time."""
     check_weight(weight)
-    r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
+    *batch, m, n = weight.shape
+    r = resolve_rank(rank, m, n)
+    check_depth(depth)
+    weight = weight.detach()
+    U, V = weight.new_empty(*batch, m, r), weight.new_empty(*batch, n, r)
+    matrices = weight.reshape(-1, m, n)
+    count = max(1, BLOCK // (m * n))
     with full_precision(weight.device.type):
-        left, right = split_evenly(*truncated_svd(weight, r), r, resolution(weight.dtype))
-    return with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
+        for start in range(0, len(matrices), count):
+            some = slice(start, start + count)
+            unit = Unit(matrices[some] if batch else weight)
+            ends = split_evenly(*decompose(unit, r), r, resolution(weight.dtype))
+            for whole, end in zip((U, V), ends, strict=True):
+                whole.view(-1, *whole.shape[-2:])[some] = unit.shared_(end)
+            del ends, end  # or the next ones would be made beside them
+    return with_inner(U, V, depth)
 
 
 def split_evenly(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tensor, Tensor]:
-    """U = P √S R and V = Q √S R from k ≤ r singular triples, signs fixed."""
+    """U = P √S R and V = Q √S R from k ≤ r singular triples, signs fixed; P and Q are lost."""
     largest = q.abs().argmax(-2, keepdim=True)
     sign = q.gather(-2, largest).sign()
     root = s.sqrt().unsqueeze(-2)
-    left, right = p * (sign * root), q * (sign * root)
+    left, right = p.mul_(sign * root), q.mul_(sign * root)
     alive = s > least * s[..., :1]
     if s.shape[-1] == r and bool(alive.all()):
         return left, right
@@ -166,10 +188,15 @@ def orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:
     return basis
 
 
-def with_inner(left: Tensor, right: Tensor, depth: int) -> tuple[Tensor, ...]:
-    """(U, M … M, V), all contiguous, with M = I."""
+def check_depth(depth: int) -> None:
+    """Refuse what counts no inner factors."""
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise ValueError(f"expected depth to be a number of inner factors, got {depth!r}")
+
+
+def with_inner(left: Tensor, right: Tensor, depth: int) -> tuple[Tensor, ...]:
+    """(U, M … M, V), all contiguous, with M = I."""
+    check_depth(depth)
     r = left.shape[-1]
     eye = torch.eye(r, dtype=left.dtype, device=left.device).expand(*left.shape[:-2], r, r)
     inner = (eye.clone(memory_format=torch.contiguous_format) for _ in range(depth))
@@ -184,8 +211,8 @@ def randomized_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tens
     weight is multiplied with r + 10 random vectors, back and forth (Halko, Martinsson, Tropp, 2011,
     arXiv:0909.4061). Close to the best error where singular values fall off, a few percent above
     it where they do not, as in random weights: look at the error in the plan that ``factorize``
-    returns. Draws from a generator of its own: the same weight gives the same factors. Arguments
-    and returns as for ``spectral_init``.
+    returns. Draws from a generator of its own: the same weight gives the same factors, in the
+    sense of ``spectral_init``. Arguments and returns as there.
 
     Example:
         >>> import torch
@@ -194,12 +221,7 @@ def randomized_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tens
         >>> torch.allclose(U @ V.T, W, atol=1e-5)
         True
     """
-    check_weight(weight)
-    r = resolve_rank(rank, weight.shape[-2], weight.shape[-1])
-    with full_precision(weight.device.type):
-        triples = sketched_svd(weight, r)
-        left, right = split_evenly(*triples, r, resolution(weight.dtype))
-    return with_inner(left.to(weight.dtype), right.to(weight.dtype), depth)
+    return _decomposed(weight, rank, depth, sketched_svd)
 
 
 def _normal_init(
@@ -246,8 +268,12 @@ def matched_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor,
         >>> bool(abs((U @ V.T).square().mean().sqrt() - 0.5) < 0.05)
         True
     """
-    std = float(weight.double().square().mean() ** 0.25) if weight.numel() else 0.0
-    return _normal_init(weight, rank, depth, lambda n, r: (std / r**0.25, std / r**0.25))
+
+    def std(n: int, r: int) -> tuple[float, float]:
+        each = (root_mean_square(weight) / r**0.5) ** 0.5
+        return each, each
+
+    return _normal_init(weight, rank, depth, std)
 
 
 INITS: Mapping[str, Init] = MappingProxyType(

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from frobdecay.product import Product, as_products, product_norm
+from frobdecay.scaling import work_dtype
 from frobdecay.structures import CHAIN
-from frobdecay.svd import work_dtype
 
 __all__ = ["QUANTITIES", "LearningRate", "Measurement", "ProductMeasurement", "measure", "total"]
 
@@ -304,7 +304,7 @@ def _measure_other(product: Product, rate: float | None) -> ProductMeasurement:
     return ProductMeasurement(
         name=product.name,
         shape=product.shape,
-        spectrum=torch.empty(0, dtype=torch.float64),
+        spectrum=torch.empty(0, dtype=torch.float64, device="cpu"),
         norm=norm,
         nuclear=nan,
         bound=abs(product.scale) * 0.5 * float(sum(size.square() for size in sizes)),
@@ -321,7 +321,7 @@ def _measure_chain(product: Product, rate: float | None) -> ProductMeasurement:
         spectrum = scale * _spectrum(factors, batch)
         imbalance = _imbalance(factors, batch)
     else:  # LAPACK raises on NaN; a record of a run that diverged should not
-        spectrum = torch.full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
+        spectrum = factors[0].new_full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
         imbalance = nan
     square, top = float(spectrum.square().sum()), float(spectrum.max())
     return ProductMeasurement(

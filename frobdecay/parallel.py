@@ -257,5 +257,5 @@ def _distributed(
 ) -> DTensor:
     """Join the processes' parts to a tensor of this shape, which parts of unequal size need."""
     size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
+    stride = torch.empty(size, dtype=torch.float32, device="meta").stride()
     return DTensor.from_local(local, mesh, [placement], run_check=False, shape=size, stride=stride)

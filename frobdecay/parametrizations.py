@@ -26,6 +26,8 @@ from frobdecay.factored import FactoredTensor
 from frobdecay.init import (
     INITS,
     Init,
+    kaiming_init,
+    plain_rank,
     randomized_init,
     resolve_init,
     resolve_rank,
@@ -34,6 +36,7 @@ from frobdecay.init import (
 from frobdecay.matricize import Matricization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.product import Factor, Product
+from frobdecay.scaling import check_not_zero, check_weight
 
 __all__ = ["KINDS", "VERSION", "LowRank", "Recorded", "Version"]
 
@@ -79,6 +82,11 @@ class Recorded(nn.Module):
             ValueError: it cannot be factorized, or another shape was adopted before.
         """
         raise NotImplementedError
+
+    @property
+    def derives(self) -> bool:
+        """Whether ``right_inverse`` takes the factors from the weight, or may not look at it."""
+        return True
 
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Factors of a weight that is to be kept, as ``right_inverse``, but never random ones."""
@@ -169,7 +177,7 @@ class LowRank(Recorded):
         init: str | Init = "spectral",
     ) -> None:
         super().__init__()
-        resolve_rank(rank, 1, 1)
+        rank = plain_rank(rank)
         if isinstance(depth, bool) or not isinstance(depth, int):
             raise TypeError(f"expected depth to be a number of inner factors, got {depth!r}")
         if depth < 0:
@@ -250,14 +258,19 @@ class LowRank(Recorded):
                 "merge first to change the shape of a factorized weight"
             )
 
+    @property
+    def derives(self) -> bool:
+        """Whether ``init`` takes the factors from the weight; one of somebody's own may not."""
+        return self.init in INITS.values() and self.init is not kaiming_init
+
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Factorize a dense weight: (U, M.., V), contiguous, with its dtype and device.
 
         Raises:
-            TypeError, ValueError: a weight that cannot be factorized.
+            TypeError, ValueError: a weight that cannot be factorized, such as zero.
         """
-        return self._factorize(weight, self.init)
+        return self._factorize(weight, self.init, self.derives)
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -269,16 +282,20 @@ class LowRank(Recorded):
             TypeError, ValueError: a weight that cannot be factorized.
         """
         init = self.init if self.init is randomized_init else spectral_init
-        return self._factorize(weight, init)
+        return self._factorize(weight, init, derives=True)
 
-    def _factorize(self, weight: Tensor, init: Init) -> tuple[Tensor, ...]:
+    def _factorize(self, weight: Tensor, init: Init, derives: bool) -> tuple[Tensor, ...]:
+        check_weight(weight)
         shape = tuple(weight.shape)
         if self.matricization is not None:
             self.adopt(shape)  # refuses another one
         view = self.matricization or self.matricize(shape)
         rank = resolve_rank(self.rank, view.rows, view.columns)
+        matrix = view.matrix(weight.detach())
+        if derives:
+            check_not_zero(matrix, len(view.batch))
         try:
-            factors = init(view.matrix(weight.detach()), rank, depth=self.depth)
+            factors = init(matrix, rank, depth=self.depth)
         except NotImplementedError as error:
             # parametrize would take it for "has no right_inverse" and fail obscurely later.
             raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error

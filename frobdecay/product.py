@@ -89,7 +89,11 @@ class Factor:
     def outline(self) -> Tensor:
         """The view of the parameter; of a sharded one, its shape without numbers (meta device)."""
         param = self.param
-        known = torch.empty(param.shape, device="meta") if is_sharded(param) else param
+        known = (
+            torch.empty(param.shape, dtype=param.dtype, device="meta")
+            if is_sharded(param)
+            else param
+        )
         return self.view(known.to(param.dtype))
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.init import resolve_rank
 from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.modules.selection import (
     One,
@@ -32,7 +31,7 @@ from frobdecay.modules.selection import (
 from frobdecay.modules.support import check_initialized, check_values
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
-from frobdecay.tensorize import Rank, Tensorization
+from frobdecay.tensorize import Rank, Tensorization, plain_ranks
 
 __all__ = [
     "RankRule",
@@ -176,10 +175,7 @@ def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
 
 def _check_rank(value: Any) -> None:
     """Refuse what is no rank, nor a list of ranks (None among them: a mode that stays whole)."""
-    several = isinstance(value, list | tuple)
-    for one in value if several else [value]:
-        if not several or one is not None:
-            resolve_rank(one, 1, 1)
+    plain_ranks(value)
 
 
 def _first(tree: dict[str, nn.Module], weight: Weight, rule: Mapping[Any, Any]) -> One | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.holding import lists_of, register_parametrization
 from frobdecay.init import Init
 from frobdecay.modules.candidates import Entry, OnTied
@@ -29,6 +30,7 @@ from frobdecay.product import Product
 from frobdecay.providers.attention import ATTENTION
 from frobdecay.providers.lora import LORA
 from frobdecay.ranks import RankRule, plan_entries, planned, size
+from frobdecay.scaling import relative_distance
 
 __all__ = [
     "Provider",
@@ -98,7 +100,7 @@ def factorize(
         TypeError, ValueError: as ``plan_ranks``; also for data-parallel wrappers, weights on the
             meta device, and NaN.
         ImportError: ``progress=True`` without rich.
-        RuntimeError: an initialization that fails, such as CP's on numbers that overflow.
+        RuntimeError: an initialization that fails.
 
     Example:
         >>> import torch
@@ -175,11 +177,11 @@ def parameter_order(module: nn.Module) -> tuple[str, ...]:
 
 
 def relative_error(dense: Tensor, product: Tensor) -> float:
-    """‖W − UVᵀ‖_F / ‖W‖_F, in float32 at least."""
-    work = torch.promote_types(dense.dtype, torch.float32)
-    formed = product.materialize() if hasattr(product, "materialize") else product
-    norm = torch.linalg.vector_norm(dense, dtype=work)
-    return float(torch.linalg.vector_norm(dense.to(work) - formed.to(work)) / norm)
+    """‖W − UVᵀ‖_F / ‖W‖_F, in float32 at least, of a factored weight or of a dense one."""
+    if isinstance(product, ProductTensor):
+        return relative_distance(product.matricization.matrix(dense), product.factors)
+    rows = dense.reshape(len(dense), -1)
+    return relative_distance(rows, [product.reshape(rows.shape)])
 
 
 def products(

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from frobdecay.chain import Coefficient
+from frobdecay.scaling import shortened
 from frobdecay.structures import Views
 
 __all__ = ["Shifted"]
@@ -86,7 +87,8 @@ class Shifted:
     def squared_norm(self, views: Views, batch: int) -> Tensor:
         """From W₀V and the Grams."""
         base, u, v = self._joined(views)
-        norms = [torch.linalg.vector_norm(block, dtype=u.dtype) for block in _blocks(base)]
+        short = [shortened(block, u.dtype) for block in _blocks(base)]
+        norms = [torch.linalg.vector_norm(block, dtype=u.dtype) for block in short]
         own = torch.stack(norms).square().sum()
         return own + 2 * (_times(base, v) * u).sum() + ((u.mT @ u) * (v.mT @ v)).sum()
 

@@ -179,11 +179,15 @@ def tucker_sides(core: Tensor, factors: Mapping[int, Tensor], cut: int) -> tuple
     """
     left = prod(core.shape[:cut]) <= prod(core.shape[cut:])
     side = range(cut) if left else range(cut, core.ndim)
-    alone = [factors[m] if m in factors else torch.eye(core.shape[m]).to(core) for m in side]
+    alone = [factors[m] if m in factors else _eye(core.shape[m], core) for m in side]
     through = tucker_dense(core, {m: U for m, U in factors.items() if m not in side})
     matrix = through.flatten(cut).flatten(0, cut - 1)
     kron = reduce(_kronecker, alone)
     return (kron, matrix.mT) if left else (matrix, kron)
+
+
+def _eye(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 def _kronecker(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Truncated singular value decompositions, W ≈ P S Qᵀ, at a fraction of a full one's time.
 
-``truncated_svd`` is exact, ``sketched_svd`` is randomized. Both take (*batch, m, n).
+``truncated_svd`` is exact, ``sketched_svd`` is randomized. Both take a (*batch, m, n) weight at
+unit size (``scaling.Unit``) and read it in blocks: beside the weight there are P, and one matrix
+of the smaller Gram's size or two.
 """
 
 from __future__ import annotations
@@ -8,44 +10,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["resolution", "sketched_svd", "truncated_svd", "work_dtype"]
+from frobdecay.scaling import Unit, work_dtype
+
+__all__ = ["gram", "resolution", "sketched_svd", "truncated_svd"]
 
 OVERSAMPLED, POWERS = 10, 2
 """More columns of a sketch than the rank, and power iterations, as Halko et al. advise."""
 
 
-def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading min(r, m, n) singular triples, P S Qᵀ, in float64.
 
     The smaller Gram's eigenvectors give the truncated decomposition at a fraction of an SVD's
     time. They resolve singular values down to √eps₆₄ ≈ 1e-8 of the largest, which is finer than
     float32 weights are known; float64 weights take the SVD itself.
     """
-    if weight.dtype == torch.float64:
-        p, s, qh = torch.linalg.svd(weight, full_matrices=False)
+    if unit.weight.dtype == torch.float64:
+        p, s, qh = torch.linalg.svd(unit.whole(torch.float64), full_matrices=False)
         return p[..., :r], s[..., :r], qh.mT[..., :r]
-    if weight.shape[-2] < weight.shape[-1]:
-        q, s, p = truncated_svd(weight.mT, r)
+    if unit.shape[-2] < unit.shape[-1]:
+        q, s, p = truncated_svd(unit.mT, r)
         return p, s, q
-    # Scaled to about unit size, so that the Gram neither overflows nor underflows; by a power of
-    # two, which rounds nothing, and whose inverse is a float32, too.
-    weight = weight.float()
-    high, low = (reduce((-2, -1), keepdim=True) for reduce in (weight.amax, weight.amin))
-    largest = torch.maximum(high, -low)
-    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
-    size = torch.ldexp(torch.ones_like(largest, dtype=work_dtype(weight)), exponent)
-    p, s, q = _in_float32(weight, size, r) or _in_float64(weight, size, r)
-    return p, s * size.squeeze(-1), q
+    return _in_float32(unit, r) or _in_float64(unit, r)
 
 
-def _in_float64(weight: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Triples of weight/size from the eigenvectors of its Gram."""
-    scaled = weight.to(size.dtype) / size
-    q = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors.flip(-1)[..., :r]
-    return *_normalized(scaled @ q), q
+def gram(unit: Unit, dtype: torch.dtype) -> Tensor:
+    """WᵀW (*batch, n, n), summed over blocks of rows."""
+    *batch, _, n = unit.shape
+    found = torch.zeros(*batch, n, n, dtype=dtype, device=unit.weight.device)
+    flat = found.view(-1, n, n)
+    for _, block in unit.blocks(dtype):
+        rows = block.view(-1, *block.shape[-2:])
+        flat.baddbmm_(rows.mT, rows)
+    return found
 
 
-def _in_float32(weight: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _leading(gram: Tensor, r: int) -> Tensor:
+    """The last r eigenvectors, largest first; in the memory of the Gram, which is lost."""
+    vectors = gram.mT  # as LAPACK wants it; a Gram is symmetric
+    values = gram.new_empty(gram.shape[:-1])
+    torch.linalg.eigh(vectors, out=(values, vectors))
+    return vectors[..., max(0, gram.shape[-1] - r) :].flip(-1)
+
+
+def _in_float64(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Triples from the eigenvectors of the Gram."""
+    q = _leading(gram(unit, work := work_dtype(unit.weight)), r)
+    p = q.new_empty(*unit.shape[:-1], q.shape[-1])
+    for rows, block in unit.blocks(work):
+        p[..., rows, :] = block @ q
+    return *_normalized(p), q
+
+
+def _in_float32(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The same in half of the time, or None where it could be less exact.
 
     Note [float32 subspace]. Rounding moves the Gram by a share of eps₃₂ of its largest
@@ -53,22 +70,26 @@ def _in_float32(weight: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor, T
     That has to be far below the square of the error, ‖W‖² − Σσᵢ², for which a weight without much
     of a spectrum is the rule. Within the subspace everything is float64 again: an r×r problem.
     """
-    n = weight.shape[-1]
-    if 2 * r > n or weight.device.type != "cpu" or not _multiplies_in_float32():
+    *batch, m, n = unit.shape
+    if 2 * r > n or unit.weight.device.type != "cpu" or not _multiplies_in_float32():
         return None
-    # contiguous, because the layout would change the rounding
-    scaled = weight.contiguous() * size.reciprocal().float()
-    basis = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors.flip(-1)[..., :r]
-    image, basis = (scaled @ basis).double(), basis.double()
+    basis = _leading(gram(unit, torch.float32), r)
+    wide = torch.float64
+    image, squares = basis.new_empty(*batch, m, r, dtype=wide), basis.new_zeros(batch, dtype=wide)
+    for rows, block in unit.blocks(torch.float32):
+        image[..., rows, :] = block @ basis
+        squares += torch.linalg.vector_norm(block, dim=(-2, -1), dtype=wide).square()
+    basis = basis.double()
     # One step of Newton's: orthonormal to eps₃₂², for which float64 has room.
-    polish = torch.eye(r, dtype=size.dtype).mul(1.5) - 0.5 * (basis.mT @ basis)
+    polish = torch.eye(r, dtype=wide, device="cpu").mul(1.5) - 0.5 * (basis.mT @ basis)
     rotation = torch.linalg.eigh(polish.mT @ (image.mT @ image) @ polish).eigenvectors.flip(-1)
     turn = polish @ rotation
-    p, s = _normalized(image @ turn)
-    left = torch.linalg.vector_norm(scaled, dim=(-2, -1), dtype=size.dtype).square()
-    left = left - s.square().sum(-1)
+    for rows in unit.rows():
+        image[..., rows, :] = image[..., rows, :] @ turn
+    p, s = _normalized(image)
     lost = r * torch.finfo(torch.float32).eps * s[..., 0].square()
-    return (p, s, basis @ turn) if bool((lost <= 1e-5 * left).all()) else None
+    exact = lost <= 1e-5 * (squares - s.square().sum(-1))
+    return (p, s, basis @ turn) if bool(exact.all()) else None
 
 
 def _multiplies_in_float32() -> bool:
@@ -78,9 +99,9 @@ def _multiplies_in_float32() -> bool:
 
 
 def _normalized(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of norm 1, and the norms."""
+    """Columns of norm 1, in place, and the norms."""
     s = torch.linalg.vector_norm(p, dim=-2)
-    return p / s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2), s
+    return p.div_(s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2)), s
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -88,20 +109,32 @@ def resolution(dtype: torch.dtype) -> float:
     return 1e-14 if dtype == torch.float64 else 1e-8
 
 
-def sketched_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def sketched_svd(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples of the weight's projection on what a sketch spans."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    columns = min(r + OVERSAMPLED, *weight.shape[-2:])
-    generator = torch.Generator(weight.device).manual_seed(0)
-    shape = (*weight.shape[:-2], weight.shape[-1], columns)
-    sketch = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-    basis = torch.linalg.qr(weight @ sketch).Q
+    work, device = torch.promote_types(unit.weight.dtype, torch.float32), unit.weight.device
+    *batch, m, n = unit.shape
+    columns = min(r + OVERSAMPLED, m, n)
+    generator = torch.Generator(device=device).manual_seed(0)
+    sketch = torch.randn(*batch, n, columns, generator=generator, dtype=work, device=device)
+    basis = torch.linalg.qr(_times(unit, sketch)).Q
     for _ in range(POWERS):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.mT @ basis).Q).Q
-    p, s, q = truncated_svd(basis.mT @ weight, r)
+        basis = torch.linalg.qr(_times(unit, torch.linalg.qr(_transposed_times(unit, basis)).Q)).Q
+    projected = _transposed_times(unit, basis).mT
+    p, s, q = truncated_svd(Unit(projected, torch.zeros_like(unit.exponent)), r)
     return basis.to(p.dtype) @ p, s, q
 
 
-def work_dtype(tensor: Tensor) -> torch.dtype:
-    """float64, except on devices that do not have it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _times(unit: Unit, right: Tensor) -> Tensor:
+    """W X."""
+    found = right.new_empty(*unit.shape[:-1], right.shape[-1])
+    for rows, block in unit.blocks(right.dtype):
+        found[..., rows, :] = block @ right
+    return found
+
+
+def _transposed_times(unit: Unit, left: Tensor) -> Tensor:
+    """Wᵀ Y."""
+    found = left.new_zeros(*unit.shape[:-2], unit.shape[-1], left.shape[-1])
+    for rows, block in unit.blocks(left.dtype):
+        found += block.mT @ left[..., rows, :]
+    return found

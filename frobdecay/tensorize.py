@@ -19,14 +19,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
-from frobdecay.init import resolve_rank
+from frobdecay.init import plain_rank, resolve_rank
 from frobdecay.matricize import Matricization, fit_pattern
 
-__all__ = ["FLAT", "Rank", "Tensorization", "cp_rank", "flat_modes", "train_ranks", "tucker_ranks"]
+__all__ = ["FLAT", "Rank", "Tensorization", "cp_rank", "flat_modes"]
+__all__ += ["plain_ranks", "train_ranks", "tucker_ranks"]
 
 FLAT = "flat"
 
@@ -173,6 +175,21 @@ class Tensorization:
 # --- ranks ----------------------------------------------------------------------------------------
 
 
+def plain_ranks(rank: Any) -> int | float | tuple[int | float | None, ...]:
+    """One rank, or one for each mode or bond, as plain numbers; None keeps a mode whole.
+
+    Raises:
+        TypeError, ValueError: no number, nor a sequence of numbers and None; as ``plain_rank``.
+
+    Example:
+        >>> plain_ranks([4, None, 0.5]), plain_ranks(True + 1)
+        ((4, None, 0.5), 2)
+    """
+    if isinstance(rank, Sequence) and not isinstance(rank, str):
+        return tuple(one if one is None else plain_rank(one) for one in rank)
+    return plain_rank(rank)
+
+
 def tucker_ranks(rank: Rank, modes: Sequence[int]) -> tuple[int, ...]:
     """The sizes of a Tucker core.
 
@@ -230,17 +247,15 @@ def cp_rank(rank: Rank, modes: Sequence[int]) -> int:
     Raises:
         TypeError: a rank for each mode, of which CP has but one.
     """
-    if not isinstance(rank, int | float):
+    if isinstance(rank, Sequence):
         raise TypeError(f"expected one rank, an int or a float, for CP, got {rank!r}")
     return resolve_rank(rank, min(modes), min(modes))
 
 
 def _each(rank: Rank, wholes: Sequence[int], modes: Sequence[int], what: str) -> list[int]:
     """A rank for each of the sizes that fractions are fractions of."""
-    if isinstance(rank, int | float):
-        return [resolve_rank(rank, n, n) for n in wholes]
     if not isinstance(rank, Sequence) or isinstance(rank, str):
-        raise TypeError(f"expected a rank, or one for each {what}, got {rank!r}")
+        return [resolve_rank(rank, n, n) for n in wholes]
     if len(rank) != len(wholes):
         raise ValueError(
             f"expected {len(wholes)} ranks, one for each {what} of {_times(modes)}, got "
@@ -255,7 +270,7 @@ def _each(rank: Rank, wholes: Sequence[int], modes: Sequence[int], what: str) ->
 def _fitting(
     rank: Rank, wanted: list[int], found: list[int], what: str, modes: Sequence[int]
 ) -> tuple[int, ...]:
-    if wanted != found and not isinstance(rank, int | float):
+    if wanted != found and isinstance(rank, Sequence):
         raise ValueError(
             f"expected {what} that fit {_times(modes)}, got {tuple(wanted)}, the largest up to "
             f"which are {tuple(found)}"

@@ -179,7 +179,7 @@ def _layer(shape: tuple[int, ...], matrix: bool) -> nn.Module:
         layer = nn.Linear(1, 1, bias=False, device="meta")
     else:
         layer = _LAYERS[len(shape)](1, 1, 1, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.empty(shape, device="meta"))
+    layer.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
     return layer
 
 

@@ -108,7 +108,7 @@ class Grouped:
             for view in job.views:
                 slots.append(Slot(len(slots), view.detach(), job.batch, place, leading))
                 place += slots[-1].length
-        self._grams = torch.zeros(place, device=self.device)
+        self._grams = torch.zeros(place, dtype=torch.float32, device=self.device)
         return slots
 
     def _plan_grams(self) -> list[_Part]:
@@ -121,12 +121,12 @@ class Grouped:
             plan = gram_table(slots, block, step, self._programs, partials, counters)
             partials, counters = plan.partials, plan.counters
             parts.append(_Part(dtype, slots, self._int64(plan.rows), plan.layouts))
-        self._partials = torch.empty(max(partials, 1), device=self.device)
+        self._partials = torch.empty(max(partials, 1), dtype=torch.float32, device=self.device)
         self._counters = torch.zeros(max(counters, 1), dtype=torch.int32, device=self.device)
         return parts
 
     def _int64(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64).to(self.device)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
 
     @_disable_dynamo
     def __call__(self, targets: Targets, coefs: Coefs) -> None:
@@ -177,7 +177,7 @@ class Grouped:
 
         After a coupled step these are the norms as they are, after a decoupled one those before.
         """
-        norms = torch.empty(len(self._pairs), device=self.device)
+        norms = torch.empty(len(self._pairs), dtype=torch.float32, device=self.device)
         with self.on_device():
             self._kernels.launch_norms(self._pairs, self._grams, norms)
         return norms
@@ -240,8 +240,10 @@ class Grouped:
             table, self._sent = self._memory, send
         first = table[-1].data_ptr()
         places = [p if p else first + 4 * k for k, p in enumerate(pointers)]
-        host[:-1] = torch.tensor([*self._addresses, places])
-        host[-1].view(torch.float32)[: len(numbers)] = torch.tensor(numbers)
+        host[:-1] = torch.tensor([*self._addresses, places], dtype=torch.int64, device="cpu")
+        host[-1].view(torch.float32)[: len(numbers)] = torch.tensor(
+            numbers, dtype=torch.float32, device="cpu"
+        )
         table.copy_(host, non_blocking=True)
         return table
 
@@ -264,7 +266,9 @@ class Grouped:
         return reserve, table
 
     def _host(self, shape: tuple[int, int]) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return torch.empty(
+            shape, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda"
+        )
 
     def _plan_updates(self, targets: Sequence[Seen | None]) -> None:
         """Which launches B these targets need, and a row of addresses for each."""
@@ -350,5 +354,7 @@ def squared_norms(products: Product | Iterable[Product]) -> Tensor:
         plan = Grouped([Job(product.views(), product.batch) for product in found])
         with plan.on_device():
             plan.launch_grams()
-        scales = torch.tensor([product.scale**2 for product in found])
+        scales = torch.tensor(
+            [product.scale**2 for product in found], dtype=torch.float32, device="cpu"
+        )
         return plan.squared_norms() * scales.to(plan.device, non_blocking=True)

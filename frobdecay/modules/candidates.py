@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from frobdecay.init import matched_init, spectral_init
 from frobdecay.matricize import Matricization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
@@ -23,6 +22,7 @@ from frobdecay.modules.support import (
     ties,
 )
 from frobdecay.plan import PlanRow
+from frobdecay.scaling import is_zero
 from frobdecay.tensorize import FLAT, Rank, Tensorization
 
 __all__ = ["Entry", "OnTied", "candidates", "check_any"]
@@ -230,15 +230,18 @@ def _make(parametrization: Callable[..., nn.Module], options: Mapping[str, Any],
 
 def _check_numbers(entry: Entry) -> None:
     """Refuse NaN; leave zeros dense, whose factors would be zero and never train."""
-    assert entry.weight.tensor is not None
+    tensor = entry.weight.tensor
+    assert tensor is not None
     assert entry.make is not None
-    if entry.weight.tensor.is_meta:
+    if tensor.is_meta:
         return
     check_values(entry.weight)
-    init = getattr(entry.make(1), "init", None)
-    derived = init in (spectral_init, matched_init) or isinstance(init, str)
-    if derived and not bool(entry.weight.tensor.any()):
-        entry.reason = "zero, and its factors would be zero and never train; initialize it first"
+    view, batch = entry.view, 0
+    if isinstance(view, Matricization) and view.batch:
+        tensor, batch = view.matrix(tensor), len(view.batch)
+    if getattr(entry.make(1), "derives", False) and is_zero(tensor, batch):
+        part = "zero in one of its matrices" if batch else "zero"
+        entry.reason = f"{part}, and its factors would be zero and never train; initialize it first"
 
 
 def _check_pattern_used(found: list[Entry], parametrization: Callable[..., nn.Module]) -> None:

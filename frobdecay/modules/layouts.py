@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -113,7 +112,7 @@ def _expert_layouts(module: nn.Module) -> dict[str, Layout]:
         return {}
     layout = Layout("e i o -> e o i" if module.is_transposed else "e o i -> e o i")
     stacks = ("gate_up_proj", "up_proj", "down_proj")
-    return {name: layout for name in stacks if getattr(module, name, torch.empty(0)).ndim == 3}
+    return {name: layout for name in stacks if getattr(getattr(module, name, None), "ndim", 0) == 3}
 
 
 Kind = type[nn.Module] | str

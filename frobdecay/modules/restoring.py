@@ -118,7 +118,6 @@ def dense_to_factors(held: Any, dense: Tensor, like_model: bool = True) -> tuple
     if like_model:
         _check_writable(held, "load with assign=True")
         dense = dense.to(_factors(held)[0].device)
-    _check_alive(dense)
     value: Any = dense
     for parametrization in reversed(list(held)):
         invert = getattr(parametrization, "approximate", None) or parametrization.right_inverse
@@ -139,14 +138,6 @@ def _check_writable(held: Any, advice: str) -> None:
                 f"the factors are on the meta device and hold no numbers; {advice}, or "
                 "materialize the module first: to_empty(device=...)"
             )
-
-
-def _check_alive(dense: Tensor) -> None:
-    if not dense.is_meta and not bool(dense.any()):
-        raise ValueError(
-            "the dense weight is zero, and its factors would be zero and never train; merge this "
-            "weight to have it dense"
-        )
 
 
 # --- reset_parameters ---------------------------------------------------------------------------
@@ -171,7 +162,6 @@ def _resetting(base: type, original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(self, *args, **kwargs)
         for attribute, weight in dense.items():
             with _named(f"{where}.{attribute}"):
-                _check_alive(weight)
                 lists[attribute].right_inverse(weight.detach())
         return result
 

@@ -19,6 +19,7 @@ from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, modules, weights
 from frobdecay.partitions import why_partitioned
+from frobdecay.scaling import DTYPES, is_finite
 
 __all__ = [
     "adapter_against",
@@ -77,7 +78,7 @@ def check_values(weight: Weight) -> None:
             f"{weight.name} is on the meta device and holds no numbers; materialize it "
             "(to_empty) and initialize or load it, then factorize"
         )
-    if not bool(torch.isfinite(tensor.detach()).all()):
+    if not is_finite(tensor):
         raise ValueError(
             f"{weight.name} holds NaN or infinity; initialize or repair it before factorizing"
         )
@@ -169,8 +170,8 @@ def _not_plain(weight: Weight) -> str | None:
         return f"a {type(tensor).__name__}, not a plain Parameter; factorize before converting it"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"not dense ({tensor.layout}); convert it to a dense floating-point tensor first"
-    if not tensor.is_floating_point():
-        return f"of dtype {tensor.dtype}; convert it to a real floating-point dtype first"
+    if tensor.dtype not in DTYPES:
+        return f"of dtype {tensor.dtype}; convert it to a real dtype that torch multiplies first"
     return None
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from frobdecay.chain import full_precision
 from frobdecay.factored import FactoredTensor
-from frobdecay.init import check_weight
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import VERSION, Recorded
 from frobdecay.product import Factor, Product
+from frobdecay.scaling import check_not_zero, check_weight, root_mean_square
 from frobdecay.stars import narrowest
 from frobdecay.structures import Structure
-from frobdecay.tensorize import FLAT, Rank, Tensorization
+from frobdecay.tensorize import FLAT, Rank, Tensorization, plain_ranks
 
 __all__ = ["Init", "Shapes", "Stages", "Tensorized"]
 
@@ -71,8 +71,8 @@ class Tensorized(Recorded, ABC):
                 f"expected init of {type(self).__name__} to be one of {sorted(named)} or a "
                 f"callable, got {init!r}"
             )
-        self.rank = rank if isinstance(rank, int | float) else tuple(rank)
-        if isinstance(self.rank, int | float):
+        self.rank = plain_ranks(rank)
+        if not isinstance(self.rank, tuple):
             self.ranks((2, 2))  # refuses what is no rank
         self.pattern, self.axes, self.modes = pattern, dict(axes or {}), modes
         self.init = init
@@ -175,14 +175,19 @@ class Tensorized(Recorded, ABC):
                 least, found = size, (k, matricization)
         return found
 
+    @property
+    def derives(self) -> bool:
+        """Whether ``init`` takes the factors from the weight; one of somebody's own may not."""
+        return not callable(self.init)
+
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Factorize a dense weight: contiguous factors with its dtype and device.
 
         Raises:
-            TypeError, ValueError: a weight that cannot be factorized.
+            TypeError, ValueError: a weight that cannot be factorized, such as zero.
         """
-        return self._factorize(weight, self.init)
+        return self._factorize(weight, self.init, self.derives)
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -191,10 +196,13 @@ class Tensorized(Recorded, ABC):
         Raises:
             TypeError, ValueError: a weight that cannot be factorized.
         """
-        return self._factorize(weight, self.init if self.init in self.inits else "spectral")
+        init = self.init if self.init in self.inits else "spectral"
+        return self._factorize(weight, init, derives=True)
 
-    def _factorize(self, weight: Tensor, init: str | Init) -> tuple[Tensor, ...]:
+    def _factorize(self, weight: Tensor, init: str | Init, derives: bool) -> tuple[Tensor, ...]:
         check_weight(weight)
+        if derives:
+            check_not_zero(weight)
         shape = tuple(weight.shape)
         if self.view is not None:
             self.adopt(shape)  # refuses another one
@@ -215,8 +223,8 @@ class Tensorized(Recorded, ABC):
     def _matched(self, tensor: Tensor, ranks: Any) -> tuple[Tensor, ...]:
         """Gaussian factors whose product's entries have the tensor's mean square."""
         shapes = self.shapes(tuple(tensor.shape), ranks)
-        variance = float(tensor.double().square().mean()) / self.paths(tuple(tensor.shape), ranks)
-        std = variance ** (0.5 / len(shapes))
+        size = root_mean_square(tensor) / self.paths(tuple(tensor.shape), ranks) ** 0.5
+        std = size ** (1 / len(shapes))
         return tuple(tensor.new_empty(shape).normal_(0, std) for shape in shapes)
 
     def forward(self, *factors: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ have copies of one part of a sharded parameter, while different parts should not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from frobdecay.placement import part_number, part_of
 from frobdecay.product import is_sharded
+from frobdecay.scaling import power_of_two
 
 __all__ = ["StochasticRounder", "round_stochastically"]
 
@@ -51,8 +53,8 @@ def round_stochastically(
     """
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)  # |exact| = mantissa · 2^exponent, mantissa in [½, 1)
-    lowest = torch.frexp(torch.tensor(info.smallest_normal)).exponent.item()
-    ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent.clamp_(min=int(lowest)) - 1)
+    lowest = math.frexp(info.smallest_normal)[1]
+    ulp = power_of_two(exponent.clamp_(lowest, 128) - 1, exact.dtype).mul_(info.eps)
     # As many random bits as float32 has below one ulp: the sum is exact, and what dtype can
     # represent is never moved.
     below = round(info.eps / torch.finfo(torch.float32).eps)
@@ -96,7 +98,7 @@ class StochasticRounder:
         however unequal the parts are.
         """
         own = self._generator(torch.device("cpu"))
-        seed = int(torch.randint(1 << 48, (), generator=own))
+        seed = int(torch.randint(1 << 48, (), generator=own, device=own.device))
         streams = {part_number(tensor) for tensor in tensors}
         for stream in sorted(streams):
             members = [k for k, tensor in enumerate(tensors) if part_number(tensor) == stream]
@@ -132,7 +134,7 @@ class StochasticRounder:
             # Numbered by first use, not by index: a checkpoint of cuda:0 resumes on cuda:1.
             number = sum(known.type == device.type for known in self._generators)
             name = f"{device.type}:{number}"
-            generator = torch.Generator(device).manual_seed(self._seed)
+            generator = torch.Generator(device=device).manual_seed(self._seed)
             if name in self._saved:
                 generator.set_state(self._saved[name])
             self._generators[device] = (name, generator)
