@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from frobdecay.adapters import adaptable
+
 __all__ = ["copied_class", "dense_type", "lists_of", "register_parametrization"]
 
 
@@ -44,6 +46,7 @@ def register_parametrization(
     """As torch's; also on modules that forward attributes, which torch takes for the one inside."""
     with _not_forwarding(module):
         parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
+    adaptable(module, attribute)
 
 
 _FORWARDING = ("__getattr__", "__setattr__", "__delattr__")

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from frobdecay.modules.layouts import layouts
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
 from frobdecay.modules.support import check_unwrapped
-from frobdecay.modules.surgery import factorized, ordinary, reorder, settle_recurrent, transaction
+from frobdecay.modules.surgery import (
+    factorized,
+    ordinary,
+    release,
+    reorder,
+    settle_recurrent,
+    transaction,
+)
 from frobdecay.modules.unrolling import reads_weight, unrolled, why_not_unrolled
 from frobdecay.partitions import why_partitioned
 
@@ -97,14 +104,10 @@ def _put_back(weight: Weight, dense: nn.Parameter) -> None:
     ``remove_parametrizations`` would multiply once more, and makes a buffer of a frozen weight.
     """
     module, attribute = weight.module, weight.attribute
-    held: Any = module._modules["parametrizations"]
-    order = getattr(held[attribute][0], "order", ()) or _usual_order(module)
-    delattr(type(module), attribute)  # its own class, since the transaction began
-    del held[attribute]
+    held = factorized(module)[attribute]
+    order = getattr(held[0], "order", ()) or _usual_order(module)
+    release(module, attribute)  # its class is its own, since the transaction began
     module._parameters[attribute] = dense
-    if not len(held):
-        del module._modules["parametrizations"]
-        module.__class__ = type(module).__bases__[0]
     reorder(module, order)
 
 

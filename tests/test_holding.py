@@ -150,3 +150,70 @@ def test_an_error_leaves_a_wrapper_as_it_was():
         factorize(model, rank=2, include="other", init=failing)
     assert type(model) is kind
     close(model(X), before)
+
+
+# --- a parameter in the place of a factorized weight --------------------------------------------
+
+
+@pytest.mark.parametrize("assign", [setattr, lambda m, name, p: m.register_parameter(name, p)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_assigned_parameter_is_factorized(assign, trained):
+    """The factors stay the parameters, and require a gradient if the new weight does."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=6)
+    before = [id(parameter) for parameter in layer.parameters()]
+    weight = nn.Parameter(torch.randn(6, 6), requires_grad=trained)
+    assign(layer, "weight", weight)
+    assert torch.allclose(layer.weight, weight, atol=1e-5)
+    assert [id(parameter) for parameter in layer.parameters()] == before
+    factors = layer.parametrizations.weight.parameters()
+    assert [factor.requires_grad for factor in factors] == [trained] * 2
+    layer.bias = nn.Parameter(torch.ones(6))  # others are what they were
+    assert bool((layer.bias == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (nn.Parameter(torch.randn(5, 6)), ValueError),
+        (nn.Buffer(torch.randn(6, 6)).as_subclass(type("Packed", (nn.Parameter,), {})), TypeError),
+    ],
+    ids=["another shape", "packed numbers"],
+)
+def test_what_cannot_be_factorized_is_not_assigned(value, error):
+    """The weight is named, and nothing has changed."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=2)
+    before = layer.weight.materialize()
+    with pytest.raises(error, match=r"Linear\.weight"):
+        layer.weight = value
+    assert torch.equal(layer.weight.materialize(), before)
+
+
+def test_a_deleted_weight_takes_its_factors_along():
+    """As of any parameter; what is registered then is dense, in this module alone."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=2)
+    twin = copy.deepcopy(layer)
+    weight = layer.weight.materialize().detach()
+    with pytest.warns(UserWarning, match=r"Linear\.weight is deleted, and its factors with it"):
+        del layer.weight
+    layer.weight = nn.Parameter(weight)
+    assert type(layer) is nn.Linear
+    assert list(layer.state_dict()) == ["bias", "weight"]
+    x = torch.randn(3, 6)
+    assert torch.allclose(layer(x), twin(x), atol=1e-5)
+    assert len(products(twin)) == 1
+
+
+def test_a_factor_leads_to_its_module():
+    """Also where its name lacks ".weight", as tools write it that look for the module."""
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+    factorize(model, rank=2)
+    for part in (model, copy.deepcopy(model)):
+        name, _ = next(iter(part.named_parameters()))
+        assert part.get_submodule(name.replace(".weight", "")) is part[0]
+    with pytest.raises(AttributeError):
+        model[0].parametrizations.bias  # noqa: B018
+    with pytest.raises(AttributeError):
+        model[0].parametrizations.weight.original  # noqa: B018

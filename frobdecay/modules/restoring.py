@@ -1,15 +1,18 @@
-"""What ``load_state_dict`` and ``reset_parameters`` mean for a module with factorized weights.
+"""What torch's ways to give a module other weights mean where the weights are factorized.
 
-torch gives a parametrized module a class of its own. ``restorable`` defines these two there, so
-that they are gone with the last parametrization and a deep copy has them:
+torch gives a parametrized module a class of its own. ``restorable`` defines these there, so that
+they are gone with the last parametrization and a deep copy has them:
 
     load_state_dict     takes the dense weight, too, and keeps its spectral factors
     reset_parameters    draws the dense weights as the dense module does, and factorizes them
+    register_parameter  factorizes the new weight; so does ``layer.weight = nn.Parameter(W)``
+    del layer.weight    takes the factors away, with a warning: what comes after them is dense
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.holding import lists_of
-from frobdecay.modules.surgery import factorized, ordinary, reorder
+from frobdecay.holding import dense_type, lists_of
+from frobdecay.modules.surgery import factorized, ordinary, own_class, release, reorder
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import is_sharded
 
@@ -28,10 +31,15 @@ _RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
 
 
 def restorable(modules: Iterable[nn.Module]) -> None:
-    """Teach the classes of factorized modules to load dense weights and to reset."""
+    """Teach the classes of factorized modules to take dense weights, and to reset."""
     for module in modules:
-        if factorized(module):
-            _extend(type(module))
+        if lists := factorized(module):
+            kind: Any = type(module)
+            _extend(kind)
+            for attribute in lists:
+                get_and_set = vars(kind)[attribute]
+                deleter = functools.partial(_delete, attribute=attribute)
+                setattr(kind, attribute, get_and_set.deleter(deleter))
 
 
 def _extend(kind: Any) -> None:
@@ -53,10 +61,48 @@ def _extend(kind: Any) -> None:
         lists = (missing_keys, unexpected_keys, error_msgs)
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
 
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        held = factorized(self).get(name)
+        if held is None or param is None:
+            base.register_parameter(self, name, param)
+        else:
+            _assign(base, name, held, param)
+
     kind._load_from_state_dict = _load_from_state_dict
+    kind.register_parameter = register_parameter
     for name in _RESETS:
         if hasattr(base, name):
             setattr(kind, name, _resetting(base, getattr(base, name)))
+
+
+# --- assignment and deletion ---------------------------------------------------------------------
+
+
+def _assign(base: type, name: str, held: Any, param: nn.Parameter) -> None:
+    """Factorize a new parameter; its factors require a gradient if it does."""
+    called = f"{base.__name__}.{name}"
+    if type(param) is not nn.Parameter:
+        raise TypeError(
+            f"expected a plain nn.Parameter for the factorized {called}, got a "
+            f"{type(param).__name__}; merge the weight first: frobdecay.merge(model, include=...)"
+        )
+    with _named(called):
+        _check_writable(held, "there is nothing to assign to")
+        held.right_inverse(param.detach())
+    for factor in _factors(held):
+        factor.requires_grad_(param.requires_grad)
+
+
+def _delete(module: nn.Module, attribute: str) -> None:
+    warnings.warn(
+        f"{dense_type(module).__name__}.{attribute} is deleted, and its factors with it: what "
+        "takes its place (PEFT's adapters of nn.MultiheadAttention do this) is dense; exclude it "
+        "from factorize, or merge it first",
+        stacklevel=3,
+    )
+    own_class(module)
+    release(module, attribute)
+    VERSION.bump()
 
 
 # --- load_state_dict ----------------------------------------------------------------------------

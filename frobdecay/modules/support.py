@@ -106,13 +106,28 @@ def tie_against(weight: Weight, tied: Mapping[int, Sequence[str]]) -> str | None
 
 
 def adapter_against(weight: Weight, tree: Mapping[str, nn.Module]) -> str | None:
-    """Say that a weight is an adapter's of PEFT, which trains it beside the base layer's."""
-    if weight.named:
-        return None
-    for path in weight.above:
-        below = weight.name.removeprefix(f"{path}.")
-        if is_kind(tree[path], "peft.tuners.*Layer") and not below.startswith("base_layer."):
-            return "an adapter's own factor; name it to factorize"
+    """Say what an adapter of PEFT has against factors in this weight's place, if anything."""
+    for name in weight.names:
+        parts = name.split(".")
+        for k in range(len(parts)):
+            layer = tree[".".join(parts[:k])]
+            tuner = is_kind(layer, "peft.tuners.*") and not is_kind(layer, "peft.tuners.*Model")
+            if tuner and (reason := _adapted(layer, parts[k:], weight.named)):
+                return reason
+    return None
+
+
+def _adapted(layer: nn.Module, path: Sequence[str], named: bool) -> str | None:
+    """What an adapter's layer has against factors of the weight at this path in it."""
+    inside = [part for part in path if part != "base_layer"]
+    if path[0] not in ("base_layer", "model"):
+        return None if named else "an adapter's own; name it to factorize"
+    deleted = (["in_proj_weight"], ["out_proj", "weight"])
+    if is_kind(layer, "peft.tuners.lora.layer.MultiheadAttention") and inside in deleted:
+        return (
+            "adapted by PEFT, whose adapters of nn.MultiheadAttention delete the weight in every "
+            "forward and register a dense one; merge_and_unload() the adapter first"
+        )
     return None
 
 

@@ -18,7 +18,15 @@ from frobdecay.forms.product_tensor import transforms_active
 from frobdecay.holding import copied_class, lists_of
 from frobdecay.parametrizations import VERSION
 
-__all__ = ["factorized", "ordinary", "own_class", "reorder", "settle_recurrent", "transaction"]
+__all__ = [
+    "factorized",
+    "ordinary",
+    "own_class",
+    "release",
+    "reorder",
+    "settle_recurrent",
+    "transaction",
+]
 
 
 @contextmanager
@@ -83,6 +91,16 @@ def own_class(module: nn.Module) -> None:
     """Give a parametrized module a copy of its injected class, so that no other one shares it."""
     if lists_of(module):
         module.__class__ = copied_class(type(module))
+
+
+def release(module: nn.Module, attribute: str) -> None:
+    """Take a parametrization off, and put nothing in its place; call ``own_class`` before."""
+    held: Any = module._modules["parametrizations"]
+    delattr(type(module), attribute)
+    del held[attribute]
+    if not len(held):
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
 
 
 def reorder(module: nn.Module, order: Sequence[str]) -> None:
