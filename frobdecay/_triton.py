@@ -58,6 +58,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels of this module run in the interpreter, on tensors of the CPU."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TARGETS = {**_TYPES, torch.float64: tl.float64}
 
 # Columns of the tables, see grouped/tables.py; a kernel reads globals only as constexpr.
 _GRAM_WIDTH = tl.constexpr(14)
@@ -354,14 +355,14 @@ def launch_updates(
         tile: how the table was cut.
     """
     single = rank <= tile.block
-    half = target_dtype != torch.float32
+    half = target_dtype.itemsize < 4
     _update_kernel[(len(table),)](
         table,
         grams,
         targets,
         coefs,
         SOURCE=_TYPES[dtype],
-        TARGET=_TYPES[target_dtype],
+        TARGET=_TARGETS[target_dtype],
         VECTOR=16 // min(dtype.itemsize, target_dtype.itemsize),
         LAYOUTS=layouts,
         ROWS=tile.update_rows,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Accumulator:
             for members, exchange in self._exchanges
         ]
         factors = [factor for product in self.products for factor in product.factors]
-        self._device = factors[0].param.device.type if factors else "cpu"
+        self._devices = {factor.param.device.type for factor in factors}
         self._squared_scales = [product.scale**2 for product in self.products]
         self._plain = all(
             factor.pattern is None and factor.index is None and not is_sharded(factor.param)
@@ -126,7 +127,7 @@ class Accumulator:
         if not self._unscaled:
             pairs = zip(coefs, self._squared_scales, strict=True)
             coefs = [[coef * scale for coef in one] for one, scale in pairs]
-        with full_precision(self._device):
+        with self._full_precision():
             for _, exchange in self._exchanges:
                 exchange.start()
             for members, run in self._runners:  # while the others' Grams are on their way
@@ -140,7 +141,7 @@ class Accumulator:
         """‖W‖_F² of every product, on all processes the same; one all-reduce for each mesh."""
         self.refresh()
         found: dict[int, Tensor] = {}
-        with full_precision(self._device):
+        with self._full_precision():
             for _, exchange in self._exchanges:
                 exchange.start()
             for members, exchange in self._exchanges:
@@ -150,6 +151,13 @@ class Accumulator:
             found[k] if k in found else squared_norm(product)
             for k, product in enumerate(self.products)
         ]
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """Switch autocast off on all devices that products are on."""
+        stack = ExitStack()
+        for device in self._devices:
+            stack.enter_context(full_precision(device))
+        return stack
 
     def _seen(self, k: int, targets: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The targets of a product that runs here alone, seen as its factors."""

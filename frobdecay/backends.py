@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.chain import Coefficient, accumulable, plan_of
+from frobdecay.chain import Coefficient, plan_of
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
 from frobdecay.product import Product
@@ -120,7 +120,9 @@ class PerProduct(_General):
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Tell the pairs that can be added in place."""
         in_place = [
-            job.is_gram_pair and job.batch <= 1 and accumulable(job.views)[0] is job.views[0]
+            job.is_gram_pair
+            and job.batch <= 1
+            and all(view.dtype == job.dtype for view in job.views)
             for job in jobs
         ]
 

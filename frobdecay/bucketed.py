@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, chain_gradients, plan_of
+from frobdecay.chain import Coefficient, chain_gradients, common_dtype, plan_of
 from frobdecay.structures import CHAIN, Structure
 
 __all__ = ["Coefs", "Job", "Targets", "prepare_bucketed"]
@@ -46,6 +46,11 @@ class Job:
             and plan_of(self.views, self.batch).gradient == "gram"
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors are multiplied in."""
+        return common_dtype(self.views)
+
 
 def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
     """Plan the execution of jobs on one device.
@@ -56,9 +61,9 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
     pairs, others = defaultdict(list), defaultdict(list)
     for k, job in enumerate(jobs):
         if job.is_gram_pair:
-            pairs[job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
+            pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
         else:
-            others[tuple(view.shape for view in job.views), job.batch].append(k)
+            others[job.dtype, tuple(view.shape for view in job.views), job.batch].append(k)
     runners: list[Runner] = [_Pairs(jobs, members) for members in pairs.values()]
     runners += [_Chains(jobs, members) for members in others.values()]
 
@@ -72,40 +77,35 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
 class _Stack:
     """Factors of one shape, gathered into one buffer, and a buffer for their updates.
 
-    Products are multiplied in ``operand`` and ``result``, which have more columns where that is
-    faster: zeros, which multiply to zeros.
+    Both have more columns than the factors where that is faster: zeros, which multiply to zeros.
     """
 
     def __init__(
-        self, slots: list[tuple[int, int]], views: list[Tensor], columns: int | None = None
+        self,
+        slots: list[tuple[int, int]],
+        views: list[Tensor],
+        dtype: torch.dtype,
+        columns: int | None = None,
     ) -> None:
         self.slots, self.views = slots, views
-        shape, like = (len(views), *views[0].shape), views[0]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.stack = torch.empty(shape, dtype=dtype, device=like.device)
-        self.update = torch.empty_like(self.stack)
-        self.parts = list(self.update.unbind())
-        self.gathered = list(self.stack.unbind()) if dtype != like.dtype else None
-        self.operand, self.result = self.stack, self.update
-        if columns not in (None, r := like.shape[-1]):
-            self.operand = self.stack.new_zeros(*shape[:-1], columns)
-            self.result = torch.zeros_like(self.operand)
-            self.inner = self.operand[..., :r], self.result[..., :r]
+        *rows, r = views[0].shape
+        shape = (len(views), *rows, columns or r)
+        self.stack = torch.zeros(shape, dtype=dtype, device=views[0].device)
+        self.update = torch.zeros_like(self.stack)
+        self.gathered = list(self.stack[..., :r].unbind())
+        self.parts = list(self.update[..., :r].unbind())
+        self.alike = columns in (None, r) and all(view.dtype == dtype for view in views)
 
     def gather(self) -> Tensor:
         """Copy the factors as they are now."""
-        if self.gathered is None:
+        if self.alike:
             torch.stack(self.views, out=self.stack)
         else:
-            torch._foreach_copy_(self.gathered, self.views)  # half precision becomes float32
-        if self.operand is not self.stack:
-            self.inner[0].copy_(self.stack)
-        return self.operand
+            torch._foreach_copy_(self.gathered, self.views)
+        return self.stack
 
     def scatter(self, targets: Targets) -> None:
         """Add the updates to their targets."""
-        if self.result is not self.update:
-            self.update.copy_(self.inner[1])
         into = [targets[k][j] for k, j in self.slots]
         if all(target is not None for target in into):
             torch._foreach_add_(into, self.parts)  # type: ignore[arg-type]
@@ -123,13 +123,14 @@ class _Pairs:
         for k in members:
             for j, view in enumerate(jobs[k].views):
                 slots[tuple(view.shape), view.dtype].append((k, j))
-        columns = _columns(jobs[members[0]].views[0])
+        dtype, columns = jobs[members[0]].dtype, _columns(jobs[members[0]].views[0])
         self.stacks = [
-            _Stack(found, [jobs[k].views[j] for k, j in found], columns) for found in slots.values()
+            _Stack(found, [jobs[k].views[j] for k, j in found], dtype, columns)
+            for found in slots.values()
         ]
         self.order = [slot for stack in self.stacks for slot in stack.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
-        first = self.stacks[0].operand
+        first = self.stacks[0].stack
         shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
         # matmul would take longer to look at the shapes than bmm takes to multiply
         self.multiply = torch.bmm if len(shape) == 3 else torch.matmul
@@ -151,7 +152,7 @@ class _Pairs:
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
         self.partners.mul_(_together([coefs[k][j] for k, j in self.order], self.partners))
         for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
-            self.multiply(stack.operand, gram, out=stack.result)
+            self.multiply(stack.stack, gram, out=stack.update)
             stack.scatter(targets)
 
 
@@ -172,7 +173,7 @@ class _Chains:
         first = jobs[members[0]]
         self.batch = first.batch + 1
         self.stacks = [
-            _Stack([(k, j) for k in members], [jobs[k].views[j] for k in members])
+            _Stack([(k, j) for k in members], [jobs[k].views[j] for k in members], first.dtype)
             for j in range(len(first.views))
         ]
 
@@ -198,7 +199,7 @@ def _together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = Non
         return first
     if any(isinstance(coef, Tensor) for coef in coefs):
         column = torch.stack(
-            [torch.as_tensor(coef, device=like.device).reshape(()) for coef in coefs]
+            [torch.as_tensor(c, dtype=like.dtype, device=like.device).reshape(()) for c in coefs]
         )
     else:
         column = torch.tensor(coefs, dtype=torch.float64, device="cpu")

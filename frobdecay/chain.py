@@ -20,10 +20,10 @@ Grams are summed (grouped queries, cores of a train).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 
 import torch
@@ -38,6 +38,7 @@ __all__ = [
     "chain_grams",
     "chain_materialize",
     "chain_squared_norm",
+    "common_dtype",
     "contraction_plan",
     "end_gram",
     "full_precision",
@@ -134,9 +135,18 @@ def full_precision(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What tensors are multiplied in: the widest of their dtypes, float32 at least.
+
+    A sum of squares of half-precision numbers loses float16's digits.
+    """
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
 def accumulable(views: Sequence[Tensor]) -> list[Tensor]:
-    """Half-precision factors are multiplied in float32: a sum of squares loses fp16's digits."""
-    return [view.float() if view.dtype in HALF else view for view in views]
+    """The factors of one product in the dtype that they are multiplied in."""
+    dtype = common_dtype(views)
+    return [view.to(dtype) for view in views]
 
 
 def _lift(matrix: Tensor, view: Tensor) -> Tensor:
@@ -221,7 +231,7 @@ def chain_gradients(
             for a factor whose gradient is not wanted.
 
     Returns:
-        Tensors of the views' shapes (float32 for half-precision views), None where not wanted.
+        Tensors of the views' shapes, in their ``common_dtype``; None where not wanted.
     """
     views = accumulable(views)
     route = _gram_gradients if plan_of(views, batch).gradient == "gram" else _dense_gradients

@@ -30,7 +30,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from frobdecay.chain import Coefficient, end_gram, gram_gradient, left_grams, right_grams
+from frobdecay.chain import (
+    Coefficient,
+    common_dtype,
+    end_gram,
+    gram_gradient,
+    left_grams,
+    right_grams,
+)
 from frobdecay.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product import Factor, Product, as_products, is_sharded
 from frobdecay.structures import CHAIN
@@ -86,7 +93,7 @@ class _Sent:
     def __init__(self, product: Product) -> None:
         self.product = product
         self.placed = [place(factor) for factor in product.factors]
-        self.dtype = torch.promote_types(product.params[0].dtype, torch.float32)
+        self.dtype = common_dtype(product.params)
         ends = (0, len(self.placed) - 1) if product.structure == CHAIN else ()
         self.by_rows = [k in ends and _by_rows(p) for k, p in enumerate(self.placed)]
         self.shapes = [

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, accumulable, chain_grams, full_precision
+from frobdecay.chain import (
+    Coefficient,
+    accumulable,
+    chain_grams,
+    common_dtype,
+    full_precision,
+)
+from frobdecay.factor import Bare, Factor, is_sharded, whole
 from frobdecay.partitions import why_partitioned
 from frobdecay.structures import CHAIN, Structure
 
@@ -27,6 +33,7 @@ __all__ = [
     "gradients",
     "grams",
     "is_sharded",
+    "listed",
     "penalty",
     "product_norm",
     "squared_norm",
@@ -34,85 +41,11 @@ __all__ = [
 ]
 
 
-class _Bare:
-    """The owner of a tensor that no module owns."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Where one factor lives and how it is seen.
-
-    Attributes:
-        owner: the module (or other object) that holds the parameter.
-        attribute: the parameter's name there; looked up anew at every use, because training
-            frameworks swap the ``Parameter`` objects of a prepared model.
-        pattern: einops pattern from the parameter to (*batch, *summed, rows, columns), or None
-            where the parameter already has that shape. It has to be a view: what is added to
-            the view of a ``.grad`` has to arrive in the ``.grad``.
-        axes: (name, length) pairs that the pattern needs.
-        index: takes one entry of the first axis after the pattern (the q of a packed q, k, v).
-    """
-
-    owner: Any
-    attribute: str
-    pattern: str | None = None
-    axes: tuple[tuple[str, int], ...] = ()
-    index: int | None = None
-
-    @property
-    def param(self) -> Tensor:
-        """The parameter as it is now."""
-        tensor: Tensor = getattr(self.owner, self.attribute)
-        return tensor
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """See the parameter, or a tensor of its shape such as its gradient, as the factor.
-
-        Raises:
-            ValueError: with this memory layout the pattern would copy.
-        """
-        if self.pattern is None:
-            seen = tensor
-        else:
-            seen = rearrange(tensor, self.pattern, **dict(self.axes))
-            if seen.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-                raise ValueError(
-                    f"expected the pattern {self.pattern!r} to be a view of {self.attribute!r}, "
-                    f"but with shape {tuple(tensor.shape)} and strides {tensor.stride()} it "
-                    "copies; keep axes apart instead of merging them, or make it contiguous"
-                )
-        return seen if self.index is None else seen[self.index]
-
-    def outline(self) -> Tensor:
-        """The view of the parameter; of a sharded one, its shape without numbers (meta device)."""
-        param = self.param
-        known = (
-            torch.empty(param.shape, dtype=param.dtype, device="meta")
-            if is_sharded(param)
-            else param
-        )
-        return self.view(known.to(param.dtype))
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``: every process of a mesh has a part of it, or a copy."""
-    return hasattr(tensor, "device_mesh")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of a sharded one all of it, by an all-gather. Differentiable."""
-    if not is_sharded(tensor):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return gathered
-
-
 @dataclass(frozen=True)
 class Product:
     """Factors that stand for one dense weight.
+
+    Factors may differ in dtype: they are multiplied in the widest of them, float32 at least.
 
     Attributes:
         name: the dense weight's qualified name, for messages and tables.
@@ -182,7 +115,7 @@ class Product:
         elif len(patterns) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)} patterns, got {len(patterns)}")
         factors = tuple(
-            Factor(_Bare(tensor), "tensor", pattern, _axes_of(pattern, axes))
+            Factor(Bare(tensor), "tensor", pattern, _axes_of(pattern, axes))
             for tensor, pattern in zip(tensors, patterns, strict=True)
         )
         if batch is None:
@@ -223,9 +156,10 @@ class Product:
         return self.structure.rank(self.outlines(), self.batch)
 
     def materialize(self) -> Tensor:
-        """Form the dense product, shape ``shape`` and the factors' dtype; differentiable."""
+        """Form the dense product, shape ``shape``, in the factors' widest dtype; differentiable."""
         views = self.views()
-        return (self.scale * self.structure.materialize(views, self.batch)).to(views[0].dtype)
+        dtype = reduce(torch.promote_types, (view.dtype for view in views))
+        return (self.scale * self.structure.materialize(views, self.batch)).to(dtype)
 
 
 def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple[str, int], ...]:
@@ -237,7 +171,7 @@ def _check(product: Product) -> None:
     """Refuse what is not real, dense, or does not fit together, naming the product."""
     name, params = product.name, product.params
     for k, (factor, param) in enumerate(zip(product.factors, params, strict=True)):
-        if not param.is_floating_point() or param.layout != torch.strided or param.is_quantized:
+        if not param.is_floating_point() or param.layout != torch.strided or param.itemsize < 2:
             raise TypeError(
                 f"{name}: expected factor {k} ({factor.attribute}) to be a dense real "
                 f"floating-point tensor, got {param.dtype}, {param.layout}; convert it first"
@@ -318,7 +252,7 @@ def gradients(product: Product) -> tuple[Tensor, ...]:
     """Compute the gradient of ½‖W‖_F² for every parameter of a product, without autograd.
 
     Returns:
-        Tensors of the parameters' shapes (float32 for half-precision parameters).
+        Tensors of the parameters' shapes and dtypes (float32 for half-precision parameters).
     """
     coefs = [product.scale**2] * len(product.factors)
     with torch.no_grad(), full_precision(product.params[0].device.type):
@@ -327,14 +261,29 @@ def gradients(product: Product) -> tuple[Tensor, ...]:
     for factor, grad in zip(product.factors, grads, strict=True):
         assert grad is not None
         param = factor.param  # with its strides, of which the pattern may make a view
-        full = grad.new_empty_strided(param.shape, param.stride()).zero_()
+        dtype = common_dtype([param])
+        full = grad.new_empty_strided(param.shape, param.stride(), dtype=dtype).zero_()
         factor.view(full).copy_(grad)  # through the view: no inverse of the pattern is needed
         out.append(full)
     return tuple(out)
 
 
 def as_products(products: Product | Iterable[Product]) -> list[Product]:
-    """A list of products from one or several, refusing anything else."""
+    """A list of the products, each once, from one or several, refusing anything else.
+
+    Two records of the same factors in the same place of the same structure are one product,
+    whatever they are called: it would decay twice.
+    """
+    seen: dict[object, Product] = {}
+    for product in listed(products):
+        factors = tuple(factor.identity() for factor in product.factors)
+        key = factors, product.scale, product.batch, product.structure
+        seen.setdefault(key, product)
+    return list(seen.values())
+
+
+def listed(products: Product | Iterable[Product]) -> list[Product]:
+    """A list from one product or several, as they are, refusing anything else."""
     found = [products] if isinstance(products, Product) else list(products)
     for product in found:
         if not isinstance(product, Product):
@@ -352,7 +301,7 @@ def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
     autocast. ``FrobeniusDecay`` and ``add_penalty_grad_`` give the same gradient for less.
 
     Args:
-        products: one product or several, on one device.
+        products: one product or several, on one device; one listed twice counts once.
         coef: λ, the weight decay of the dense recipe; a number or a tensor without dimensions.
 
     Returns:

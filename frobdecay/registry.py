@@ -26,7 +26,7 @@ from frobdecay.modules.surgery import factorized, ordinary, settle_recurrent, tr
 from frobdecay.modules.untying import forget_ties, other_ties, untie
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
-from frobdecay.product import Product
+from frobdecay.product import Product, as_products
 from frobdecay.providers.attention import ATTENTION
 from frobdecay.providers.lora import LORA
 from frobdecay.ranks import RankRule, plan_entries, planned, size
@@ -225,19 +225,13 @@ def products(
         raise ValueError(f"expected lora to be one of {list(LORA)}, got {lora!r}")
     tables = (_USERS, {**_OWN, **LORA[lora]})
     seen: set[int] = set()
-    found: dict[object, Product] = {}
+    found: list[Product] = []
     for path, module in modules(model).items():
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for product in (*_provided(module, path, tables), *_parametrized(module, path)):
-            found.setdefault(_identity(product), product)
-    return pick(list(found.values()), include, exclude)
-
-
-def _identity(product: Product) -> object:
-    """Two records of the same factors are the same product."""
-    return tuple((id(f.param), f.pattern, f.axes, f.index) for f in product.factors)
+        found += [*_provided(module, path, tables), *_parametrized(module, path)]
+    return pick(as_products(found), include, exclude)
 
 
 def _parametrized(module: nn.Module, path: str) -> Iterable[Product]:

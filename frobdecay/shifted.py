@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.chain import Coefficient
+from frobdecay.chain import Coefficient, common_dtype
 from frobdecay.scaling import shortened
 from frobdecay.structures import Views
 
@@ -122,9 +122,7 @@ class Shifted:
 
     def _joined(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """W₀ as it is, and U with its scales and V side by side, at least float32."""
-        dtype = torch.float32
-        for view in views:
-            dtype = torch.promote_types(dtype, view.dtype)
+        dtype = common_dtype(views)
         pairs = zip(self.scales, views[1::2], strict=True)
         u = torch.cat([scale * view.to(dtype) for scale, view in pairs], dim=-1)
         return views[0], u, torch.cat([view.to(dtype) for view in views[2::2]], dim=-1)

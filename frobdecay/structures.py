@@ -50,7 +50,7 @@ class Structure(Protocol):
     ) -> list[Tensor | None]:
         """Gradients of ½‖W‖² for the factors, each times its coefficient; None for None.
 
-        Tensors of the views' shapes, float32 for half-precision views.
+        Tensors of the views' shapes, in their ``common_dtype``.
         """
 
     def materialize(self, views: Views, batch: int) -> Tensor:

@@ -1,15 +1,22 @@
 """Every backend gives the reference's gradient, adds it where told, and says what it does."""
 
+from collections import Counter
+
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare
 from conftest import TOLERANCE
+from hypothesis import given
+from hypothesis import strategies as st
+from optim_cases import Net
 from test_product import close, exact
 from torch import nn
 
 from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.backends import BACKENDS
 from frobdecay.product import Factor, Product, gradients, penalty
+from frobdecay.shifted import Shifted
+from frobdecay.stars import CP, TUCKER
 from frobdecay.structures import CHAIN
 
 CHAINS = {name for name, make in PRODUCTS.items() if make(torch.float64).structure == CHAIN}
@@ -66,6 +73,77 @@ def test_every_backend_adds_the_exact_gradient(make, backend, dtype):
         _, expected = exact(product)
         for param, gradient in zip(product.params, expected, strict=True):
             assert close(param.grad - 1, 0.5 * gradient, 4 * TOLERANCE[dtype])
+
+
+# Factors' shapes with free sizes m, n and r, and what else makes a product of them.
+STRUCTURES = {
+    "pair": ("mr nr", {}),
+    "stored wide": ("mr rn", {"patterns": [None, "r n -> n r"]}),
+    "deep": ("mr rr nr", {}),
+    "batched": ("2mr 2nr", {}),
+    "train": ("mr 3rr nr", {"batch": 0}),
+    "tucker": ("rr mr nr", {"structure": TUCKER}),
+    "cp": ("mr nr mr", {"structure": CP}),
+    "shifted": ("mn mr nr", {"structure": Shifted((0.5,))}),
+}
+
+
+@st.composite
+def mixtures(draw):
+    """Some products that share sizes, and so buckets, but neither structure nor dtype.
+
+    Now and then factors of one product differ in dtype, a factor is that of an earlier product,
+    is frozen, has no gradient, or has one that is wider than itself.
+    """
+    sizes = {"m": 7, "n": 5, "2": 2, "3": 3}
+    dtypes, one_in = st.sampled_from(list(TOLERANCE)), lambda k: draw(st.integers(1, k)) == 1
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    known: list[nn.Parameter] = []
+    products = []
+    for _ in range(draw(st.integers(1, 5))):
+        shapes, options = STRUCTURES[draw(st.sampled_from(list(STRUCTURES)))]
+        sizes["r"], dtype, mixed = draw(st.sampled_from([1, 2, 4])), draw(dtypes), one_in(4)
+        tensors = []
+        for shape in shapes.split():
+            numbers = torch.randn([sizes[axis] for axis in shape], generator=generator)
+            param = nn.Parameter(numbers.to(draw(dtypes) if mixed else dtype))
+            fitting = [other for other in known if other.shape == param.shape]
+            param = draw(st.sampled_from(fitting)) if fitting and one_in(4) else param
+            param.requires_grad_(param.requires_grad and not one_in(8))
+            tensors.append(param)
+        new = any(param not in set(known) for param in tensors)  # none is listed twice
+        known += tensors
+        if new:
+            scale = draw(st.sampled_from([1.0, 0.5]))
+            products.append(Product.of(*tensors, scale=scale, **options))
+    for param in dict.fromkeys(known):
+        param.grad_dtype = torch.float32 if param.itemsize < 4 and one_in(3) else param.dtype
+        param.grad = None if one_in(8) else torch.zeros_like(param, dtype=param.grad_dtype)
+    return products
+
+
+@NAMES
+@given(products=mixtures())
+def test_any_mixture_is_exact_to_the_precision_of_each(backend, products):
+    """Every factor of every product, to the digits of its own gradient, whatever is beside it."""
+    chains = [product for product in products if product.structure == CHAIN]
+    if backend not in ("reference", None):
+        products = chains
+    if not products:
+        return
+    add_penalty_grad_(products, 0.5, backend=backend)
+    wanted, sizes = {}, Counter()
+    for product in products:
+        of_product = dict(zip(product.params, exact(product)[1], strict=True))
+        for param, gradient in of_product.items():
+            wanted[param] = wanted.get(param, 0) + 0.5 * gradient
+            sizes[param] += float(gradient.norm())
+    for param, gradient in wanted.items():
+        if param.grad is None:
+            continue
+        assert param.grad.dtype == param.grad_dtype
+        error = float((param.grad.double() - gradient * param.requires_grad).norm())
+        assert error <= TOLERANCE[param.grad.dtype] * sizes[param] + 1e-30
 
 
 @pytest.mark.covers("C11")
@@ -200,6 +278,37 @@ def test_add_equals_backward_of_the_penalty():
         assert close(p.grad, e, 1e-12)
 
 
+def listed_again(model: nn.Module) -> list[Product]:
+    """The products of a model under other names, in other spellings."""
+    U, V = model.factors()[:2]
+    return [
+        *model.products()[::-1],
+        Product.of(U, V, name="bare"),
+        Product.of(U, V, name="spelled", patterns=["m r -> m r", None]),
+        Product("module", (Factor(model, "U"), Factor(model, "V"))),
+    ]
+
+
+@NAMES
+def test_a_product_listed_twice_counts_once(backend):
+    """Whatever it is called and however its factors are found; shared factors are summed."""
+    for others in (False, True):
+        found = []
+        for again in (False, True):
+            net = Net()
+            products = net.products()
+            if others:  # of the same factors, but not the same products
+                products += [Product.of(net.U, net.V, scale=2.0), Product.of(net.U, net.U)]
+            if again:
+                products += listed_again(net)
+            for param in net.parameters():
+                param.grad = torch.zeros_like(param)
+            add_penalty_grad_(products, 0.5, backend=backend)
+            found.append((penalty(products, 0.5).detach(), *(p.grad for p in net.factors())))
+        for once, twice in zip(*found, strict=True):
+            assert close(twice, once, 1e-12)
+
+
 def test_an_unknown_backend_is_refused():
     """The message lists the known ones."""
     with pytest.raises(ValueError, match=r"\['bucketed', 'per_product', 'reference'"):
@@ -214,6 +323,27 @@ def test_what_cannot_run_says_why():
 
 
 @pytest.mark.covers("D29")
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("bad", ["sparse", "meta", "float8"])
+def test_a_refused_call_changes_nothing(bad, order):
+    """Of a list with one product that cannot decay, the others' gradients stay as they are."""
+    good = with_gradients(PRODUCTS["pair"], torch.float32, 2)
+
+    def products():
+        U, V = (nn.Parameter(torch.randn(size, 3)) for size in (7, 5))
+        if bad == "sparse":
+            U.grad = torch.ones(7, 3).to_sparse()
+        if bad == "meta":
+            U, V = U.to("meta"), V.to("meta")
+        if bad == "float8":
+            U = U.detach().to(torch.float8_e4m3fn)
+        return [*good, Product.of(U, V, name="the bad one")][::order]
+
+    with pytest.raises((TypeError, ValueError), match="the bad one"):
+        add_penalty_grad_(products(), 0.5)
+    assert all(bool((p.grad == 1).all()) for product in good for p in product.params)
+
+
 def test_sparse_gradients_are_refused():
     """The penalty's gradient is dense; a sparse ``.grad`` cannot hold it (D29)."""
     product = PRODUCTS["pair"](torch.float32)

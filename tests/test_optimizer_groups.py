@@ -114,6 +114,16 @@ def test_wrapping_again_keeps_the_coefficient():
     assert options(again, "weight_decay", "frobenius_decay") == [(3, LAMBDA, 0.0), (4, 0.0, LAMBDA)]
 
 
+def test_a_product_listed_twice_decays_once():
+    """The products of a model and of a part of it overlap."""
+    net, twin = Net(), Net()
+    wrapped = FrobeniusDecay(sgd(net), [*net.products(), *net.products()[::-1]])
+    assert [product.name for product in wrapped.products] == ["first", "second"]
+    assert_identical(
+        values(train(net, wrapped)), values(train(twin, FrobeniusDecay(sgd(twin), twin.products())))
+    )
+
+
 def test_a_model_is_enough():
     """The model's products are found, and all its factors taken over."""
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "frobdecay"
 
 # From the bottom up. A module imports from its own layer or from those below.
 LAYERS = [
-    {"matricize", "chain", "structures", "shifted", "product", "scaling", "svd", "init"}
+    {"matricize", "chain", "structures", "shifted", "factor", "product", "scaling", "svd", "init"}
     | {"adapters", "balancing", "holding", "partitions", "stars", "tensorize", "decompositions"},
     {"_triton", "grouped.tiles", "grouped.tables", "grouped.sheets", "grouped.refusals"}
     | {"grouped.executor", "bucketed", "backends", "placement", "distributed", "accumulate"},

@@ -275,9 +275,10 @@ def test_a_target_moved_to_other_memory_is_followed():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_and_float32_targets_mix(dtype):
-    """Gradients in half precision and float32 increments, in one call."""
-    products = make("pair", dtype, 2)
-    targets = [zeros(products[:1])[0], zeros(products[1:], torch.float32)[0]]
+    """Gradients in half precision, and float32 and float64 increments, in one call."""
+    products = make("pair", dtype, 3)
+    given = [dtype, torch.float32, torch.float64]
+    targets = [zeros([p], to)[0] for p, to in zip(products, given, strict=True)]
     run(plan(products), products, targets)
     expect(products[:1], targets[:1], TOLERANCE[dtype])
     expect(products[1:], targets[1:], 1e-6)

@@ -34,7 +34,7 @@ from frobdecay.grouped.refusals import load_kernels, refusals
 from frobdecay.grouped.sheets import Seen, overlapping, sheets
 from frobdecay.grouped.tables import Slot, gram_table, update_table
 from frobdecay.grouped.tiles import WAVES, Tile, tile_for
-from frobdecay.product import Product, as_products
+from frobdecay.product import Product, listed
 
 __all__ = ["Grouped", "squared_norms"]
 
@@ -346,7 +346,7 @@ def squared_norms(products: Product | Iterable[Product]) -> Tensor:
     Raises:
         ValueError: products that the kernels cannot take, with the reasons.
     """
-    found = as_products(products)
+    found = listed(products)
     reasons = [reason for product in found for reason in refusals(product)]
     if reasons or not found:
         raise ValueError("expected pairs for the kernels: " + ("; ".join(reasons) or "got none"))

@@ -1,0 +1,93 @@
+"""A factor: where its parameter lives, and how the parameter is seen as a factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["Bare", "Factor", "is_sharded", "whole"]
+
+
+class Bare:
+    """The owner of a tensor that no module owns."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Where one factor lives and how it is seen.
+
+    Attributes:
+        owner: the module (or other object) that holds the parameter.
+        attribute: the parameter's name there; looked up anew at every use, because training
+            frameworks swap the ``Parameter`` objects of a prepared model.
+        pattern: einops pattern from the parameter to (*batch, *summed, rows, columns), or None
+            where the parameter already has that shape. It has to be a view: what is added to
+            the view of a ``.grad`` has to arrive in the ``.grad``.
+        axes: (name, length) pairs that the pattern needs.
+        index: takes one entry of the first axis after the pattern (the q of a packed q, k, v).
+    """
+
+    owner: Any
+    attribute: str
+    pattern: str | None = None
+    axes: tuple[tuple[str, int], ...] = ()
+    index: int | None = None
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter as it is now."""
+        tensor: Tensor = getattr(self.owner, self.attribute)
+        return tensor
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """See the parameter, or a tensor of its shape such as its gradient, as the factor.
+
+        Raises:
+            ValueError: with this memory layout the pattern would copy.
+        """
+        if self.pattern is None:
+            seen = tensor
+        else:
+            seen = rearrange(tensor, self.pattern, **dict(self.axes))
+            if seen.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                raise ValueError(
+                    f"expected the pattern {self.pattern!r} to be a view of {self.attribute!r}, "
+                    f"but with shape {tuple(tensor.shape)} and strides {tensor.stride()} it "
+                    "copies; keep axes apart instead of merging them, or make it contiguous"
+                )
+        return seen if self.index is None else seen[self.index]
+
+    def identity(self) -> object:
+        """Equal for two factors that are the same part of the same parameter, seen alike."""
+        seen = self.outline()
+        return id(self.param), seen.shape, seen.stride(), seen.storage_offset()
+
+    def outline(self) -> Tensor:
+        """The view of the parameter; of a sharded one, its shape without numbers (meta device)."""
+        param = self.param
+        known = (
+            torch.empty(param.shape, dtype=param.dtype, device="meta")
+            if is_sharded(param)
+            else param
+        )
+        return self.view(known.to(param.dtype))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``: every process of a mesh has a part of it, or a copy."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of a sharded one all of it, by an all-gather. Differentiable."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
