@@ -1,6 +1,7 @@
 """Diagnostics: every number against the dense product in float64, the record, the recorder."""
 
 import builtins
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -243,10 +244,21 @@ def test_prints_as_a_table(two):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_product_listed_twice_is_measured_once(two):
+    """Under another name, too: the model's totals are those of the model."""
+    again = [dataclasses.replace(product, name=f"part.{product.name}") for product in two]
+    assert measure([*two, *again]).as_dict() == measure(two).as_dict()
+    assert list(Recorder([*two, *again]).history) == [product.name for product in two]
+
+
 WRONG = {
     "no products": (lambda p: measure([]), ValueError, "factorize the model first"),
     "not products": (lambda p: measure([torch.ones(2, 2)]), TypeError, "expected Product"),
-    "two of one name": (lambda p: measure([p, p]), ValueError, "'a'"),
+    "two of one name": (
+        lambda p: measure([p, Product.of(*p.params[::-1], name="a")]),
+        ValueError,
+        "'a'",
+    ),
     "lr is text": (lambda p: measure(p, lr="0.1"), TypeError, "got str"),
     "lr is a flag": (lambda p: measure(p, lr=True), TypeError, "got bool"),
     "foreign optimizer": (
