@@ -18,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from frobdecay import CP, LowRank, Tucker
+from frobdecay import CP, LowRank, Tucker, checkpoints
 from frobdecay.checkpoints import load_factorized, save_factorized
 from frobdecay.cli.main import main
+from frobdecay.merging import merge
 from frobdecay.registry import factorize
 
-pytest.importorskip("safetensors")
+load_file = pytest.importorskip("safetensors.torch").load_file
 pytest.importorskip("rich")
 
 
@@ -54,7 +55,8 @@ WORDS = ["o i -> i o", "(a o) i -> a o i", "flat", "CP", "LowRank", "kaiming", "
 TYPES = ["F64", "I8", "BOOL", "F8_E4M3", "F4", "F6_E2M3", "F8_E8M0", "C64", "__metadata__"]
 LISTS = [[], {}, NESTED, [1] * 100, [2, 2], [0, 16], [16, 0], [-8, 8], {"g": 2}, {"o": -1}]
 TEXTS = [*NAMES, *WORDS, *TYPES]
-ODD = st.sampled_from([None, True, *NUMBERS, *TEXTS, *LISTS])
+VALUES = [None, True, *NUMBERS, *TEXTS, *LISTS]
+ODD = st.sampled_from(VALUES)
 
 
 def _paths(value, path=()):
@@ -219,6 +221,27 @@ def _check_loader(path):
     except (OSError, ValueError):
         assert {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} == before
         assert type(model[0]) is nn.Linear
+
+
+def test_every_field_of_a_structure_may_be_anything(folder, whole, monkeypatch):
+    """Whatever stands in its place, alone; the files are left out, for speed."""
+    header, _ = whole
+    structure = json.loads(header["__metadata__"]["frobdecay"])
+    tensors = load_file(folder / "whole.safetensors")
+    model, refused = _dense(), 0
+    for path in _paths(structure):
+        for value in VALUES:
+            changed = copy.deepcopy(structure)
+            _at(changed, path[:-1])[path[-1]] = value
+            metadata = {"frobdecay": json.dumps(changed)}
+            monkeypatch.setattr(checkpoints, "read_safetensors", lambda _, m=metadata: (tensors, m))
+            try:
+                load_factorized(model, "file")
+            except ValueError:
+                refused += 1
+            else:
+                merge(model)
+    assert refused > 0.9 * len(list(_paths(structure))) * len(VALUES)
 
 
 MANY = settings(
