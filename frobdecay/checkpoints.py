@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from frobdecay.holding import register_parametrization
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
+from frobdecay.modules.formats import SAFETENSORS, recognized
 from frobdecay.modules.records import (
     HEADER,
     RECORDS_VERSION,
@@ -228,6 +229,8 @@ def load_factorized(model: M, path: FilePath) -> M:
     """
     check_unwrapped(model, "load")
     try:
+        if (what := recognized(path)) != SAFETENSORS:
+            raise ValueError(f"expected a safetensors file of save_factorized, got {what}")
         tensors, metadata = read_safetensors(path)
         if HEADER not in metadata:
             raise ValueError(

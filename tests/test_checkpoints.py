@@ -622,9 +622,10 @@ ORIGINAL = "head.parametrizations.weight.original0"
 
 # What is wrong with a file -> (what is done to it, a part of the message).
 WRONG_FILES = {
-    "empty": (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
+    "empty": (lambda path: path.write_bytes(b""), "expected a safetensors file.*an empty file"),
+    "of torch": (lambda path: torch.save({}, path), "expected a safetensors file.*torch.save"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a whole"),
-    "random": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a whole"),
+    "random": (lambda path: path.write_bytes(bytes(range(256)) * 9), "something unknown"),
     "newer": (lambda path: _edited(path, lambda s: s.update(version=2)), "version 2.*up to 1"),
     "no version": (lambda path: _edited(path, lambda s: s.pop("version")), "with a version"),
     "no weights": (lambda path: _edited(path, lambda s: s.update(weights=3)), "table of weights"),
@@ -817,6 +818,6 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch, act):
     """Nothing else needs it."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"12345678{}")
     with pytest.raises(ImportError, match=r"pip install safetensors, or frobdecay\[cli\]"):
         act(Net(), tmp_path / "model.safetensors")

@@ -1,5 +1,6 @@
 """``python -m frobdecay``: reports, merged files, and what hostile files do (nothing)."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from frobdecay import CP, TensorTrain, Tucker
-from frobdecay.checkpoints import save_factorized
+from frobdecay.checkpoints import load_factorized, save_factorized
 from frobdecay.cli import reading
 from frobdecay.cli.main import main
 from frobdecay.init import spectral_init
@@ -452,6 +454,16 @@ def _compressed(path):
             archive.writestr(name, content)
 
 
+def _torchscript(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)), path)
+
+
+def _bytes(content):
+    return lambda path: path.write_bytes(content)
+
+
 def _truncated(path):
     torch.save(_net().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-2000])
@@ -474,19 +486,39 @@ HOSTILE = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "Is a directory"),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
-    "text": (lambda path: path.write_text("hello, world, this is text"), "neither"),
-    "random": (lambda path: path.write_bytes(os.urandom(7) + bytes(range(1, 100))), "neither"),
+    "a pipe": (os.mkfifo, "expected a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "expected a regular file"),
+    "text": (lambda path: path.write_text("hello, wörld, this is text"), "neither.*but text"),
+    "random": (_bytes(os.urandom(7) + bytes(range(1, 100))), "neither.*something unknown"),
+    "TorchScript": (_torchscript, r"TorchScript.*state_dict\(\) by torch.save"),
+    "a program": (_zip(x__archive_format="pt2", x__version="0"), r"torch\.export"),
+    "arrays": (_zip(**{"a.npy": b"\x93NUMPY"}), r"arrays of NumPy \(.npz\)"),
+    "an array": (_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'}"), r"NumPy \(.npy\)"),
+    "ONNX": (_bytes(b'\x08\x0e:7\n\x10\n\x01x\x12\x01y"\x08Identity'), "ONNX"),
+    "ONNX of torch": (_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0"), "ONNX"),
+    "HDF5": (_bytes(b"\x89HDF\r\n\x1a\n" + bytes(9)), "HDF5"),
+    "GGUF": (_bytes(b"GGUF\x03" + bytes(30)), "GGUF"),
+    "gzip": (_bytes(gzip.compress(b"hello")), "gzip; unpack"),
+    "tar": (_bytes(bytes(257) + b"ustar\x0000" + bytes(300)), "tar archive; unpack"),
+    "LFS": (_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4"), "git lfs pull"),
+    "a web page": (_bytes(b"<!DOCTYPE html><html>"), "HTML.*download"),
+    "JSON": (_bytes(b'{"hidden_size": 3}'), "but JSON"),
+    "an index": (
+        _bytes(b'{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}'),
+        "in 2 files; give one of those.*m-1.safetensors"),
+    "a pickle of no tensors": (_bytes(pickle.dumps({"w": 1}, 4)), "a pickle of another kind"),
     "zip": (_zip(readme="hello"), "something else than torch.save's"),
     "zip with a pickle": (_zip(archive__data_pkl=b"cos\nsystem\n(S'x'\ntR."), "x.pt: "),
     "bomb": (_compressed, "compressed archive"),
     "truncated zip": (_truncated, "damaged or truncated"),
+    "empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "something else"),
     "truncated pickle": (
         lambda path: path.write_bytes(pickle.dumps({"w": [1] * 99}, 2)[:40]), "damaged"),
     "evil": (lambda path: torch.save({"w": _Evil(path.with_name("pwned"))}, path), "refused"),
     "evil, old format": (_legacy(lambda path: _Evil(path.with_name("pwned"))), "refused"),
     "evil, bare": (
-        lambda path: path.write_bytes(pickle.dumps(_Evil(path.with_name("pwned")))), "x.pt: "),
-    "a whole model": (lambda path: torch.save(_net(), path), "refused.*state_dict"),
+        lambda path: path.write_bytes(pickle.dumps(_Evil(path.with_name("pwned")), 2)), "x.pt: "),
+    "a whole model": (lambda path: torch.save(_net(), path), "such as a whole model.*state_dict"),
     "expanded": (
         lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path),
         r"w says.*1000000, 1000000.*the file has 4"),
@@ -524,6 +556,25 @@ def test_hostile_files_are_one_line(tmp_path, capsys, case, command):
     error = _refused(capsys, command, path, *rest)
     assert re.search(message, error)
     assert {file.name for file in tmp_path.iterdir()} <= {"x.pt"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "\x1b[31m\n", "ж" * 100])
+def test_files_of_any_name_are_read_and_written(tmp_path, capsys, name, suffix):
+    """What cannot be printed is spelled."""
+    model = _net()
+    factorize(model, 2)
+    _saved(tmp_path / f"x{suffix}", model)
+    path = (tmp_path / f"x{suffix}").rename(tmp_path / f"{name}{suffix}")
+    assert _run("inspect", path) == 0
+    assert _run("merge", path, path, "--force") == 0
+    out, err = capsys.readouterr()
+    assert "3 weights merged" in out
+    assert "\x1b" not in out
+    assert err == ""
+    if suffix == ".safetensors":
+        save_factorized(model, path)
+        assert len(load_factorized(_net(), path)) == 5
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from frobdecay.cli.reading import Checkpoint, check_memory, read
+from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
 from frobdecay.modules.files import write_safetensors, write_torch
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, rebuild
@@ -47,7 +47,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         write_torch(target, {**merged, **checkpoint.others})
     count, size = len(checkpoint.records), sum(tensor.numel() for tensor in merged.values())
-    print(f"{target}: {count} weights merged, {len(merged)} tensors, {size:,} numbers")
+    print(
+        f"{printable(str(target))}: {count} weights merged, {len(merged)} tensors, {size:,} numbers"
+    )
 
 
 def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:

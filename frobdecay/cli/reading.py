@@ -1,7 +1,7 @@
 """A file -> named tensors. Whatever is in the file, nothing in it is run.
 
-Three formats, told apart by their first bytes: safetensors, the zip archives of ``torch.save``,
-and what it wrote before those. The latter two are unpickled by ``torch.load(weights_only=True)``,
+Three formats (see ``modules/formats.py``): safetensors, the zip archives of ``torch.save``, and
+what it wrote before those. The latter two are unpickled by ``torch.load(weights_only=True)``,
 which makes tensors and plain containers and refuses everything else.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.modules.files import read_safetensors
+from frobdecay.modules.files import read_safetensors, readable
+from frobdecay.modules.formats import PICKLE, SAFETENSORS, ZIP, recognized
 from frobdecay.modules.records import HEADER, parse_records
 
 __all__ = ["Checkpoint", "check_memory", "printable", "read"]
@@ -72,11 +72,12 @@ def read(path: str, key: str | None = None) -> Checkpoint:
             no weights or with several dictionaries of them.
     """
     try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-        if head[8:9] == b"{":
+        what = recognized(path)
+        if what == SAFETENSORS:
             return _checked(_from_safetensors(path, key))
-        return _checked(_from_torch(path, head, key))
+        if what in (ZIP, PICKLE):
+            return _checked(_from_torch(path, what == ZIP, key))
+        raise ValueError(f"neither a safetensors file nor one of torch.save, but {what}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -102,46 +103,27 @@ def _weight(key: str) -> str | None:
     return met["path"] + met["name"] if met else None
 
 
-def _from_torch(path: str, head: bytes, key: str | None) -> Checkpoint:
-    if not head:
-        raise ValueError("the file is empty")
-    zipped = head.startswith(b"PK\x03\x04")
-    if not zipped and not head.startswith(b"\x80"):
-        raise ValueError("neither a safetensors file nor one of torch.save")
-    if zipped:
-        _check_archive(path)
+def _from_torch(path: str, zipped: bool, key: str | None) -> Checkpoint:
     where, table = _table(_unpickled(path, zipped), key)
     tensors = {name: value for name, value in table.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in table.items() if name not in tensors}
     return Checkpoint(path, where, tensors, _records(table), others)
 
 
-def _check_archive(path: str) -> None:
-    """Refuse archives of something else, and those that unpack to more than they are."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-        raise ValueError(f"a damaged or truncated archive: {error}") from error
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise ValueError("a zip archive of something else than torch.save's")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("a compressed archive, which torch.save does not write")
-
-
 def _unpickled(path: str, zipped: bool) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), readable(path) as name:
             warnings.simplefilter("ignore")  # of formats that torch still reads
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # whatever a damaged pickle leads torch to
         text = str(error)
         unsupported = re.search(r"Unsupported [^\n]*?(?=\.? ?(?:\n|$| was not| Please))", text)
         if unsupported or "UnpicklingError" in type(error).__name__:
             what = unsupported[0] if unsupported else text.partition("\n")[0]
             raise ValueError(
-                f"refused, since only tensors and plain containers are unpickled ({what}); save "
-                "the weights alone: torch.save(model.state_dict(), ...)"
+                f"refused: a pickle of objects, such as a whole model ({what}), but only tensors "
+                "and plain containers are unpickled; save the weights alone: "
+                "torch.save(model.state_dict(), ...)"
             ) from error
         line = text.partition("\n")[0] or type(error).__name__
         raise ValueError(f"damaged, or not a file of torch.save: {line}") from error

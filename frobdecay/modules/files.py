@@ -26,6 +26,7 @@ __all__ = [
     "FilePath",
     "check_regular",
     "read_safetensors",
+    "readable",
     "replacing",
     "write_figure",
     "write_safetensors",
@@ -100,6 +101,26 @@ def check_regular(path: FilePath) -> os.stat_result:
         what = "a pipe, a socket or a device, but expected a regular file"
         raise OSError(errno.EINVAL, what, os.fspath(path))
     return found
+
+
+@contextmanager
+def readable(path: FilePath) -> Iterator[str]:
+    """A name of a file that every library can open: some know no names but in UTF-8.
+
+    Raises:
+        OSError: the file cannot be read, or is none.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        name = os.fspath(path)
+        yield name if _is_utf8(name) else f"/dev/fd/{file.fileno()}"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager
@@ -218,11 +239,11 @@ def read_safetensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]
         ValueError: it is not a safetensors file, or damaged.
     """
     safetensors = _safetensors()
-    check_regular(path)
-    with open(path, "rb"):
-        pass  # what may not be read is an error of its own
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        with (
+            readable(path) as name,
+            safetensors.safe_open(name, framework="pt", device="cpu") as file,
+        ):
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"not a whole safetensors file: {error}") from error
