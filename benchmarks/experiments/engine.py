@@ -99,10 +99,11 @@ def run_all(
     todo = [job for job in jobs if not _result(out, job.key).exists()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, max_tasks_per_child=1)
-    with Progress(*columns, *times, disable=not progress) as bars, context.Manager() as manager:
-        queue = manager.Queue()
+    context = get_context("forkserver")  # which has imported what every trial needs
+    context.set_forkserver_preload(["torch._dynamo", "benchmarks.experiments.catalogue"])
+    queue = context.SimpleQueue()
+    pool = ProcessPoolExecutor(workers, context, _tell, (queue,), max_tasks_per_child=1)
+    with Progress(*columns, *times, disable=not progress) as bars:
         whole = bars.add_task("trials", total=len(todo))
         running: dict[Future[None], Job] = {}
         tasks: dict[str, TaskID] = {}
@@ -118,7 +119,7 @@ def run_all(
                         _result(out, k).exists() for k in job.after
                     ):
                         todo.remove(job)
-                        running[pool.submit(run_one, job, out, threads, queue)] = job
+                        running[pool.submit(run_one, job, out, threads)] = job
                         tasks[job.key] = bars.add_task(job.key, total=None)
                 if todo and not running:
                     raise RuntimeError(f"{todo[0].key} waits for {todo[0].after}, not to be run")
@@ -142,14 +143,21 @@ def run_all(
     return [json.loads(_result(out, job.key).read_text()) for job in jobs]
 
 
-def run_one(job: Job, out: Path, threads: int, queue: Any = None) -> None:
+_told: Any = None  # in the process of a trial: the queue that hears of its epochs
+
+
+def _tell(queue: Any) -> None:
+    global _told
+    _told = queue
+
+
+def run_one(job: Job, out: Path, threads: int) -> None:
     """Run one trial to its end, from its checkpoint if there is one.
 
     Args:
         job: which.
         out: directory of results and checkpoints.
         threads: for torch.
-        queue: is told (key, epochs done, epochs in all).
     """
     torch.set_num_threads(threads)
     trial = job.make(out)
@@ -169,8 +177,8 @@ def run_one(job: Job, out: Path, threads: int, queue: Any = None) -> None:
             about = json.dumps(job.about)
             _save({"trial": trial.state_dict(), "about": about, **costs}, checkpoint)
             last = now
-        if queue is not None:
-            queue.put((job.key, trial.epoch, trial.epochs))
+        if _told is not None:
+            _told.put((job.key, trial.epoch, trial.epochs))
     seconds += time.monotonic() - start
     costs = {"seconds": seconds, "peak_mib": max(peak, _peak_mib())}
     part = out / f"{job.key}.json.part"
