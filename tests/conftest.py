@@ -1,4 +1,4 @@
-"""Shared by all tests: determinism, one thread, the hypothesis profile, the table of tolerances."""
+"""Shared by all tests: determinism, threads, the hypothesis profile, the table of tolerances."""
 
 import os
 from importlib.util import find_spec
@@ -50,10 +50,10 @@ TOLERANCE = {
 
 @pytest.fixture(autouse=True)
 def _seed():
-    """Every test starts from the same random state, on one thread."""
+    """Every test starts from the same random state, on as many threads as are asked for: one."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FROBDECAY_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(threads)
 

@@ -18,6 +18,8 @@ from benchmarks.communication import (
     sharded_step,
 )
 
+pytestmark = pytest.mark.processes
+
 FACTORS = [(16, 12, 3), (7, 16, 2), (3, 5, 4)]  # 7 and 3 rows are uneven, or too few
 
 

@@ -25,6 +25,8 @@ from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.registry import factorize
 
+pytestmark = pytest.mark.processes
+
 
 def in_background(state, checkpoint_id):
     """``async_save``, with a process group of its own: the training goes on in the other."""

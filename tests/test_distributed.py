@@ -9,6 +9,8 @@ import distributed_workers as workers
 import pytest
 from gloo import run
 
+pytestmark = pytest.mark.processes
+
 ONE = {"c10d.allreduce_": 1}
 
 

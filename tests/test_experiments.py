@@ -23,6 +23,8 @@ from benchmarks.experiments.images import (
 from benchmarks.experiments.vision import VISION
 from benchmarks.models import DENSE, MODELS, resnet
 
+pytestmark = pytest.mark.processes
+
 
 def arms():
     """One arm for every way to make weights, and one for every way to decay them."""

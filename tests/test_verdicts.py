@@ -12,6 +12,8 @@ from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.experiment import Claim
 from benchmarks.experiments.verdicts import Judged, judge, markdown
 
+pytestmark = pytest.mark.processes
+
 BETTER = Claim("it is better", "new", "old")
 
 
