@@ -39,9 +39,9 @@ class _Place:
     @cached_property
     def runs(self) -> tuple[Tensor, Tensor]:
         """Starts and ends of its parts without gaps, sorted by start."""
-        starts = torch.tensor([self.start], device="cpu")
+        starts = torch.tensor([self.start], dtype=torch.int64, device="cpu")
         for stride, count in self._steps:
-            offsets = torch.arange(count, device="cpu") * stride
+            offsets = torch.arange(count, dtype=torch.int64, device="cpu") * stride
             starts = (starts[:, None] + offsets).flatten()
         starts = starts.sort().values
         return starts, starts + self._run

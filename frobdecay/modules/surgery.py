@@ -41,7 +41,7 @@ def ordinary(act: str) -> Iterator[None]:
     """
     # Without need this mode would switch gradients on.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        made = type(torch.ones((), device="cpu")).__name__
+        made = type(torch.ones((), dtype=torch.float32, device="cpu")).__name__
         if made != "Tensor" or transforms_active():
             where = (
                 "functions that torch.func transforms"
