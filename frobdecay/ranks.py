@@ -31,6 +31,8 @@ from frobdecay.modules.selection import (
 from frobdecay.modules.support import check_initialized, check_values
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
+from frobdecay.scaling import Unit, times_power, work_dtype
+from frobdecay.svd import gram
 from frobdecay.tensorize import Rank, Tensorization, plain_ranks
 
 __all__ = [
@@ -39,8 +41,8 @@ __all__ = [
     "plan_entries",
     "plan_ranks",
     "planned",
+    "singular_values",
     "size",
-    "squared_singular_values",
 ]
 
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
@@ -222,19 +224,20 @@ def _by_energy(found: list[Entry], energy: float) -> None:
                 "with rank= or ratio="
             )
         check_values(entry.weight)
-        squares = squared_singular_values(entry.view.matrix(entry.weight.tensor.detach()))
-        entry.settle(energy_rank(squares, energy))
+        sigma = singular_values(entry.view.matrix(entry.weight.tensor.detach()))
+        entry.settle(energy_rank(sigma, energy))
 
 
-def energy_rank(squares: Tensor, energy: float) -> int:
-    """The smallest rank that keeps a share of Σσ², from σ² (*batch, k), largest first."""
+def energy_rank(sigma: Tensor, energy: float) -> int:
+    """The smallest rank that keeps a share of Σσ², from σ (*batch, k), largest first."""
+    squares = (sigma / sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny)).square()
     kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
     return 1 + int((kept < energy * kept[-1]).sum())
 
 
-def squared_singular_values(matrix: Tensor) -> Tensor:
-    """σ², largest first, from the smaller Gram; in float64 where there is one."""
-    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
-    tall = wide if wide.shape[-2] >= wide.shape[-1] else wide.mT
-    squares: Tensor = torch.linalg.eigvalsh(tall.mT @ tall).flip(-1).clamp_min(0)
-    return squares
+def singular_values(matrix: Tensor) -> Tensor:
+    """σ (*batch, k), largest first, from the smaller Gram; in float64 where there is one."""
+    unit = Unit(matrix)
+    tall = unit if matrix.shape[-2] >= matrix.shape[-1] else unit.mT
+    squares = torch.linalg.eigvalsh(gram(tall, work_dtype(matrix))).flip(-1).clamp_min(0)
+    return times_power(squares.sqrt(), unit.exponent.squeeze(-1))

@@ -349,13 +349,28 @@ DATA_PARALLEL = {
 }
 
 
+def round_otherwise(model, rank):
+    """Other factors of the same weights: what another processor finds, if much exaggerated."""
+    angle = torch.tensor(0.5 * rank, dtype=torch.float64)
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    with torch.no_grad():
+        for product in frobdecay.products(model):
+            for factor in product.params:
+                factor.copy_(factor @ turn)
+
+
 def ordinary(rank, world):
-    """Data parallel in torch's older way; distances to one process with all the data."""
+    """Data parallel in torch's older way; distances to one process with all the data.
+
+    Every process starts from other factors; the wrapper sends those of the first to all.
+    """
     report = {}
     for name, (wrap, accumulate, branches) in DATA_PARALLEL.items():
         scaler = torch.amp.GradScaler("cpu", enabled=name == "scaled", init_scale=2.0**10)
         whole, copy = Branches(), Branches()
         alone, optimizer = adamw(whole), adamw(copy)
+        round_otherwise(copy, rank)
         model = wrap(copy)
         for x in batches(6):
             for process, part in enumerate(x.chunk(world)):  # one process does it all

@@ -104,6 +104,17 @@ REFUSED = {
     "buffer": (lambda: Net(_buffer()), "a buffer"),
     "quantized": (lambda: Net(_quantized()), "quantized"),
     "integer": (lambda: Net(_with_weight(torch.ones(6, 6, dtype=torch.int8), False)), "torch.int8"),
+    "float8": (
+        lambda: Net(_with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn), False)),
+        "torch.float8_e4m3fn; convert it"),
+    "float8 of 5 bits": (
+        lambda: Net(_with_weight(torch.ones(6, 6).to(torch.float8_e5m2), False)), "torch.float8"),
+    "scales": (
+        lambda: Net(_with_weight(torch.ones(6, 6).to(torch.float8_e8m0fnu), False)), "e8m0fnu"),
+    "float4": (
+        lambda: Net(_with_weight(
+            torch.zeros(6, 6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), False)), "float4"),
+    "bool": (lambda: Net(_with_weight(torch.ones(6, 6).bool(), False)), "torch.bool"),
     "complex": (lambda: Net(_with_weight(torch.ones(6, 6) + 0j)), "torch.complex64"),
     "sparse": (lambda: Net(_with_weight(torch.eye(6).to_sparse())), "torch.sparse_coo"),
     "subclass": (lambda: Net(_with_weight(torch.ones(6, 6).as_subclass(Subclass))), "Subclass"),

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from frobdecay import svd
+from frobdecay import CP, LowRank, TensorTrain, Tucker, factorize, plan_ranks, svd
 from frobdecay.balancing import balance_
 from frobdecay.init import (
     INITS,
     kaiming_init,
     matched_init,
+    plain_rank,
     randomized_init,
     resolve_init,
     resolve_rank,
@@ -294,6 +297,12 @@ def test_every_init_gives_the_same_shapes(name):
         (torch.ones(0, 3), 2, ValueError, "without empty dimensions"),
         (torch.ones(4, 3).long(), 2, TypeError, "real floating-point"),
         (torch.ones(4, 3).to(torch.cfloat), 2, TypeError, "real floating-point"),
+        (torch.ones(4, 3).to(torch.float8_e5m2), 2, TypeError, "float8_e5m2.*convert it first"),
+        (torch.ones(4, 3), torch.tensor(True), TypeError, "rank as int or as float"),
+        (torch.ones(4, 3), torch.tensor([2]), TypeError, "rank as int or as float"),
+        (torch.ones(4, 3), 2j, TypeError, "rank as int or as float"),
+        (torch.ones(4, 3), None, TypeError, "rank as int or as float"),
+        (torch.ones(4, 3), torch.tensor(0), ValueError, "rank above 0"),
         (torch.ones(4, 3).to_sparse(), 2, TypeError, "dense"),
         (torch.ones(4, 3, device="meta"), 2, TypeError, "meta device"),
     ],
@@ -320,6 +329,42 @@ def test_wrong_init_and_depth_are_refused():
 def test_ranks_are_numbers_or_fractions_of_the_smaller_side(rank, m, n, expected):
     """A float is a fraction of min(m, n), never below 1 (D27: of the same side for all layers)."""
     assert resolve_rank(rank, m, n) == expected
+
+
+class Count:
+    """What counts, and says so."""
+
+    def __index__(self):
+        """Three."""
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(torch.tensor(3), 3), (torch.tensor(0.5), 2), (Fraction(1, 2), 2), (Count(), 3)],
+)
+def test_ranks_may_be_numbers_of_others(rank, expected):
+    """What counts is a number of columns, every other real number a fraction; saved as plain."""
+    assert resolve_rank(rank, 8, 4) == expected
+    for kind in (LowRank, Tucker, TensorTrain, CP):
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
+        plan = factorize(model, rank={"0": rank, "1": 0.5}, parametrization=kind)
+        assert plan.ranks["0.weight"] == kind(plain_rank(rank)).resolve((4, 8))
+        assert json.loads(json.dumps(model[0].parametrizations.weight[0].config()))
+    assert factorize(nn.Conv2d(8, 8, 3), rank=[rank, None, rank], parametrization=Tucker).ranks
+
+
+def test_ranks_may_be_numpys():
+    """As a search over ranks gives them; not its bools and arrays."""
+    np = pytest.importorskip("numpy")
+    for count in (np.int64(3), np.uint8(3), np.array(3)):
+        assert plan_ranks(nn.Linear(8, 8), rank=count).ranks == {"weight": 3}
+        assert type(LowRank(count).rank) is int
+    for fraction in (np.float32(0.5), np.float64(0.5), np.array(0.5), np.float16(0.5)):
+        assert plan_ranks(nn.Linear(8, 8), rank=fraction).ranks == {"weight": 4}
+    for wrong in (np.bool_(True), np.array([2]), np.array([2, 3]), np.array(True), np.str_("8")):
+        with pytest.raises(TypeError, match="rank as int or as float"):
+            plan_ranks(nn.Linear(8, 8), rank=wrong)
 
 
 BALANCEABLE = ["pair", "scaled", "rank one", "full rank", "wide", "one row", "deep", "batched"]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
+import frobdecay
+from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.factored import FactoredTensor
 from frobdecay.merging import merge, unroll
 from frobdecay.parametrizations import VERSION, LowRank
@@ -407,6 +409,65 @@ def test_assignment_factorizes_again():
     layer.weight = W
     torch.testing.assert_close(layer.weight.materialize(), W, rtol=1e-4, atol=1e-4)
     assert [id(p) for p in layer.parameters()] == held
+
+
+ZEROS = {
+    "Linear": (lambda: nn.Linear(8, 6), torch.zeros(6, 8)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3), torch.zeros(6, 4, 3, 3)),
+    "groups": (lambda: nn.Conv2d(8, 6, 3, groups=2), torch.zeros(6, 4, 3, 3)),
+    "one group": (
+        lambda: nn.Conv2d(8, 6, 3, groups=2),
+        torch.cat([torch.ones(3, 4, 3, 3), torch.zeros(3, 4, 3, 3)]),
+    ),
+}
+DERIVED = {
+    **{name: functools.partial(LowRank, init=name) for name in ("spectral", "randomized")},
+    "matched": functools.partial(LowRank, init="matched"),
+    "deep": functools.partial(LowRank, depth=1),
+    **{kind.__name__: kind for kind in (Tucker, TensorTrain, CP)},
+    **{f"matched {k.__name__}": functools.partial(k, init="matched") for k in (Tucker, CP)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:alternating least squares")
+@pytest.mark.parametrize("make", DERIVED.values(), ids=DERIVED)
+@pytest.mark.parametrize("case", ZEROS)
+def test_zeros_never_become_factors(case, make):
+    """One rule, however they come: factorized, assigned, loaded; nothing was changed then."""
+    build, zeros = ZEROS[case]
+    matrices = getattr(make, "func", make) is LowRank
+    if case == "one group" and not matrices:
+        return  # a tensor as a whole is not zero
+    layer = build()
+    factorize(layer, 2, parametrization=make)
+    before = [p.detach().clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match=r"zero.* never train"):
+        layer.weight = zeros
+    with pytest.raises((ValueError, RuntimeError), match=r"zero.* never train"):
+        layer.load_state_dict({"weight": zeros, "bias": layer.bias})
+    with pytest.raises(ValueError, match=r"weight.*zero.* never train"):
+        frobdecay.load_dense_(layer, {"weight": zeros, "bias": layer.bias})
+    assert all(torch.equal(p, b) for p, b in zip(layer.parameters(), before, strict=True))
+    dense = build()
+    dense.weight = nn.Parameter(zeros)
+    with pytest.raises(ValueError, match=r"weight cannot be factorized: zero.* never train"):
+        factorize(dense, 2, include="weight", parametrization=make)
+    model = nn.Sequential(dense, nn.Linear(6, 6))
+    assert "never train" in factorize(model, 2, parametrization=make).rows[0].reason
+
+
+def test_initializations_that_do_not_look_at_the_weight_take_zeros():
+    """Drawn factors train, whatever they replace; what somebody's own does is theirs to know."""
+
+    def ones(weight, rank, *, depth):
+        return weight.new_ones(len(weight), rank), weight.new_ones(weight.shape[1], rank)
+
+    for init in ("kaiming", ones):
+        layer = nn.Linear(8, 6)
+        nn.init.zeros_(layer.weight)
+        factorize(layer, 2, init=init)
+        layer.weight = torch.zeros(6, 8)
+        assert all(bool(p.any()) for p in layer.parametrizations.parameters())
 
 
 def test_assignment_of_another_shape_is_refused():

@@ -278,14 +278,20 @@ def test_tucker_2_is_three_convolutions(monkeypatch):
 
 
 @pytest.mark.covers("P10")
-def test_few_positions_take_the_dense_weight():
-    """One output pixel: the weight is formed, which the cost says is cheaper."""
+def test_few_positions_take_the_factors_and_many_the_dense_weight():
+    """Near full rank the factors need more for a position, and the dense weight has to be formed.
+
+    Whichever is taken, the result is the other's to rounding.
+    """
     model = nn.Sequential(nn.Conv2d(64, 64, 3))
-    factorize(model, 0.9, parametrization=Tucker)
-    x = torch.randn(1, 64, 3, 3)
-    with force(False):
-        formed = model(x)
-    assert torch.equal(model(x), formed)
+    factorize(model, 0.7, parametrization=Tucker)
+    for size, formed in ((3, False), (32, True)):
+        weight, x = model[0].weight, torch.randn(1, 64, size, size)
+        found = nn.functional.conv2d(x, weight)
+        assert (weight._memo is not None) == formed
+        with force(formed):  # the other route
+            other = nn.functional.conv2d(x, model[0].weight)
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
 
 
 @ALL

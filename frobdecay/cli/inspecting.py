@@ -25,7 +25,8 @@ from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebu
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product import Product
-from frobdecay.ranks import energy_rank, plan_ranks, squared_singular_values
+from frobdecay.ranks import energy_rank, plan_ranks, singular_values
+from frobdecay.scaling import root_mean_square
 
 __all__ = ["run"]
 
@@ -192,26 +193,27 @@ def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
         return
     if row.product:
         measured = measure(_product(row.name, checkpoint))[row.name]
-        squares, row.stable_rank = measured.spectrum.square(), measured.stable_rank
+        sigma, row.stable_rank = measured.spectrum, measured.stable_rank
         finite = isfinite(measured.norm)
     else:
         tensor = _tensor(row, checkpoint)
         finite = bool(tensor.isfinite().all())
         if finite:
-            squares = squared_singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
-            row.stable_rank = float(squares.sum() / squares.max()) if bool(squares.any()) else 0.0
+            sigma = singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
+            top = float(sigma.max())
+            row.stable_rank = float((sigma / top).square().sum()) if top else 0.0
     if not finite:
         row.remark, row.stable_rank = "has NaN or infinity", None
         return
-    row.norm = float(squares.sum()) ** 0.5
-    row.singular_values = tuple(squares.sqrt().flatten().sort(descending=True)[0].tolist())
+    row.norm = root_mean_square(sigma) * sigma.numel() ** 0.5
+    row.singular_values = tuple(sigma.flatten().sort(descending=True)[0].tolist())
     if not row.norm:
         row.remark = "zero"
         return
-    row.energy_rank = energy_rank(squares, energy)
+    row.energy_rank = energy_rank(sigma, energy)
     if row.planned_rank is not None:
-        kept = squares[..., : row.planned_rank].sum() / squares.sum()
-        row.planned_energy = float(kept)
+        squares = (sigma / sigma.max()).square()
+        row.planned_energy = float(squares[..., : row.planned_rank].sum() / squares.sum())
 
 
 def _tensor(row: Row, checkpoint: Checkpoint) -> Tensor:
