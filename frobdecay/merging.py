@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.modules.layouts import layouts
-from frobdecay.modules.selection import Selector, Weight, modules, select, weights
+from frobdecay.modules.readers import Readers
+from frobdecay.modules.selection import Selector, Weight, select, weights
 from frobdecay.modules.support import check_unwrapped
 from frobdecay.modules.surgery import (
     factorized,
@@ -18,7 +19,7 @@ from frobdecay.modules.surgery import (
     settle_recurrent,
     transaction,
 )
-from frobdecay.modules.unrolling import reads_weight, unrolled, why_not_unrolled
+from frobdecay.modules.unrolling import lacking, unrolled, why_not_unrolled
 from frobdecay.partitions import why_partitioned
 
 __all__ = ["merge", "unroll"]
@@ -148,7 +149,10 @@ def unroll(model: nn.Module) -> nn.Module:
     """
     check_unwrapped(model, "unroll")
     chosen = _chosen(model, None, None)
-    against = {weight.name: _why_not(model, weight) for weight in chosen}
+    if not chosen:
+        return model
+    readers = Readers(model, [weight.module for weight in chosen])
+    against = {weight.name: _why_not(weight.module, readers) for weight in chosen}
     listed = [f"\n  {name}: {reason}" for name, reason in against.items() if reason]
     if listed:
         raise ValueError(
@@ -170,12 +174,5 @@ def unroll(model: nn.Module) -> nn.Module:
     return chains.get(id(model), model)
 
 
-def _why_not(model: nn.Module, weight: Weight) -> str | None:
-    tree = modules(model)
-    for path in weight.paths:
-        parts = path.split(".")
-        for k in range(len(parts) if path else 0):
-            above, below = tree[".".join(parts[:k])], ".".join(parts[k:])
-            if reads_weight(above, below):
-                return f"its {type(above).__name__} reads {below}.weight itself"
-    return why_not_unrolled(weight.module)
+def _why_not(module: nn.Module, readers: Readers) -> str | None:
+    return why_not_unrolled(module) or readers.reason(module, lacking(module))

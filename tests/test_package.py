@@ -30,14 +30,8 @@ LAYERS = [
         "modules.surgery",
     }
     | {"modules.stacking", "modules.progress", "modules.untying"}
-    | {
-        "modules.restoring",
-        "modules.records",
-        "modules.slots",
-        "modules.files",
-        "modules.formats",
-        "checkpoints",
-    }
+    | {"modules.restoring", "modules.records", "modules.slots", "modules.files"}
+    | {"modules.formats", "checkpoints", "modules.bytecode", "modules.readers"}
     | {"modules.unrolling", "plan", "ranks", "providers.attention", "registry", "merging"}
     | {"providers.lora"},
     {"wrapper.proxy", "wrapper.rates", "wrapper.param_groups", "wrapper.rounding"}

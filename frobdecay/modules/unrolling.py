@@ -5,13 +5,13 @@
     Embedding   ids → Embedding(U) → Linear(M) … → Linear(V)
 
 A convolution's stride, padding and dilation go, axis by axis, to the link that has that kernel
-axis; all links keep the groups.
+axis; all links keep the groups. The chain says what the layer said of itself, its ``in_features``,
+``kernel_size`` or ``num_embeddings``; what it lacks is the weight and the bias.
 """
 
 from __future__ import annotations
 
-import dis
-import inspect
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from frobdecay.holding import dense_type, lists_of
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import LowRank
 
-__all__ = ["reads_weight", "unrolled", "why_not_unrolled"]
+__all__ = ["lacking", "unrolled", "why_not_unrolled"]
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -39,25 +39,27 @@ def _chain(module: nn.Module) -> Callable[..., list[nn.Module]] | None:
     return _CHAINS.get(kind) or _CHAINS.get(_name(kind))
 
 
-def reads_weight(module: nn.Module, path: str) -> bool:
-    """Whether a module's forward reads ``self.<path>.weight``, which a chain does not have.
+def lacking(module: nn.Module) -> Callable[[str], bool]:
+    """The attributes of a layer that its chain does not have."""
+    offered, held = _plain(module), {"parametrizations", *lists_of(module), *vars(module)}
+    held |= {name for name, parameter in module._parameters.items() if parameter is not None}
+    return lambda name: name in held and name not in offered
 
-    Looked up in the bytecode of ``forward`` and of the module's methods that it names.
-    """
-    wanted = [*path.split("."), "weight"]
-    seen, waiting = set(), ["forward"]
-    while waiting:
-        name = waiting.pop()
-        found = getattr(type(module), name, None)
-        function = inspect.unwrap(found) if callable(found) else None
-        if name in seen or not inspect.isfunction(function):
-            continue
-        seen.add(name)
-        loads = [i.argval for i in dis.get_instructions(function) if i.opname.startswith("LOAD_")]
-        if any(loads[i : i + len(wanted)] == wanted for i in range(len(loads))):
-            return True
-        waiting += function.__code__.co_names
-    return False
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """What a layer says of itself in numbers and words; its chain says it, too."""
+    table = {**vars(module), **{k: v for k, v in module._parameters.items() if v is None}}
+    own = {name: value for name, value in table.items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in own.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    known = type(value).__module__ in ("builtins", "torch") and not callable(value)
+    return known and not isinstance(value, Tensor | nn.Module)
 
 
 def why_not_unrolled(module: nn.Module) -> str | None:
@@ -70,6 +72,8 @@ def why_not_unrolled(module: nn.Module) -> str | None:
         return "it has other parametrizations too"
     if not isinstance(held["weight"][0], LowRank):
         return f"a {type(held['weight'][0]).__name__} is not a chain"
+    if "forward" in vars(module):
+        return "it has a forward of its own, put there by somebody"
     others = {*module._parameters, *module._buffers, *module._modules}
     if others - {"weight", "bias", "parametrizations"}:
         return f"it holds {sorted(others - {'weight', 'bias', 'parametrizations'})} besides"
@@ -93,6 +97,7 @@ def unrolled(module: nn.Module) -> nn.Sequential:
     assert build is not None
     layers = build(module, weight[0].matricization, factors)
     built = nn.Sequential(*layers).train(module.training)
+    vars(built).update(copy.deepcopy(_plain(module)))
     for name, value in vars(module).items():
         # The very dictionaries: handles that were given out can still remove their hooks.
         if name in _HOOKS:
@@ -100,6 +105,7 @@ def unrolled(module: nn.Module) -> nn.Sequential:
     return built
 
 
+_OF_EVERY_MODULE = {*vars(nn.Sequential()), "forward"}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

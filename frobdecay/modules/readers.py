@@ -1,0 +1,288 @@
+"""Who reads attributes of a layer, by the bytecode of what a forward pass can run.
+
+A chain of layers lacks attributes that the layer had, such as its weight. Nobody may read those.
+Looked at are the ``forward`` of every module, its hooks, and the functions, methods and properties
+that these name, and so on:
+
+    self.fc.weight                           a read of a module that is known
+    layer.weight, getattr(…, "weight")       a read of a module that is not: any that got about
+    helper(self.fc), for f in self.fcs       how one gets about: it is a value, not called at once
+    isinstance(layer, nn.Linear)             asks one that got about whether it is a chain
+
+What got about and may be read is taken for read. Code that is not Python is not looked at.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+import operator
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from frobdecay.modules.bytecode import Load, loads
+
+__all__ = ["Readers"]
+
+# Ways of a module to those inside that are no attributes of it.
+_INSIDE = {"children", "modules", "named_children", "named_modules", "get_submodule"}
+_INSIDE |= {"get_parameter", "_modules", "__dict__", "apply", "__getattr__"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FOREIGN = {"builtins", "torch", "numpy", *sys.stdlib_module_names}  # their functions see no layers
+_OF_EVERY_MODULE = {*dir(nn.Module)} - {"forward", "__call__"}
+_UNKNOWN = object()
+
+
+class _Code:
+    """What the code of a model loads, followed from the forward methods and hooks on.
+
+    Attributes:
+        own: type of modules -> loads from ``self``.
+        loose: attribute -> where it is read of what is not known, and the name of that, if any.
+        asked: types of modules that are named, and where.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], hooks: Iterable[Any]) -> None:
+        self.own: dict[type, list[Load]] = defaultdict(list)
+        self.loose: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.asked: dict[type, str] = {}
+        self._named: dict[str, list[type]] = defaultdict(list)  # methods, until somebody names them
+        self._met = {"forward", "__call__"}
+        self._seen: set[object] = set()
+        self._waiting: list[tuple[FunctionType, type | None]] = []
+        for hook in hooks:
+            self._follow(hook, None)
+        for module in modules:
+            self._add(type(module))
+            for value in vars(module).values():
+                self._follow(value, None)
+                if not _foreign(type(value)):
+                    self._add(type(value))
+        while self._waiting:
+            function, kind = self._waiting.pop()
+            self.strings((function.__defaults__, function.__kwdefaults__), function.__qualname__)
+            for load in loads(function.__code__):
+                self._take(load, function, kind)
+
+    def _add(self, kind: type) -> None:
+        """Take in a type: its methods are followed once they are named."""
+        if kind in self._seen:
+            return
+        self._seen.add(kind)
+        for name in {*dir(kind)} - _OF_EVERY_MODULE:
+            self._named[name].append(kind)
+            if name in self._met or (name == "__init__" and not issubclass(kind, nn.Module)):
+                self._meet(name)
+
+    def _meet(self, name: str) -> None:
+        self._met.add(name)
+        for kind in self._named.pop(name, ()):
+            for base in kind.__mro__:
+                if base is not nn.Module:
+                    self._follow(vars(base).get(name), kind)
+
+    def _follow(self, found: Any, kind: type | None) -> None:
+        """Look at the Python functions that an attribute runs, those of a type if given."""
+        match found:
+            case FunctionType():
+                if (found.__code__, kind) in self._seen or (kind is None and _foreign(found)):
+                    return
+                self._seen.add((found.__code__, kind))
+                self._waiting.append((found, kind))
+                for inside in (getattr(found, "__wrapped__", None), *_enclosed(found).values()):
+                    if isinstance(inside, FunctionType):
+                        method = inside.__code__.co_varnames[:1] == found.__code__.co_varnames[:1]
+                        wraps = inside is getattr(found, "__wrapped__", None)
+                        self._follow(inside, kind if method or wraps else None)
+                    else:
+                        self._follow(inside, None)
+            case MethodType() | staticmethod() | classmethod():
+                self._follow(found.__func__, None)
+            case functools.partial() | functools.cached_property() | functools.partialmethod():
+                self.strings(found, "a partial")
+                self._follow(found.func, kind if not isinstance(found, functools.partial) else None)
+            case property():
+                self._follow(found.fget, kind)
+            case operator.attrgetter():
+                self.strings(found, "an attrgetter")
+
+    def _take(self, load: Load, function: FunctionType, kind: type | None) -> None:
+        for name in {*load.names[1:]} - self._met:
+            self._meet(name)
+        of_self = load.names[0] in function.__code__.co_varnames[:1] and load.local
+        if of_self and kind is not None and issubclass(kind, nn.Module):
+            self.own[kind].append(load)
+            return
+        found = _UNKNOWN if load.local else _global(function, load.names)
+        self.strings(found, load.where)
+        if found is _UNKNOWN:
+            self.note(load.names, load.where)
+        elif not isinstance(found, type):
+            self._follow(found, None)
+        elif issubclass(found, nn.Module):
+            self.asked.setdefault(found, load.where)
+        elif not _foreign(found):
+            self._add(found)
+
+    def note(self, names: tuple[str, ...], where: str) -> None:
+        """Note a read of what is not known."""
+        if len(names) > 1:
+            self.loose[names[-1]].append((names[-2] if len(names) > 2 else "", where))
+
+    def strings(self, value: Any, where: str) -> None:
+        """Note strings, which may name attributes."""
+        match value:
+            case str():
+                self.note(("", *value.split(".")), where)
+            case list() | tuple() | set() | frozenset():
+                for each in value:
+                    self.strings(each, where)
+            case dict():
+                self.strings((*value, *value.values()), where)
+            case functools.partial() | functools.partialmethod():
+                self.strings((value.args, value.keywords), where)
+            case operator.attrgetter():
+                self.strings(value.__reduce__()[1], where)
+
+
+class Readers:
+    """The readers of all modules of a model.
+
+    Args:
+        model: its root; each of its modules and their types is looked at once.
+        layers: those in question, which go away with all inside of them; their hooks stay.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+        gone = {id(inside) for layer in layers for inside in layer.modules()}
+        modules = dict(model.named_modules())
+        hooks = [hook for module in modules.values() for hook in _hooks(module)]
+        self._code = _Code([m for m in modules.values() if id(m) not in gone], hooks)
+        self._names: dict[int, set[str]] = defaultdict(set)  # in the modules around it
+        self._reads: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        self._kept: dict[int, str] = {}
+        self._about: set[int] = set()
+        for path, module in modules.items():
+            for name, child in module._modules.items():
+                self._names[id(child)].add(name)
+            if any(True for _ in _hooks(module)):
+                self._about.add(id(module))
+            for one in self._look_at(path, module) if id(module) not in gone else ():
+                if id(one) not in self._about:
+                    self._about |= {id(below) for below in one.modules()}
+
+    def reason(self, layer: nn.Module, lacks: Callable[[str], bool]) -> str | None:
+        """Say who may read an attribute that a layer is going to lack, if anybody."""
+        for attribute, said in self._reads[id(layer)]:
+            if lacks(attribute):
+                return said
+        if id(layer) in self._kept or id(layer) not in self._about:
+            return self._kept.get(id(layer))
+        for attribute in filter(lacks, self._code.loose):
+            for name, where in self._code.loose[attribute]:
+                if name in ("", *self._names[id(layer)]):
+                    return f"{where} may read its {attribute}"
+        asked = (where for kind, where in self._code.asked.items() if isinstance(layer, kind))
+        return next((f"{where} may ask for its type" for where in asked), None)
+
+    def _look_at(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
+        """Note what the code of a module reads from it; give the modules that get about."""
+        for load in self._code.own[type(module)]:
+            if len(load.names) == 1:
+                yield module
+                continue
+            *way, last = load.names[1:]
+            target = _found(module, way)
+            if target is _UNKNOWN:
+                self._code.note(("", *way, last), load.where)
+            elif isinstance(target, nn.Module):
+                said = f"its {type(module).__name__} reads {'.'.join(load.names[1:])} itself"
+                self._reads[id(target)].append((last, said))
+                if last in _INSIDE:
+                    yield target
+            if load.value:
+                found = _found(module, load.names[1:])
+                self._code.strings(found, load.where)
+                yield from _held(found)
+        if "_orig_mod" not in module._modules:  # torch.compile's wrapper is made anew
+            for name, value in vars(module).items():
+                for held in _held(value) if name != "_modules" else ():
+                    at = f"{path}.{name}".lstrip(".")
+                    self._kept[id(held)] = f"{at} holds it, too, and would go on with it"
+
+
+def _foreign(found: Any) -> bool:
+    return (getattr(found, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for name in _HOOKS:
+        yield from vars(module).get(name, {}).values()
+
+
+def _enclosed(function: FunctionType) -> dict[str, Any]:
+    """The variables of enclosing functions."""
+    held: dict[str, Any] = dict(inspect.getclosurevars(function).nonlocals)
+    return held
+
+
+def _global(function: FunctionType, names: tuple[str, ...]) -> Any:
+    """What global or enclosing variables hold."""
+    tables: list[Mapping[str, Any]] = [function.__globals__, vars(builtins)]
+    if names[0] in function.__code__.co_freevars:
+        tables.insert(0, _enclosed(function))
+    found = next((table[names[0]] for table in tables if names[0] in table), _UNKNOWN)
+    for name in names[1:]:
+        if isinstance(found, ModuleType):
+            found = vars(found).get(name)
+        elif isinstance(found, type):
+            found = inspect.getattr_static(found, name, None)
+        else:
+            found = _attribute(found, name)
+    return found
+
+
+def _found(module: nn.Module, names: Iterable[str]) -> Any:
+    found: Any = module
+    for name in names:
+        found = _attribute(found, name)
+    return found
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """What an attribute is, without running anything; None for what holds no modules."""
+    tables = [vars(holder) if hasattr(holder, "__dict__") else {}]
+    if isinstance(holder, nn.Module):
+        if name in holder._parameters or name in holder._buffers:
+            return None
+        tables.insert(0, holder._modules)
+    elif holder is _UNKNOWN or not tables[0]:
+        return holder if holder is _UNKNOWN else None
+    for table in tables:
+        if name in table:
+            return table[name]
+    found = inspect.getattr_static(type(holder), name, _UNKNOWN)
+    unknown = isinstance(found, property | functools.cached_property)
+    return _UNKNOWN if unknown or found is _UNKNOWN else (None if callable(found) else found)
+
+
+def _held(value: Any, depth: int = 4) -> Iterator[nn.Module]:
+    """The modules that a value gives access to."""
+    match value:
+        case nn.Module():
+            yield value
+        case list() | tuple() | set() | frozenset() if depth:
+            for each in value:
+                yield from _held(each, depth - 1)
+        case dict() if depth:
+            yield from _held((*value, *value.values()), depth - 1)
+        case functools.partial() if depth:
+            yield from _held((value.func, value.args, value.keywords), depth - 1)
+        case MethodType() if depth:
+            yield from _held(value.__self__, depth - 1)
