@@ -123,7 +123,8 @@ def unroll(model: nn.Module) -> nn.Module:
 
     The chains are ``nn.Sequential`` of Linear, Conv and Embedding layers that need no frobdecay and
     hold the factors' numbers, no more. Device, dtype, training mode, ``requires_grad``, forward and
-    backward hooks are kept; a hook then gets the ``Sequential``. Outputs agree to rounding.
+    backward hooks are kept, and what the layer said of itself (``in_features``, ``stride``, …); a
+    hook then gets the ``Sequential``. Outputs agree to rounding.
 
     Args:
         model: any module; nothing happens if it has no factorized weights.
@@ -133,9 +134,9 @@ def unroll(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: layers that cannot be a chain (attention, recurrent and bilinear layers,
-            expert stacks, subclasses with a forward of their own, layers whose weight another
-            module's forward reads, patterns that split neither way), all named; nothing was
-            changed then.
+            expert stacks, subclasses with a forward of their own, layers whose weight or
+            bias a forward or a hook may read, by its bytecode, layers that are held outside of
+            the modules, patterns that split neither way), all named; nothing was changed then.
 
     Example:
         >>> import torch, frobdecay

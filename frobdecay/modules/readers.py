@@ -36,6 +36,7 @@ _INSIDE |= {"get_parameter", "_modules", "__dict__", "apply", "__getattr__"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FOREIGN = {"builtins", "torch", "numpy", *sys.stdlib_module_names}  # their functions see no layers
 _OF_EVERY_MODULE = {*dir(nn.Module)} - {"forward", "__call__"}
+_COMPUTED = (property, functools.cached_property)
 _UNKNOWN = object()
 
 
@@ -46,13 +47,17 @@ class _Code:
         own: type of modules -> loads from ``self``.
         loose: attribute -> where it is read of what is not known, and the name of that, if any.
         asked: types of modules that are named, and where.
+        computed: names of properties.
     """
 
     def __init__(self, modules: Iterable[nn.Module], hooks: Iterable[Any]) -> None:
         self.own: dict[type, list[Load]] = defaultdict(list)
         self.loose: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.asked: dict[type, str] = {}
-        self._named: dict[str, list[type]] = defaultdict(list)  # methods, until somebody names them
+        # What instances and classes have, until somebody names it.
+        self._values: dict[str, list[Any]] = defaultdict(list)
+        self._named: dict[str, list[type]] = defaultdict(list)
+        self.computed: set[str] = set()
         self._met = {"forward", "__call__"}
         self._seen: set[object] = set()
         self._waiting: list[tuple[FunctionType, type | None]] = []
@@ -60,8 +65,10 @@ class _Code:
             self._follow(hook, None)
         for module in modules:
             self._add(type(module))
-            for value in vars(module).values():
-                self._follow(value, None)
+            for name, value in vars(module).items():
+                self._values[name].append(value)
+                if name in self._met:
+                    self._meet(name)
                 if not _foreign(type(value)):
                     self._add(type(value))
         while self._waiting:
@@ -76,12 +83,16 @@ class _Code:
             return
         self._seen.add(kind)
         for name in {*dir(kind)} - _OF_EVERY_MODULE:
+            if isinstance(inspect.getattr_static(kind, name), _COMPUTED):
+                self.computed.add(name)
             self._named[name].append(kind)
             if name in self._met or (name == "__init__" and not issubclass(kind, nn.Module)):
                 self._meet(name)
 
     def _meet(self, name: str) -> None:
         self._met.add(name)
+        for value in self._values.pop(name, ()):
+            self._follow(value, None)
         for kind in self._named.pop(name, ()):
             for base in kind.__mro__:
                 if base is not nn.Module:
@@ -168,6 +179,7 @@ class Readers:
         self._reads: dict[int, list[tuple[str, str]]] = defaultdict(list)
         self._kept: dict[int, str] = {}
         self._about: set[int] = set()
+        self._held = {name for module in modules.values() for name in module._modules}
         for path, module in modules.items():
             for name, child in module._modules.items():
                 self._names[id(child)].add(name)
@@ -186,7 +198,9 @@ class Readers:
             return self._kept.get(id(layer))
         for attribute in filter(lacks, self._code.loose):
             for name, where in self._code.loose[attribute]:
-                if name in ("", *self._names[id(layer)]):
+                # The name of a property says nothing of where a layer is held.
+                known = name in self._held and name not in self._code.computed
+                if not known or name in self._names[id(layer)]:
                     return f"{where} may read its {attribute}"
         asked = (where for kind, where in self._code.asked.items() if isinstance(layer, kind))
         return next((f"{where} may ask for its type" for where in asked), None)
@@ -268,7 +282,7 @@ def _attribute(holder: Any, name: str) -> Any:
         if name in table:
             return table[name]
     found = inspect.getattr_static(type(holder), name, _UNKNOWN)
-    unknown = isinstance(found, property | functools.cached_property)
+    unknown = isinstance(found, _COMPUTED)
     return _UNKNOWN if unknown or found is _UNKNOWN else (None if callable(found) else found)
 
 

@@ -41,9 +41,9 @@ def _chain(module: nn.Module) -> Callable[..., list[nn.Module]] | None:
 
 def lacking(module: nn.Module) -> Callable[[str], bool]:
     """The attributes of a layer that its chain does not have."""
-    offered, held = _plain(module), {"parametrizations", *lists_of(module), *vars(module)}
-    held |= {name for name, parameter in module._parameters.items() if parameter is not None}
-    return lambda name: name in held and name not in offered
+    held = {"parametrizations", *lists_of(module), *module._parameters, *vars(module)}
+    lacks = held - _OF_EVERY_MODULE - set(_plain(module))
+    return lacks.__contains__
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
