@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from frobdecay import LowRank, factorize, unroll
+from frobdecay import factorize, unroll
 
 ATTRIBUTE, ATTRIBUTES = "weight", ("weight", "bias")
 WEIGHT_OF = operator.attrgetter("weight")
