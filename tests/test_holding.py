@@ -152,6 +152,26 @@ def test_an_error_leaves_a_wrapper_as_it_was():
     close(model(X), before)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_copy_of_a_wrapper_is_a_wrapper(wrapper):
+    """copy.deepcopy asks for a method, and wrappers would answer with that of the module inside."""
+    wrap, names = WRAPPERS[wrapper]
+    wrapped = wrap(nn.Linear(6, 6))
+    factorize(wrapped, rank=2, include=names)
+    twin = copy.deepcopy(wrapped)
+    assert type(twin).__name__ == type(wrapped).__name__
+    close(twin(X), wrapped(X))
+    merge(wrapped)
+    assert [product.name for product in products(twin)] == names
+
+
+def test_a_shallow_copy_shares_the_factors():
+    """As of any module."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=2)
+    assert copy.copy(layer).parametrizations is layer.parametrizations
+
+
 # --- a parameter in the place of a factorized weight --------------------------------------------
 
 

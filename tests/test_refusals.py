@@ -113,7 +113,7 @@ def test_a_decomposition_that_fails_names_the_weight(monkeypatch):
 
 @pytest.mark.covers("P15")
 def test_a_module_that_cannot_be_pickled_says_what_can():
-    """The error, of torch itself, names the state_dict; the merged module pickles."""
+    """The error names the state_dict and our files; the merged module pickles."""
     layer = nn.Linear(6, 4)
     factorize(layer, 2)
     for save in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
