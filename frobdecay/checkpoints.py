@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from math import prod
@@ -35,6 +36,7 @@ from frobdecay.modules.records import (
     parse_records,
     rebuild,
     record_of,
+    weight_of,
 )
 from frobdecay.modules.restoring import dense_to_factors, restorable
 from frobdecay.modules.selection import Weight, weights
@@ -63,7 +65,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @ordinary("load")
-def load_dense_(model: nn.Module, state_dict: Mapping[str, Any]) -> RankPlan:
+def load_dense_(
+    model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True
+) -> RankPlan:
     """Load a dense ``state_dict`` into a factorized model, and say how well the ranks hold it.
 
     Each factorized weight gets the spectral factors of the dense one at the rank it has, whatever
@@ -73,15 +77,20 @@ def load_dense_(model: nn.Module, state_dict: Mapping[str, Any]) -> RankPlan:
 
     Args:
         model: with factorized weights.
-        state_dict: of the dense model: its keys and shapes exactly.
+        state_dict: of the dense model: its shapes exactly, and its keys. Tensors of integers or
+            truth values may be more, which are no weights but buffers that a version of the model
+            had (``position_ids``, ``num_batches_tracked``, masks); they are left out.
+        strict: False to leave out every key that the model lacks, and to leave what the
+            ``state_dict`` lacks as it is.
 
     Returns:
-        A plan with the relative error ‖W − UVᵀ‖_F / ‖W‖_F of every factorized weight; prints as a
-        table.
+        A plan with the relative error ‖W − UVᵀ‖_F / ‖W‖_F of every factorized weight, and a row
+        for every key that was left out, or not found; prints as a table.
 
     Raises:
         TypeError, ValueError: keys or shapes that differ; weights that cannot be factorized; a
-            model that is dense, sharded or on the meta device. Nothing was changed then.
+            model that is dense, sharded, on the meta device or made under ``inference_mode``.
+            Nothing was changed then.
 
     Example:
         >>> import torch, frobdecay
@@ -99,14 +108,16 @@ def load_dense_(model: nn.Module, state_dict: Mapping[str, Any]) -> RankPlan:
                "load_factorized rebuilds the structure" if inside
                else "load it with model.load_state_dict")
         )  # fmt: skip
-    converted = dict(state_dict)
+    converted: OrderedDict[str, Any] = OrderedDict(state_dict)
     rows: dict[int, PlanRow] = {}
     done: dict[int, tuple[Tensor, ...]] = {}
+    absent: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, held in factorized(module).items():
             name = f"{path}.{attribute}".lstrip(".")
             if name not in converted:
-                _check_dense(name, state_dict)
+                _check_dense(name, held, state_dict)
+                absent.add(name)
                 continue
             dense = converted.pop(name)
             if id(held) not in done:
@@ -116,18 +127,64 @@ def load_dense_(model: nn.Module, state_dict: Mapping[str, Any]) -> RankPlan:
                     raise type(error)(f"{name}: {error}") from error
                 rows[id(held)] = _row(name, held, dense, done[id(held)])
             converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
-    check_same(_shapes(model.state_dict()), _shapes(converted), "the state_dict", "the model")
-    model.load_state_dict(converted)
+    rest = _left_out(model, converted, absent, strict)
+    # Modules read there which version of themselves was saved.
+    converted._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(converted, strict=strict)
     after = sum(parameter.numel() for parameter in model.parameters())
     saved = sum(row.before - row.after for row in rows.values())
-    return RankPlan(tuple(rows.values()), after + saved, after)
+    return RankPlan((*rows.values(), *rest), after + saved, after)
 
 
-def _check_dense(name: str, state_dict: Mapping[str, Any]) -> None:
-    if factor_key(name, 0) in state_dict:
+def _check_dense(name: str, held: Any, state_dict: Mapping[str, Any]) -> None:
+    if any(factor_key(name, i) in state_dict for i in range(held.ntensors)):
         raise ValueError(
             f"{name} is factorized in the state_dict already; load it with model.load_state_dict"
         )
+
+
+def _left_out(
+    model: nn.Module, converted: dict[str, Any], absent: set[str], strict: bool
+) -> list[PlanRow]:
+    """Take out what the model lacks, if it may lack it; a row for that and for what it misses.
+
+    Raises:
+        ValueError: keys or shapes that differ, or tensors that cannot be written to.
+    """
+    state = model.state_dict(keep_vars=True)
+    fixed = [k for k, value in state.items() if isinstance(value, Tensor) and value.is_inference()]
+    if fixed:
+        raise ValueError(
+            f"{fixed[:8]} were made under torch.inference_mode, and cannot be written to; make "
+            "the model outside of it"
+        )
+    expected = {key: what for key, what in _shapes(state).items() if weight_of(key) not in absent}
+    expected.update(dict.fromkeys(absent, "a dense weight"))
+    more = [key for key in converted if key not in expected]
+    more = [key for key in more if not strict or _is_buffer(converted[key])]
+    left = [_unused(key, converted.pop(key), "not in the model; left out") for key in more]
+    found = _shapes(converted)
+    if not strict:
+        gone = [key for key in expected if key not in found]
+        left += [_unused(key, state.get(key), "not in the state_dict; as it was") for key in gone]
+        expected = {key: what for key, what in expected.items() if key in found}
+    try:
+        check_same(expected, found, "the state_dict", "the model")
+    except ValueError as error:
+        if strict and expected.keys() != found.keys():
+            raise ValueError(f"{error}; strict=False passes over such names") from None
+        raise
+    return left
+
+
+def _is_buffer(value: Any) -> bool:
+    """Whether it is a tensor that no optimizer could have trained."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+
+
+def _unused(name: str, value: Any, reason: str) -> PlanRow:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return PlanRow(name, shape, None, None, 0, 0, None, reason)
 
 
 def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> PlanRow:

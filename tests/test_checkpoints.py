@@ -210,6 +210,85 @@ def test_wrong_dense_state_dicts_change_nothing(case):
     assert _same(model, before)
 
 
+BUFFERS = {
+    "position_ids": lambda: torch.arange(9)[None],
+    "attention.bias": lambda: torch.ones(3, 3, dtype=torch.bool),
+    "head.num_batches_tracked": lambda: torch.tensor(0),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("key", BUFFERS)
+def test_buffers_that_the_model_lacks_are_left_out(key, strict):
+    """Checkpoints of other versions of a model have them; the report says so."""
+    model, other = _factorized(), _factorized()
+    state = Net().state_dict()
+    load_dense_(other, state)
+    report = load_dense_(model, {**state, key: BUFFERS[key]()}, strict=strict)
+    assert _alike(model, other)
+    assert [(row.name, row.reason) for row in report.rows if row.rank is None] == [
+        (key, "not in the model; left out")
+    ]
+    assert key in str(report)
+
+
+@pytest.mark.parametrize("key", ["head.weight", "head.bias", "body.1.running_var"])
+def test_loading_what_there_is(key):
+    """With ``strict=False``, as torch's: the rest stays as it was, and is listed."""
+    model = _factorized()
+    before = copy.deepcopy(model)
+    state = {**_without(key), "rotary.inv_freq": torch.ones(3)}
+    report = load_dense_(model, state, strict=False)
+    reasons = {row.name: row.reason for row in report.rows if row.rank is None}
+    assert reasons == {
+        "rotary.inv_freq": "not in the model; left out", key: "not in the state_dict; as it was"
+    }  # fmt: skip
+    kept = {
+        name.replace("parametrizations.", "").partition(".original")[0]
+        for name, value in model.state_dict().items()
+        if torch.equal(value, before.state_dict()[name])
+    }
+    assert kept & {"head.weight", "head.bias"} == {key} & {"head.weight", "head.bias"}
+    with pytest.raises(ValueError, match=f"(?s){key}.*strict=False"):
+        load_dense_(model, _without(key))
+    with pytest.raises(ValueError, match=r"rotary.*strict=False"):
+        load_dense_(model, _changed("rotary.inv_freq", torch.ones(3)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_torchs_own_loading_without_a_weight(strict):
+    """Its factors are missing, which is an error or not as of any parameter."""
+    model = _factorized()
+    before = copy.deepcopy(model)
+    if strict:
+        with pytest.raises(RuntimeError, match=r"Missing key.*head.*weight\.original0"):
+            model.load_state_dict(_without("head.weight"))
+    else:
+        missing, unexpected = model.load_state_dict(_without("head.weight"), strict=False)
+        assert missing == [f"head.parametrizations.weight.original{i}" for i in range(2)]
+        assert not unexpected
+    for ours, theirs in zip(model.head.parametrizations.parameters(),
+                            before.head.parametrizations.parameters(), strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
+class Versioned(nn.Linear):
+    _version = 7
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        self.seen = local_metadata.get("version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("include", ["0", "1"])
+def test_modules_see_the_version_that_was_saved(include):
+    """In the metadata of the state dict, factorized or not."""
+    dense = nn.Sequential(Versioned(6, 5), nn.Linear(5, 6))
+    model = _factorized(lambda: nn.Sequential(Versioned(6, 5), nn.Linear(5, 6)), include=include)
+    load_dense_(model, dense.state_dict())
+    assert model[0].seen == 7
+
+
 @pytest.mark.covers("P13")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("case", ["NaN", "zero", "shape", "integers"])
@@ -803,6 +882,39 @@ def test_an_error_on_the_way_leaves_the_structure(tmp_path, monkeypatch):
         load_factorized(model, tmp_path / "model.safetensors")
     assert _same(model, before)
     assert type(model.head) is nn.Linear
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(x), before.eval()(x))  # what the lstm keeps beside its tables
+
+
+@needs_safetensors
+@pytest.mark.parametrize("where", ["loading", "making", "both"])
+def test_models_loaded_under_inference_mode_train(tmp_path, where):
+    """Their tensors are ordinary ones, wherever the dense model's came from."""
+    save_factorized(_factorized(), tmp_path / "model.safetensors")
+    with torch.inference_mode(where != "loading"):
+        model = Net()
+    with torch.inference_mode(where != "making"):
+        load_factorized(model, tmp_path / "model.safetensors")
+        save_factorized(model, tmp_path / "again.safetensors")
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert all(p.grad is not None for p in model.parameters() if p.ndim > 1)
+
+
+def test_dense_weights_under_inference_mode():
+    """Into parameters that can be written to; others are named before anything changed."""
+    with torch.inference_mode():
+        state, made = Net().state_dict(), Net()
+    model, ordinary = _factorized(), _factorized()
+    with torch.inference_mode():
+        load_dense_(model, state)
+    load_dense_(ordinary, state)
+    assert _alike(model, ordinary)
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    factorize(made, 2)
+    with pytest.raises(ValueError, match=r"body\.0\.bias.*made under torch\.inference_mode"):
+        load_dense_(made, state)
 
 
 @needs_safetensors

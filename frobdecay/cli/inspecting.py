@@ -21,7 +21,7 @@ from frobdecay.matricize import Matricization
 from frobdecay.measurement import measure
 from frobdecay.modules.files import write_figure
 from frobdecay.modules.progress import Progress
-from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild
+from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild, weight_of
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product import Product
@@ -101,18 +101,16 @@ def _work(row: Row) -> float:
 def _rows(checkpoint: Checkpoint) -> list[Row]:
     """The weights, in the order of the file; a factorized one where its first factor is."""
     places = {factor_key(name, 0): name for name in checkpoint.records}
-    inside = tuple(factor_key(name, "") for name in checkpoint.records)
     rows = []
     for key, tensor in checkpoint.tensors.items():
         if key in places:
             rows.append(_factorized(checkpoint, places[key]))
-        elif tensor.ndim >= 2 and not (inside and key.startswith(inside)):
+        elif tensor.ndim >= 2 and weight_of(key) not in checkpoint.records:
             rows.append(_dense(key, tensor))
     if not rows:
         raise ValueError("no weights in it: nothing has two dimensions or more")
-    unknown = tuple(factor_key(name, "") for name in checkpoint.unknown)
     for row in rows:
-        if unknown and row.name.startswith(unknown):
+        if weight_of(row.name) is not None:
             row.matrix, row.remark = (), "a factor; the file does not say how it is to be read"
     return rows
 

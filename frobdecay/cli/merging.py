@@ -11,7 +11,7 @@ from torch import Tensor
 from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
 from frobdecay.modules.files import write_safetensors, write_torch
 from frobdecay.modules.progress import Progress
-from frobdecay.modules.records import dense_weight, factor_key, rebuild
+from frobdecay.modules.records import dense_weight, factor_key, rebuild, weight_of
 
 __all__ = ["run"]
 
@@ -73,7 +73,6 @@ def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if both:
         raise ValueError(f"it has both the factors of {both[:8]} and the dense weights")
     check_memory(sum(sizes[name] * tensors[key].itemsize for key, name in places.items()))
-    inside = tuple(factor_key(name, "") for name in records)
     merged: dict[str, Tensor] = {}
     with Progress(sum(sizes.values()), None, "merging") as bar:
         for key, tensor in tensors.items():
@@ -81,6 +80,6 @@ def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:
                 name = places[key]
                 merged[name] = dense_weight(name, records[name], tensors)
                 bar.advance(sizes[name])
-            elif not key.startswith(inside):
+            elif weight_of(key) not in records:
                 merged[key] = tensor
     return merged

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from frobdecay.modules.files import read_safetensors, readable
 from frobdecay.modules.formats import PICKLE, SAFETENSORS, ZIP, recognized
-from frobdecay.modules.records import HEADER, parse_records
+from frobdecay.modules.records import HEADER, parse_records, weight_of
 
 __all__ = ["Checkpoint", "check_memory", "printable", "read"]
 
 _DEPTH = 4
-_ORIGINAL = re.compile(r"(?P<path>(?:.*\.)?)parametrizations\.(?P<name>[^.]+)\.original\d+")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Checkpoint:
     @property
     def unknown(self) -> list[str]:
         """Names of weights whose factors are here, but not how they are to be read."""
-        names = dict.fromkeys(filter(None, map(_weight, self.tensors)))
+        names = dict.fromkeys(filter(None, map(weight_of, self.tensors)))
         return [name for name in names if name not in self.records]
 
 
@@ -91,16 +90,10 @@ def _from_safetensors(path: str, key: str | None) -> Checkpoint:
     records, tied = parse_records(metadata[HEADER], tensors)
     for name, source in tied.items():
         tensors[name] = tensors[source]
-        ours, theirs = _weight(name), _weight(source)
+        ours, theirs = weight_of(name), weight_of(source)
         if ours is not None and theirs in records:  # one module under two names
             records.setdefault(ours, records[theirs])
     return Checkpoint(path, "", tensors, records)
-
-
-def _weight(key: str) -> str | None:
-    """The name of the weight whose factor a key is."""
-    met = _ORIGINAL.fullmatch(key)
-    return met["path"] + met["name"] if met else None
 
 
 def _from_torch(path: str, zipped: bool, key: str | None) -> Checkpoint:
@@ -168,7 +161,7 @@ def _records(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for place, entry in metadata.items() if isinstance(metadata, Mapping) else ():
         record = entry.get("frobdecay") if isinstance(entry, Mapping) else None
-        name = _weight(f"{str(place).rpartition('.')[0]}.original0")
+        name = weight_of(f"{str(place).rpartition('.')[0]}.original0")
         if isinstance(record, Mapping) and name is not None:
             found[name] = record
     return found

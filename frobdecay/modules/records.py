@@ -14,6 +14,7 @@ imported, unpickled or evaluated. The factors are ``conv.parametrizations.weight
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from math import prod
@@ -36,6 +37,7 @@ __all__ = [
     "parse_records",
     "rebuild",
     "record_of",
+    "weight_of",
 ]
 
 HEADER = "frobdecay"
@@ -54,6 +56,15 @@ def factor_key(name: str, i: int | str) -> str:
     """The key of factor i of the weight ``name`` in a ``state_dict``."""
     path, _, attribute = name.rpartition(".")
     return f"{path}.parametrizations.{attribute}.original{i}".lstrip(".")
+
+
+_FACTOR = re.compile(r"(?P<path>(?:.*\.)?)parametrizations\.(?P<name>[^.]+)\.original\d+", re.S)
+
+
+def weight_of(key: str) -> str | None:
+    """The weight whose factor a key of a ``state_dict`` is, by ``factor_key``; None for others."""
+    met = _FACTOR.fullmatch(key)
+    return met["path"] + met["name"] if met else None
 
 
 def record_of(weight: Weight) -> dict[str, Any]:

@@ -157,11 +157,11 @@ def check_buffers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into a model; what is on the meta device is replaced, ties kept."""
+    """Copy values into a model; what cannot be written to is replaced, ties kept."""
     made: dict[int, Tensor] = {}
     for name, slot in slots_of(model).items():
         tensor, value = slot.tensor, values[name]
-        if not tensor.is_meta:
+        if not tensor.is_meta and not tensor.is_inference():
             tensor.copy_(value)
             continue
         if id(tensor) not in made:
