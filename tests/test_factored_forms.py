@@ -106,6 +106,30 @@ def test_batched_matmul_equals_dense(pattern):
     assert_equal_dense(lambda W, x: x @ W.transpose(1, 2), W, leaf(4, 1, 3, 5))
 
 
+STACKED = {
+    "view": lambda W: W.view(-1, 3, 5),
+    "view, a tuple": lambda W: W.view((2, 3, -1)),
+    "reshape": lambda W: W.reshape(2, 3, 5),
+    "as it is": lambda W: W.view(6, 5).view(2, -1, 5),
+}
+
+
+@pytest.mark.parametrize("pattern", ["(b o) i -> b o i", "(b i) o -> b o i"])
+@pytest.mark.parametrize("name", STACKED)
+def test_matrices_below_each_other_are_seen_as_a_stack(name, pattern):
+    """As experts are kept in one matrix, and one of them is multiplied."""
+    W = weight(pattern, (6, 5), b=2)
+    assert_equal_dense(lambda W, x: x @ STACKED[name](W)[1].T, W, leaf(4, 5))
+    assert_equal_dense(lambda W, x: x @ STACKED[name](W)[torch.tensor(0)], W, leaf(4, 3))
+
+
+def test_other_views_of_a_stack_are_of_the_dense_weight():
+    """Whatever is no stack of the factors' matrices."""
+    for shape in ((3, 2, 5), (-1,), (30,), (1, 6, 5), (6, -1, 5)):
+        W = weight("(b o) i -> b o i", (6, 5), b=2)
+        assert_equal_dense(lambda W, x, shape=shape: W.view(shape) * x, W, leaf(1), allowed=True)
+
+
 @pytest.mark.covers("C5")
 @pytest.mark.parametrize("padding_idx", [None, 0, 2, -1])
 @pytest.mark.parametrize("depth", [0, 1])
@@ -293,7 +317,7 @@ def test_every_form_is_tested():
         torch._cudnn_rnn_flatten_weight, *CONVS.values(), *TRANSPOSED.values(),
         torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__,
         torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.mv, Tensor.mv, torch.addmm, Tensor.addmm,
-        torch._grouped_mm, Tensor.__getitem__,
+        torch._grouped_mm, Tensor.__getitem__, Tensor.view, Tensor.reshape,
     }  # fmt: skip
     assert {f for f in FORMS if f not in called} == shape_forms
 

@@ -176,6 +176,35 @@ def _pick(self: ProductTensor, index: Any) -> Any:
     return self.like(factors, Matricization.of(f"{left} -> {right}", view.shape[1:], sizes))
 
 
+def _view(self: ProductTensor, *shape: Any, **named: Any) -> Any:
+    """The same shape, or the stack of matrices that lie one below the other."""
+    view = self.matricization
+    if named:
+        return NotImplemented
+    wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    first, *others = view.tensor_axes
+    stack, *rest = (first[:1], first[1:], *others)
+    if first[:1] == view.batch_axes:
+        axes = (stack, *rest)
+        pattern = " ".join(f"({' '.join(item)})" for item in axes)
+        made = replace(
+            view, pattern=f"{pattern} ->{view.pattern.partition('->')[2]}", tensor_axes=axes
+        )
+        if _fits(wanted, made.shape):
+            return self.like(self.factors, made)
+    return self if _fits(wanted, view.shape) else NotImplemented
+
+
+def _fits(wanted: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether these lengths, of which one may be -1, are a shape."""
+    pairs = zip(wanted, shape, strict=False)
+    return (
+        len(wanted) == len(shape)
+        and list(wanted).count(-1) < 2
+        and all(isinstance(w, int) and w in (s, -1) for w, s in pairs)
+    )
+
+
 def _chunk(input: ProductTensor, chunks: int, dim: int = 0) -> Any:
     if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0 or not input.shape[dim]:
         return NotImplemented
@@ -216,6 +245,8 @@ SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.split: _split,
     torch.split: _split,
     Tensor.chunk: _chunk,
+    Tensor.view: _view,
+    Tensor.reshape: _view,
     Tensor.__getitem__: _pick,
     torch.chunk: _chunk,
 }

@@ -107,12 +107,21 @@ def _transposed_layouts(module: nn.Module) -> dict[str, Layout]:
 
 
 def _expert_layouts(module: nn.Module) -> dict[str, Layout]:
-    """Three dimensions; the decorator that lets kernels run them says in which order."""
-    if not isinstance(getattr(module, "is_transposed", None), bool):
-        return {}
-    layout = Layout("e i o -> e o i" if module.is_transposed else "e o i -> e o i")
-    stacks = ("gate_up_proj", "up_proj", "down_proj")
+    """Three dimensions; most types say in which order, for the kernels that run them.
+
+    Where one does not, its experts are applied as linear layers are, but for those of Llama 4.
+    """
+    transposed = getattr(module, "is_transposed", is_kind(module, "*.Llama4TextExperts"))
+    layout = Layout("e i o -> e o i" if transposed else "e o i -> e o i")
+    stacks = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "weight")
     return {name: layout for name in stacks if getattr(getattr(module, name, None), "ndim", 0) == 3}
+
+
+def _flat_expert_layouts(module: nn.Module) -> dict[str, Layout]:
+    """DBRX: the experts one below the other; w2 is stored inputs×outputs."""
+    axes = MappingProxyType({"e": int(module.moe_num_experts)})  # type: ignore[arg-type]
+    into, out = Layout("(e o) i -> e o i", axes), Layout("(e i) o -> e o i", axes)
+    return {"w1": into, "v1": into, "w2": out}
 
 
 Kind = type[nn.Module] | str
@@ -127,6 +136,7 @@ _TABLE: tuple[tuple[Kind, Callable[[nn.Module], dict[str, Layout]]], ...] = (
     (nn.RNNBase, _recurrent_layouts),
     (nn.RNNCellBase, _recurrent_layouts),
     ("transformers.pytorch_utils.Conv1D", _transposed_layouts),
+    ("transformers.models.dbrx.*ExpertGLU", _flat_expert_layouts),
     ("transformers.models.*Experts", _expert_layouts),
 )
 

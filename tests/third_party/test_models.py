@@ -64,7 +64,7 @@ def test_full_rank_is_the_dense_model(family):
 @column("factorize")
 @pytest.mark.parametrize("family", families())
 def test_every_matrix_of_the_blocks_is_taken(family):
-    """The plan lists all of two dimensions or more; ties, routers and lone parameters stay dense."""
+    """The plan lists all of two dimensions or more; ties and lone parameters stay dense."""
     model, _ = MODELS[family]()
     plan = factorize(model, rank=2)
     listed = {row.name: row.reason for row in plan.rows if row.rank is None}
@@ -357,6 +357,70 @@ def test_experts_stored_transposed_have_the_right_orientation():
     plan = factorize(model, rank=1.0, include="*.experts")
     assert {row.matrix for row in plan.rows} == {(4, 48, 32), (4, 32, 24)}
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def llama4():
+    """Experts as one batched product, stored inputs×outputs, without the kernels' mark."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    return Llama4ForCausalLM(Llama4TextConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_local_experts=4,
+    ))  # fmt: skip
+
+
+def dbrx():
+    """Experts one below the other in one matrix."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    return DbrxForCausalLM(DbrxConfig(
+        vocab_size=61, d_model=32, n_layers=1, n_heads=4, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    ))  # fmt: skip
+
+
+def jetmoe():
+    """Experts in the attention, too, each stack in a module of its own."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    return JetMoeForCausalLM(JetMoeConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=24, num_local_experts=4,
+    ))  # fmt: skip
+
+
+@column("experts")
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        pytest.param(make, shapes, marks=pytest.mark.integration(row=row))
+        for row, make, shapes in (
+            ("Llama 4", llama4, {(4, 48, 32), (4, 32, 24)}),
+            ("DBRX", dbrx, {(4, 24, 32), (4, 32, 24)}),
+            ("JetMoe", jetmoe, {(4, 48, 32), (4, 32, 24), (4, 16, 32), (4, 32, 16)}),
+        )
+    ],
+)
+def test_stacks_of_other_designs_run_on_their_factors(make, shapes, monkeypatch):
+    """They hold most of the parameters; at full rank the model is the dense one."""
+    model, ids = make().eval(), torch.arange(3, 13).reshape(2, 5)
+    randomize(model)
+    expected = model(ids).logits
+    small = copy.deepcopy(model)
+    plan = factorize(model, rank=1.0)
+    assert {row.matrix for row in plan.rows if row.rank and len(row.matrix) == 3} == shapes
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+    factorize(small, rank=2)
+    merged = merge(copy.deepcopy(small))
+
+    def forbidden(self):
+        raise AssertionError("a dense weight was formed")
+
+    monkeypatch.setattr(ProductTensor, "materialize", forbidden)
+    torch.testing.assert_close(small(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 # --- tied weights -------------------------------------------------------------------------------
