@@ -96,14 +96,18 @@ def test_weights_are_found_where_they_are(make):
 
 @EVERY
 def test_weights_go_back_where_they_were(make):
-    """Merged: the classes, keys and outputs of the dense model."""
+    """Merged: the classes, keys and outputs of the dense model; a copy is untouched."""
     model, names = make[0](), make[1]
     dense = copy.deepcopy(model)
     factorize(model, rank=1.0, include=names)
+    twin = copy.deepcopy(model)
     merge(model)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert [type(module) for module in model.modules()] == [type(m) for m in dense.modules()]
     close(model(X), dense(X))
+    assert list(map(type, dense.modules())) == list(map(type, merge(copy.deepcopy(twin)).modules()))
+    assert [product.name for product in products(twin)] == names
+    close(twin(X), dense(X))
 
 
 @EVERY

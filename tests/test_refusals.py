@@ -11,13 +11,14 @@ import torch
 from test_bad_input import FATAL, REFUSED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import frobdecay
 from frobdecay import CP, LowRank, TensorTrain, Tucker, factorize, merge
 from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd
 
 KINDS = pytest.mark.parametrize("kind", [CP, TensorTrain, Tucker])
+ALL_KINDS = pytest.mark.parametrize("kind", [CP, LowRank, TensorTrain, Tucker])
 
 
 def unchanged(model):
@@ -185,6 +186,95 @@ def test_a_forward_of_ones_own_computes(kind):
     factorize(layer, 2, parametrization=kind)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), merge(layer)(x), rtol=1e-5, atol=1e-6)
+
+
+class Packed(torch.Tensor):
+    """A weight format of somebody else."""
+
+
+def _written(value):
+    def write(layer):
+        layer.weight = value
+
+    return write
+
+
+MERGE = "merge or unroll"
+# What is done to a factorized layer -> the error, and what it says.
+OTHERS = {
+    "number": (_written(3), TypeError, f"Linear.weight, got a int; {MERGE}"),
+    "None": (_written(None), TypeError, "Linear.weight, got a NoneType"),
+    "registered None": (
+        lambda layer: layer.register_parameter("weight", None), TypeError, "got a NoneType"),
+    "packed": (
+        _written(nn.Parameter(torch.ones(4, 6).as_subclass(Packed))), TypeError,
+        f"plain nn.Parameter for the factorized Linear.weight, got a Packed; {MERGE}"),
+    "shape": (_written(nn.Parameter(torch.ones(6, 4))), ValueError, "Linear.weight: .*merge first"),
+    "dtype": (_written(torch.ones(4, 6).double()), ValueError, "expected a weight of torch.flo"),
+    "integers": (_written(torch.ones(4, 6).int()), TypeError, "Linear.weight: .* convert it"),
+    "meta": (_written(torch.ones(4, 6, device="meta")), TypeError, "Linear.weight: .* meta device"),
+    "pruning": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5), TypeError,
+        f"parameter 'weight_orig' of a Linear in its own right, but its weight .*; {MERGE}"),
+    "global pruning": (
+        lambda layer: prune.global_unstructured(
+            [(layer, "weight")], prune.L1Unstructured, amount=0.5), TypeError, MERGE),
+    "a parameter inside": (
+        lambda layer: layer.register_parameter("parametrizations.weight.original0", None),
+        TypeError, f"{MERGE} .*ColwiseFactored and RowwiseFactored"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@ALL_KINDS
+def test_what_products_cannot_be_given_is_refused(kind, case):
+    """Named, with what to do; the layer computes what it did."""
+    act, error, message = OTHERS[case]
+    layer, x = nn.Linear(6, 4), torch.ones(2, 6)
+    factorize(layer, 2, parametrization=kind)
+    expected, names = layer(x), [*layer.state_dict()]
+    with pytest.raises(error, match=f"(?s){message}"):
+        act(layer)
+    assert [*layer.state_dict()] == names
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("parameter", [True, False])
+@ALL_KINDS
+def test_an_assigned_weight_is_factorized(kind, parameter, requires_grad):
+    """A parameter as a tensor; the factors stay the objects that an optimizer has."""
+    layer, twin = (nn.Sequential(nn.Linear(6, 4)) for _ in range(2))
+    factorize(layer, 2, parametrization=kind)
+    factors = [*layer.parameters()]
+    weight = torch.linspace(-1, 1, 24).sin().view(4, 6)
+    twin[0].weight = nn.Parameter(weight)
+    factorize(twin, 2, parametrization=kind)
+    layer[0].weight = nn.Parameter(weight, requires_grad) if parameter else weight
+    x = torch.eye(6)
+    one, other = (model(x) - model[0].bias for model in (layer, twin))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert all(one is other for one, other in zip(layer.parameters(), factors, strict=True))
+    trained = {p.requires_grad for p in layer[0].parametrizations.parameters()}
+    assert trained == {requires_grad or not parameter}
+
+
+@pytest.mark.parametrize(
+    ("make", "norm", "fuse"),
+    [
+        (lambda: nn.Linear(6, 4), nn.BatchNorm1d, nn.utils.fuse_linear_bn_eval),
+        (lambda: nn.Conv2d(6, 4, 1), nn.BatchNorm2d, nn.utils.fuse_conv_bn_eval),
+    ],
+)
+def test_normalizations_are_fused_into_factors(make, norm, fuse):
+    """Scaled rows have the same rank."""
+    layer, after = make().eval(), norm(4).eval()
+    nn.init.uniform_(after.running_var, 0.5, 2)
+    factorize(layer, 2)
+    x = torch.randn(3, 6, *[2] * (layer.weight.ndim - 2))
+    fused = fuse(layer, after)
+    torch.testing.assert_close(fused(x), after(layer(x)), rtol=1e-4, atol=1e-5)
+    assert len(frobdecay.products(fused)) == 1
 
 
 # --- in contexts ----------------------------------------------------------------------------------

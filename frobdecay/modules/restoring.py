@@ -6,6 +6,7 @@ they are gone with the last parametrization and a deep copy has them:
     load_state_dict     takes the dense weight, too, and keeps its spectral factors
     reset_parameters    draws the dense weights as the dense module does, and factorizes them
     register_parameter  factorizes the new weight; so does ``layer.weight = nn.Parameter(W)``
+    deepcopy            of a module around this one, too, which may forward attributes
     del layer.weight    takes the factors away, with a warning: what comes after them is dense
 """
 
@@ -37,9 +38,17 @@ def restorable(modules: Iterable[nn.Module]) -> None:
             kind: Any = type(module)
             _extend(kind)
             for attribute in lists:
-                get_and_set = vars(kind)[attribute]
-                deleter = functools.partial(_delete, attribute=attribute)
-                setattr(kind, attribute, get_and_set.deleter(deleter))
+                setattr(kind, attribute, _writable(vars(kind)[attribute], attribute))
+
+
+def _writable(weight: property, attribute: str) -> property:
+    def assign(module: nn.Module, value: Any) -> None:
+        _assign(module, value, attribute)
+
+    def delete(module: nn.Module) -> None:
+        _delete(module, attribute)
+
+    return property(weight.fget, assign, delete)
 
 
 def _extend(kind: Any) -> None:
@@ -62,14 +71,23 @@ def _extend(kind: Any) -> None:
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        held = factorized(self).get(name)
-        if held is None or param is None:
-            base.register_parameter(self, name, param)
+        if name in factorized(self):
+            _assign(self, param, name)
+        elif not isinstance(param, nn.Parameter | None) or "." in name:
+            raise TypeError(  # to pruning, and to tensor parallelism
+                f"expected a parameter {name!r} of a {base.__name__} in its own right, but its "
+                "weight is a product of factors; merge or unroll the model first, and for tensor "
+                "parallelism take frobdecay.parallel.ColwiseFactored and RowwiseFactored"
+            )
         else:
-            _assign(base, name, held, param)
+            base.register_parameter(self, name, param)
 
     kind._load_from_state_dict = _load_from_state_dict
     kind.register_parameter = register_parameter
+    if "__deepcopy__" in vars(kind) and not any(vars(b).get("__slots__") for b in base.__mro__):
+        # torch's, which a forwarding wrapper would take for its own, and be copied as this module.
+        del kind.__deepcopy__, kind.__getstate__
+        kind.__reduce_ex__, kind.__setstate__ = _reduce, _restore
     for name in _RESETS:
         if hasattr(base, name):
             setattr(kind, name, _resetting(base, getattr(base, name)))
@@ -78,19 +96,25 @@ def _extend(kind: Any) -> None:
 # --- assignment and deletion ---------------------------------------------------------------------
 
 
-def _assign(base: type, name: str, held: Any, param: nn.Parameter) -> None:
-    """Factorize a new parameter; its factors require a gradient if it does."""
-    called = f"{base.__name__}.{name}"
-    if type(param) is not nn.Parameter:
+def _assign(module: nn.Module, value: Any, attribute: str) -> None:
+    """Factorize a new weight; if it is a parameter, its factors require a gradient as it does."""
+    held, called = factorized(module)[attribute], f"{dense_type(module).__name__}.{attribute}"
+    parameter = isinstance(value, nn.Parameter)
+    if not isinstance(value, Tensor) or (parameter and type(value) is not nn.Parameter):
         raise TypeError(
-            f"expected a plain nn.Parameter for the factorized {called}, got a "
-            f"{type(param).__name__}; merge the weight first: frobdecay.merge(model, include=...)"
+            f"expected a tensor or a plain nn.Parameter for the factorized {called}, got a "
+            f"{type(value).__name__}; merge or unroll first: frobdecay.merge(model, include=...)"
         )
     with _named(called):
         _check_writable(held, "there is nothing to assign to")
-        held.right_inverse(param.detach())
-    for factor in _factors(held):
-        factor.requires_grad_(param.requires_grad)
+        dtype = _factors(held)[0].dtype
+        if value.is_floating_point() and value.dtype != dtype:
+            raise ValueError(
+                f"expected a weight of {dtype}, got {value.dtype}; convert one of them"
+            )
+        held.right_inverse(value.detach() if parameter else value)
+    for factor in _factors(held) if parameter else ():
+        factor.requires_grad_(value.requires_grad)
 
 
 def _delete(module: nn.Module, attribute: str) -> None:
@@ -98,11 +122,39 @@ def _delete(module: nn.Module, attribute: str) -> None:
         f"{dense_type(module).__name__}.{attribute} is deleted, and its factors with it: what "
         "takes its place (PEFT's adapters of nn.MultiheadAttention do this) is dense; exclude it "
         "from factorize, or merge it first",
-        stacklevel=3,
+        stacklevel=4,
     )
     own_class(module)
     release(module, attribute)
     VERSION.bump()
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """What ``copy`` and ``deepcopy`` make a module again from; a pickle fails at the first item."""
+    return _NEW, (type(module),), dict(vars(module))
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    vars(module).update(state)
+
+
+class _New:
+    """Makes an empty object of a class, but not out of a pickle, which knows no such class."""
+
+    def __call__(self, kind: Any) -> Any:
+        return kind.__new__(kind)
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError(
+            "serialization of parametrized modules is only supported through state_dict(), or "
+            "save the model that frobdecay.merge or unroll gives"
+        )
+
+
+_NEW = _New()
 
 
 # --- load_state_dict ----------------------------------------------------------------------------
