@@ -2,18 +2,25 @@
 
 What does not change from step to step (views, buckets, the choice of backends, checks) is done
 once. Parameters are looked up at every call, because training frameworks swap them; where they
-are other tensors, or live in other memory than before, everything is planned anew.
+are other tensors, or lie otherwise in memory than before, everything is planned anew.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import copy
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from frobdecay.backends import BACKENDS, Choice, select
 from frobdecay.bucketed import Job
@@ -26,11 +33,14 @@ from frobdecay.product import (
     as_products,
     check_coefficient,
     is_sharded,
+    listed,
     squared_norm,
 )
 from frobdecay.structures import CHAIN
 
-__all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain", "place_of"]
+__all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain"]
+
+_MAX_PLANS = 4  # for lists that begin with one product
 
 
 class Accumulator:
@@ -49,6 +59,8 @@ class Accumulator:
         self.backend = backend
         self._plan()
 
+    @torch.inference_mode(False)  # buffers made there could not be written to elsewhere
+    @torch.no_grad()
     def _plan(self) -> None:
         self._parts = [localized(product) for product in self.products]
         here = {k: part for k, part in enumerate(self._parts) if part is not None}
@@ -83,27 +95,34 @@ class Accumulator:
             for factor in factors
         )
         self._unscaled = all(scale == 1 for scale in self._squared_scales)
-        self._watched = [
-            (*place_of(factor), factor.param, factor.param.data_ptr()) for factor in factors
-        ]
+        self._places = [_place_of(factor) for factor in factors]
+        self._params = [factor.param for factor in factors]
+        self._seen_params = _look(self._params)
+        stops = list(itertools.accumulate(len(product.factors) for product in self.products))
+        self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
         self._watched_parts = [  # a DTensor has no memory but that of this process' part
             (factor, part_of(factor.param).data_ptr())
             for factor in factors
             if is_sharded(factor.param)
         ]
 
-    def refresh(self) -> None:
-        """Plan anew if a parameter is not the tensor, or not in the memory, that it was."""
-        for attributes, name, param, address in self._watched:
-            if attributes.get(name) is not param or param.data_ptr() != address:
-                self._plan()
-                return
-        for factor, address in self._watched_parts:
-            if part_of(factor.param).data_ptr() != address:
-                self._plan()
-                return
+    def refresh(self) -> list[Tensor]:
+        """Plan anew if a parameter is not the tensor, or does not lie in memory, as it was.
 
-    @torch.no_grad()
+        Returns:
+            The parameters of all factors, product by product: the list of the last call, unless
+            everything was planned anew.
+        """
+        params = [attributes.get(name) for attributes, name in self._places]
+        same = all(map(operator.is_, params, self._params)) and _look(params) == self._seen_params
+        if not same or any(part_of(f.param).data_ptr() != at for f, at in self._watched_parts):
+            self._plan()
+        return self._params
+
+    def rows(self, flat: Sequence[Any]) -> list[Any]:
+        """Nest what was listed for all factors, product by product."""
+        return [flat[row] for row in self._rows]
+
     def accumulate(
         self,
         targets: Sequence[Sequence[Tensor | None]],
@@ -119,6 +138,15 @@ class Accumulator:
             coefs: numbers or tensors without dimensions, nested like the targets.
         """
         self.refresh()
+        self.run(targets, coefs)
+
+    @torch.no_grad()
+    def run(
+        self,
+        targets: Sequence[Sequence[Tensor | None]],
+        coefs: Sequence[Sequence[Coefficient]],
+    ) -> None:
+        """As ``accumulate``, right after ``refresh``."""
         if self._watched_parts:
             for product, one in zip(self.products, targets, strict=True):
                 check_targets(product, one)
@@ -186,6 +214,16 @@ class Accumulator:
         return "\n".join(lines)
 
 
+def _look(params: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Where parameters lie in memory, and as what; lists, because one loop for each is fastest."""
+    return (
+        [param.data_ptr() for param in params],
+        [param.dtype for param in params],
+        [param.shape for param in params],
+        [param.stride() for param in params],
+    )
+
+
 class _Attributes:
     """Any object's attributes, read like a dictionary."""
 
@@ -196,7 +234,7 @@ class _Attributes:
         return getattr(self.owner, name)
 
 
-def place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
+def _place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
     """Where a parameter is looked up: the dictionary itself saves ``getattr`` at every step."""
     owner, name = factor.owner, factor.attribute
     if isinstance(owner, nn.Module) and name in owner._parameters:
@@ -204,6 +242,43 @@ def place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
     return (vars(owner), name) if name in vars(owner) else (_Attributes(owner), name)
 
 
+class _Kept:
+    """The plan for one list of products, kept by the first of them while all are alive.
+
+    It has records of its own, so that none of those that keep it is kept alive by it.
+    """
+
+    def __init__(self, products: Sequence[Product], backend: str | None) -> None:
+        self.backend, self.lock = backend, RLock()
+        self.plan: Accumulator | None = Accumulator(map(copy, products), backend)
+        forget = partial(_forget, weakref.ref(self))
+        self.others = [weakref.ref(product, forget) for product in products[1:]]
+
+    def is_for(self, products: Sequence[Product], backend: str | None) -> bool:
+        """Whether it is the plan for these very products, whose first one keeps it."""
+        if self.backend != backend or len(self.others) != len(products) - 1:
+            return False
+        return all(ref() is product for ref, product in zip(self.others, products[1:], strict=True))
+
+
+def _forget(kept: weakref.ref[_Kept], _: object) -> None:
+    known = kept()
+    if known is not None:
+        known.plan = None
+
+
+def _kept(products: Sequence[Product], backend: str | None) -> _Kept:
+    """The plan for a list of products, made unless its first product has it."""
+    plans: list[_Kept] = products[0].plans
+    for known in plans:
+        if known.is_for(products, backend):
+            return known
+    made = _Kept(products, backend)
+    plans[:] = [made, *(known for known in plans if known.plan is not None)][:_MAX_PLANS]
+    return made
+
+
+@_disable_dynamo
 def add_penalty_grad_(
     products: Product | Iterable[Product], coef: Coefficient, *, backend: str | None = None
 ) -> None:
@@ -214,14 +289,16 @@ def add_penalty_grad_(
     factor without a gradient is left alone: call it after ``backward()``. With sharded factors all
     processes of their mesh have to call it; see ``distributed.py``.
 
+    List the products once, not at every step: what is planned for them is kept with them.
+
     Args:
-        products: one product or several.
+        products: one product or several; one listed twice counts once.
         coef: λ, a number or a tensor without dimensions.
         backend: a name in ``backends.BACKENDS``; None chooses.
 
     Raises:
         ValueError: a negative or NaN λ, or products that cannot run.
-        TypeError: a sparse gradient.
+        TypeError: a sparse gradient. No gradient has changed after an error.
 
     Example:
         >>> import torch
@@ -233,14 +310,23 @@ def add_penalty_grad_(
                 [12.]])
     """
     check_coefficient(coef, "coef")
-    accumulator = Accumulator(products, backend)
-    for product in accumulator.products:
-        check_dense_gradients(product)
-    targets = [
-        [param.grad if param.requires_grad else None for param in product.params]
-        for product in accumulator.products
-    ]
-    accumulator.accumulate(targets, [[coef] * len(found) for found in targets])
+    found = listed(products)
+    if not found:
+        return
+    kept = _kept(found, backend)
+    with kept.lock:
+        plan = kept.plan
+        assert plan is not None  # all products are alive
+        params = plan.refresh()
+        grads = [param.grad if param.requires_grad else None for param in params]
+        if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+            for product in plan.products:
+                check_dense_gradients(product)
+        coefs = [coef] * len(params)
+        if isinstance(coef, Tensor):  # which may be on another device
+            number = coef.detach().reshape(())
+            coefs = [number.to(param.device, non_blocking=True) for param in params]
+        plan.run(plan.rows(grads), plan.rows(coefs))
 
 
 def check_dense_gradients(product: Product) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,14 @@ class Product:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @cached_property
+    def plans(self) -> list[Any]:
+        """What ``accumulate.py`` keeps for lists that begin with this record."""
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "plans"}
 
     @classmethod
     def of(

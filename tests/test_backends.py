@@ -1,6 +1,11 @@
 """Every backend gives the reference's gradient, adds it where told, and says what it does."""
 
+import copy
+import gc
+import pickle
+import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -223,23 +228,164 @@ def test_none_and_frozen_are_left_alone(backend):
     assert close(products[1].params[0].grad - 1, expected[1][0], 1e-10)
 
 
+class Pair(nn.Module):
+    """Factors of which one is stored wide, so that plans hold a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.U, self.V = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def products(self, count: int = 1) -> list[Product]:
+        """The same product, in records of their own."""
+        factors = Factor(self, "U", "m r -> m r"), Factor(self, "V", "r n -> n r")
+        return [Product(f"product {k}", factors, scale=k + 1.0) for k in range(count)]
+
+
+def reuse_memory(pair: Pair) -> None:
+    """Move to some memory as float32; the second time, be float64 in the same place."""
+    memory = vars(pair).setdefault("memory", torch.zeros(2, 16, dtype=torch.float64))
+    for param, part in zip((pair.U, pair.V), memory, strict=True):
+        dtype = torch.float64 if param.data_ptr() == part.data_ptr() else torch.float32
+        param.data = part.view(dtype)[:16].view(4, 4)
+        param.data.copy_(torch.randn(4, 4))
+
+
+CHANGES = {
+    "nothing": lambda pair: None,
+    "numbers": lambda pair: pair.U.data.mul_(2),
+    "a new parameter": lambda pair: setattr(pair, "U", nn.Parameter(torch.randn(4, 4))),
+    "new memory": lambda pair: setattr(pair.U, "data", torch.randn(4, 4)),
+    "new memory of the wide one": lambda pair: setattr(pair.V, "data", torch.randn(4, 4)),
+    "other strides": lambda pair: setattr(pair.V, "data", pair.V.data.T),
+    "another rank": lambda pair: (
+        setattr(pair.U, "data", pair.U.data[:, :2]),
+        setattr(pair.V, "data", pair.V.data[:2]),
+    ),
+    "another dtype": lambda pair: pair.double(),
+    "another dtype in the same memory": reuse_memory,
+    "half precision": lambda pair: pair.bfloat16(),
+    "a state dict": lambda pair: pair.load_state_dict(Pair().state_dict()),
+    "an assigned state dict": lambda pair: pair.load_state_dict(Pair().state_dict(), assign=True),
+    "a frozen factor": lambda pair: pair.V.requires_grad_(False),
+}
+
+
+def check_gradients(pair: Pair, products: list[Product], backend: str | None) -> None:
+    """Those that are added are those of the factors as they are now."""
+    wanted = [sum(found) for found in zip(*map(gradients, products), strict=True)]
+    for param in (pair.U, pair.V):
+        param.grad = torch.zeros_like(param)
+    add_penalty_grad_(products, 1.0, backend=backend)
+    for param, gradient in zip((pair.U, pair.V), wanted, strict=True):
+        tolerance = max(TOLERANCE[param.dtype], 1e-6)
+        assert close(param.grad, gradient.double() * param.requires_grad, tolerance)
+
+
 @pytest.mark.covers("D20")
 @NAMES
-def test_swapped_and_moved_parameters_are_followed(backend):
-    """A Parameter swapped in its module, or given new storage, is read anew (D20)."""
-    owner = nn.Module()
-    owner.U, owner.V = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(5, 2))
-    product = Product("w", (Factor(owner, "U"), Factor(owner, "V")))
-    accumulator = Accumulator(product, backend)
-    for change in (
-        lambda: setattr(owner, "U", nn.Parameter(torch.randn(6, 2))),
-        lambda: setattr(owner.U, "data", torch.randn(6, 2)),
-        lambda: owner.double(),
-    ):
-        change()
-        targets = [[torch.zeros_like(p) for p in product.params]]
-        accumulator.accumulate(targets, [[1.0, 1.0]])
-        assert close(targets[0][0], gradients(product)[0].double(), 1e-6)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_parameters_are_followed(backend, change):
+    """What a plan was made for may change in every way; a plain pair beside it, too (D20)."""
+    pair, plain = Pair(), Pair()
+    products = pair.products(2)
+    others = [Product("plain", (Factor(plain, "U"), Factor(plain, "V")))]
+    for _ in range(2):
+        check_gradients(pair, products, backend)
+        check_gradients(plain, others, backend)
+        change(pair)
+        if change is not CHANGES["another rank"]:
+            change(plain)
+    check_gradients(pair, products, backend)
+    check_gradients(plain, others, backend)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Counts how often something is planned."""
+    made = []
+    plan = Accumulator._plan
+    monkeypatch.setattr(Accumulator, "_plan", lambda self: (made.append(1), plan(self))[1])
+    return made
+
+
+def test_plans_are_kept(planned):
+    """With the records, whatever holds them; other products and backends have their own."""
+    pair = Pair()
+    products = pair.products(3)
+    for listed in (products, tuple(products), (p for p in products), products):
+        add_penalty_grad_(listed, 1.0)
+    assert len(planned) == 1
+    add_penalty_grad_(products[:2], 1.0)
+    add_penalty_grad_(products, 1.0, backend="reference")
+    assert len(planned) == 3
+    for listed in (products, products[:2]):
+        add_penalty_grad_(listed, 1.0)
+    assert len(planned) == 3
+    pair.U = nn.Parameter(torch.randn(4, 4))
+    for _ in range(2):
+        add_penalty_grad_(products, 1.0)
+    assert len(planned) == 4
+    for k in range(9):  # few, however many lists there are
+        add_penalty_grad_([products[0], *pair.products(k)], 1.0)
+    assert len(products[0].plans) == 4
+
+
+def test_plans_keep_nothing_alive():
+    """Neither the module, without the garbage collector's help, nor plans of dead products."""
+    first, second = Pair(), Pair()
+    products, others = first.products(2), second.products(2)
+    add_penalty_grad_([*products, *others], 1.0)
+    gone = weakref.ref(second)
+    gc.disable()
+    try:
+        del second, others
+        assert gone() is None
+        assert products[0].plans[0].plan is None
+        gone = weakref.ref(first)
+        add_penalty_grad_(products, 1.0)
+        check_gradients(first, products, None)
+        del first, products
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_plans_are_not_copied():
+    """A copy of a model and its products has plans of its own."""
+    pair = Pair()
+    products = pair.products(2)
+    check_gradients(pair, products, None)
+    twin, copies = copy.deepcopy((pair, products))
+    assert not copies[0].plans
+    assert products[0].plans
+    check_gradients(twin, copies, None)
+    assert not pickle.loads(pickle.dumps(products))[0].plans
+
+
+def test_plans_made_in_inference_mode_serve_outside():
+    """Tensors that are made there could not be written to later."""
+    products = [bare((48, 5), (48, 5))(torch.float32) for _ in range(2)]
+    for param in (param for product in products for param in product.params):
+        param.grad = torch.zeros_like(param)
+    with torch.inference_mode():
+        add_penalty_grad_(products, 1.0)
+    add_penalty_grad_(products, 1.0)
+    for product in products:
+        for param, gradient in zip(product.params, gradients(product), strict=True):
+            assert close(param.grad, 2 * gradient, 1e-5)
+
+
+def test_threads_share_plans():
+    """Calls at once, for the same products, add up."""
+    products = [bare((96, 11), (96, 11))(torch.float64) for _ in range(6)]
+    for param in (param for product in products for param in product.params):
+        param.grad = torch.zeros_like(param)
+    with ThreadPoolExecutor(4) as pool:
+        for one in [pool.submit(add_penalty_grad_, products, 1.0) for _ in range(40)]:
+            one.result()
+    for product in products:
+        for param, gradient in zip(product.params, gradients(product), strict=True):
+            assert close(param.grad, 40 * gradient, 1e-12)
 
 
 def test_autocast_does_not_reach_the_grams():

@@ -11,6 +11,7 @@ are rounded stochastically), and decay that has to wait for a closure.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.accumulate import Accumulator, place_of
+from frobdecay.accumulate import Accumulator
 from frobdecay.chain import HALF, Coefficient
 from frobdecay.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
@@ -64,10 +65,12 @@ class Decay:
     def __init__(self, products: Iterable[Product], backend: str | None) -> None:
         self.accumulator = Accumulator(products, backend)
         self.products: Sequence[Product] = self.accumulator.products
-        self._groups_of: list[list[int | None]] = []  # [product][factor]
-        self._params: list[list[Tensor]] = []
-        self._watched: list[tuple[Any, str, Tensor, int, int]] = []
-        self._unheld: list[tuple[Product, int]] = []
+        self._params: list[Tensor] = []  # of all factors, product by product
+        self._groups: Sequence[Group] = []
+        self._groups_of: list[int | None] = []  # of each of the parameters
+        self._places: list[tuple[int, int]] = []  # of those that are in a group
+        self._held: list[Tensor] = []
+        self._unheld: list[int] = []
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
 
@@ -80,117 +83,130 @@ class Decay:
         Raises:
             RuntimeError: a trainable factor is in no group.
         """
-        if self._missing() or not self._is_current(groups):
-            self._locate(groups)
-        for product, j in self._missing():
+        params = self.accumulator.refresh()
+        if params is not self._params or self._missing() or not self._is_current(groups):
+            self._locate(params, groups)
+        self._groups = groups
+        for k in self._missing():
             raise RuntimeError(
-                f"expected {factor_name(product, j)} in a param group, but the optimizer does not "
-                "hold it; add it with add_param_group, or freeze it"
+                f"expected {factor_name(*self._factor(k))} in a param group, but the optimizer "
+                "does not hold it; add it with add_param_group, or freeze it"
             )
         return self._holding
 
-    def _missing(self) -> list[tuple[Product, int]]:
+    def _factor(self, k: int) -> tuple[Product, int]:
+        """The product of the k-th of all factors, and its number there."""
+        return [(p, j) for p in self.products for j in range(len(p.factors))][k]
+
+    def _missing(self) -> list[int]:
         """Factors that no group holds, though they are trained now."""
-        return [(p, j) for p, j in self._unheld if p.factors[j].param.requires_grad]
+        return [k for k in self._unheld if self._params[k].requires_grad]
 
     def _is_current(self, groups: Sequence[Group]) -> bool:
-        """Whether all parameters are the same as before, in their modules and in the groups."""
-        held = [group["params"] for group in groups]
+        """Whether the groups hold the parameters where they did."""
+        lists = [group["params"] for group in groups]
         try:
-            for attributes, name, param, g, k in self._watched:
-                if attributes.get(name) is not param or held[g][k] is not param:
-                    return False
+            found = [lists[g][k] for g, k in self._places]
         except IndexError:
             return False
-        return bool(self._watched)
+        return bool(found) and all(map(operator.is_, found, self._held))
 
-    def _locate(self, groups: Sequence[Group]) -> None:
+    def _locate(self, params: list[Tensor], groups: Sequence[Group]) -> None:
         """Find every factor's place in the groups."""
         where = {
             id(p): (g, k) for g, group in enumerate(groups) for k, p in enumerate(group["params"])
         }
-        self._params = [list(product.params) for product in self.products]
-        self._groups_of, self._watched, self._unheld = [], [], []
-        for product, params in zip(self.products, self._params, strict=True):
-            row: list[int | None] = []
-            for j, (factor, param) in enumerate(zip(product.factors, params, strict=True)):
-                place = where.get(id(param))
-                if place is None:
-                    self._unheld.append((product, j))
-                    row.append(None)
-                else:
-                    self._watched.append((*place_of(factor), param, *place))
-                    row.append(place[0])
-            self._groups_of.append(row)
-        times = Counter(id(param) for row in self._params for param in row)
+        places = [where.get(id(param)) for param in params]
+        self._params = params
+        self._groups_of = [None if place is None else place[0] for place in places]
+        self._places = [place for place in places if place is not None]
+        self._held = [p for p, place in zip(params, places, strict=True) if place is not None]
+        self._unheld = [k for k, place in enumerate(places) if place is None]
+        times = Counter(map(id, params))
         self._repeated = {key for key, count in times.items() if count > 1}
-        self._holding = {g for row in self._groups_of for g in row if g is not None}
+        self._holding = {g for g, _ in self._places}
+
+    def _due(self, rates: Sequence[Rate | None]) -> list[Rate | None]:
+        """What is asked of each factor."""
+        return [
+            None if g is None or not param.requires_grad else rates[g]
+            for param, g in zip(self._params, self._groups_of, strict=True)
+        ]
+
+    def _gradients(self, due: Sequence[Rate | None]) -> list[Tensor | None]:
+        """The gradients, which decide whether and where factors decay; refuse what cannot be."""
+        grads = [
+            None if rate is None else param.grad
+            for param, rate in zip(self._params, due, strict=True)
+        ]
+        for k, (rate, grad) in enumerate(zip(due, grads, strict=True)):
+            if rate is None or grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"{self._factor(k)[0].name}: expected dense gradients, got {grad.layout}; "
+                    "Frobenius decay moves every row of a factor: make the layer's gradients "
+                    "dense (sparse=False) or its λ zero"
+                )
+            if rate.scaled and not rate.decoupled and grad.dtype == torch.float16:
+                raise ValueError(
+                    f"{self._factor(k)[0].name}: expected float32 parameters under a GradScaler "
+                    "with a fused optimizer, got float16: the scaled decay overflows unseen; keep "
+                    "the parameters in float32"
+                )
+        return grads
 
     def _sheet(
-        self,
-        rates: Sequence[Rate | None],
-        target_of: Callable[[str, Tensor, Rate], Tensor | None],
+        self, due: Sequence[Rate | None], targets: Sequence[Tensor | None]
     ) -> tuple[Targets, Coefs]:
-        """Targets and coefficients for the accumulator; raises before anything is changed."""
-        targets: Targets = []
-        coefs: Coefs = []
-        for product, params, row in zip(self.products, self._params, self._groups_of, strict=True):
-            target_row: list[Tensor | None] = []
-            coef_row: list[Coefficient] = []
-            for param, g in zip(params, row, strict=True):
-                rate = None if g is None else rates[g]
-                if rate is None or not param.requires_grad:
-                    target_row.append(None)
-                    coef_row.append(0.0)
-                else:
-                    target_row.append(target_of(product.name, param, rate))
-                    coef_row.append(_beside(param, rate.coef))
-            targets.append(target_row)
-            coefs.append(coef_row)
-        return targets, coefs
+        """Targets and coefficients as the accumulator takes them."""
+        coefs: list[Coefficient] = [0.0 if rate is None else rate.coef for rate in due]
+        if any(isinstance(coef, Tensor) for coef in coefs):  # maybe on one of several devices
+            coefs = [
+                coef.to(param.device, non_blocking=True) if isinstance(coef, Tensor) else coef
+                for param, coef in zip(self._params, coefs, strict=True)
+            ]
+        return self.accumulator.rows(targets), self.accumulator.rows(coefs)
 
     def add(self, rates: Sequence[Rate | None], rounder: StochasticRounder) -> None:
         """Decay every factor that has a gradient: coupled into it, decoupled beside it."""
-        increments = Increments()
-
-        def target(name: str, param: Tensor, rate: Rate) -> Tensor | None:
-            grad = _dense_grad(name, param, rate)
-            if grad is None or not rate.decoupled:
-                return grad
-            in_place = param.dtype not in HALF and id(param) not in self._repeated
-            return param if in_place else increments.of(param)
-
-        self.accumulator.accumulate(*self._sheet(rates, target))
+        increments, due = Increments(), self._due(rates)
+        targets = self._gradients(due)
+        if any(rate is not None and rate.decoupled for rate in rates):
+            for k, (param, rate) in enumerate(zip(self._params, due, strict=True)):
+                if rate is not None and rate.decoupled and targets[k] is not None:
+                    in_place = param.dtype not in HALF and id(param) not in self._repeated
+                    targets[k] = param if in_place else increments.of(param)
+        self.accumulator.run(*self._sheet(due, targets))
         increments.apply(rounder)
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
         """Compute the decoupled decay of the factors as they are now, to be applied later."""
-        increments = Increments()
-
-        def target(name: str, param: Tensor, rate: Rate) -> Tensor | None:
-            return increments.of(param) if rate.decoupled else None
-
-        self.accumulator.accumulate(*self._sheet(rates, target))
+        increments, due = Increments(), self._due(rates)
+        targets = [
+            increments.of(param) if rate is not None and rate.decoupled else None
+            for param, rate in zip(self._params, due, strict=True)
+        ]
+        self.accumulator.run(*self._sheet(due, targets))
         return increments
 
     @torch.no_grad()
     def add_coupled(self, rates: Sequence[Rate | None], *, value: bool) -> Tensor | None:
         """Add the coupled decay to the gradients, and return the penalty's value if asked."""
-
-        def target(name: str, param: Tensor, rate: Rate) -> Tensor | None:
-            return None if rate.decoupled else _dense_grad(name, param, rate)
-
-        targets, coefs = self._sheet(rates, target)
+        self.find(self._groups)  # the closure may have changed what it liked
+        due = self._due([None if rate is None or rate.decoupled else rate for rate in rates])
+        targets, coefs = self._sheet(due, self._gradients(due))
         total = self._value(targets, coefs) if value else None
-        self.accumulator.accumulate(targets, coefs)
+        self.accumulator.run(targets, coefs)
         return total
 
     def _value(self, targets: Targets, coefs: Coefs) -> Tensor | None:
         total: Tensor | None = None
         # Of all products: sharded ones are measured together, whatever gradients are here.
         norms = self.accumulator.squared_norms()
+        rows = self.accumulator.rows(self._params)
         for product, norm, params, target_row, coef_row in zip(
-            self.products, norms, self._params, targets, coefs, strict=True
+            self.products, norms, rows, targets, coefs, strict=True
         ):
             if all(target is None for target in target_row):
                 continue
@@ -244,26 +260,3 @@ class PenalizedClosure:
 def factor_name(product: Product, j: int) -> str:
     """What messages call factor ``j`` of a product."""
     return f"factor {j} ({product.factors[j].attribute}) of {product.name!r}"
-
-
-def _beside(param: Tensor, coef: Coefficient) -> Coefficient:
-    """The coefficient on the parameter's device: a loss scale lives on one of several."""
-    return coef.to(param.device, non_blocking=True) if isinstance(coef, Tensor) else coef
-
-
-def _dense_grad(name: str, param: Tensor, rate: Rate) -> Tensor | None:
-    """The gradient that decides whether and where a factor decays, refusing what cannot be."""
-    grad = param.grad
-    if grad is None:
-        return None
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"{name}: expected dense gradients, got {grad.layout}; Frobenius decay moves every "
-            "row of a factor: make the layer's gradients dense (sparse=False) or its λ zero"
-        )
-    if rate.scaled and not rate.decoupled and grad.dtype == torch.float16:
-        raise ValueError(
-            f"{name}: expected float32 parameters under a GradScaler with a fused optimizer, got "
-            "float16: the scaled decay overflows unseen; keep the parameters in float32"
-        )
-    return grad
