@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import forward, init, measure, penalty, step, tensors
+from benchmarks import forward, init, layers, measure, penalty, step, tensors
 from benchmarks.cases import CASES, choose, stack
 from benchmarks.measure import Report, Target, interleave, memory
 
@@ -20,6 +20,7 @@ SCRIPTS = {
     "forward": (forward, [*LAYERS, *CONVOLUTIONS, "--no-compile"]),
     "init": (init, ["--case", "tiny", "--rounds", "1"]),
     "step": (step, ["--case", "resnet", "--depth", "8", "--batch", "2", "--rounds", "1"]),
+    "layers": (layers, ["--sizes", "2,4", "--rounds", "1"]),
     "tensors": (tensors, ["--case", "tiny", "--convs", "ResNet-32 stage 3"]),
 }
 PLOTS = ["scaling", "forward"]
