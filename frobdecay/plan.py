@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-__all__ = ["PlanRow", "RankPlan"]
+__all__ = ["PlanRow", "RankPlan", "tabulated"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,23 @@ class RankPlan:
     def __str__(self) -> str:
         total = ("all parameters", "", "", "", f"{self.before:,}", f"{self.after:,}", "")
         lines = [_HEAD, *(row.cells() for row in self.rows), (*total, f"ratio {self.ratio:.3f}")]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if k in _RIGHT else cell.ljust(width)
-                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return tabulated(lines, _RIGHT)
 
     __repr__ = __str__
+
+
+def tabulated(lines: Sequence[Sequence[str]], right: Container[int]) -> str:
+    """Cells in columns, each as wide as it has to be.
+
+    Args:
+        lines: of as many cells each.
+        right: the columns that are set to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if k in right else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -153,8 +153,11 @@ def test_tensors_are_read_as_the_dense_weight_is(tmp_path, capsys, kind):
         assert {key: row[key] for key in same} == {key: rows[row["name"]][key] for key in same}
 
 
-def test_the_table_has_a_line_for_every_weight(tmp_path, capsys):
-    """With shapes, numbers and remarks, and no broken lines where there is no terminal."""
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_has_a_line_for_every_weight(tmp_path, capsys, monkeypatch, terminal):
+    """With shapes, numbers and remarks; drawn on a terminal, plain elsewhere."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
     model = _net()
     with torch.no_grad():
         model[3].weight[0, 0] = float("nan")
@@ -169,6 +172,7 @@ def test_the_table_has_a_line_for_every_weight(tmp_path, capsys):
     assert "has NaN or infinity" in lines["3"]
     assert "zero" in lines["4"]
     assert "305 of 640 when dense, ratio 0.477" in out
+    assert ("━" in out) == terminal
 
 
 def test_what_is_no_matrix_of_numbers_is_listed(tmp_path, capsys):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from typing import Any
@@ -23,7 +24,7 @@ from frobdecay.modules.files import write_figure
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild, weight_of
 from frobdecay.parametrizations import LowRank
-from frobdecay.plan import RankPlan
+from frobdecay.plan import RankPlan, tabulated
 from frobdecay.product import Product
 from frobdecay.ranks import energy_rank, plan_ranks, singular_values
 from frobdecay.scaling import root_mean_square
@@ -256,18 +257,10 @@ def _as_json(
 
 
 def _print(checkpoint: Checkpoint, rows: list[Row], plan: RankPlan | None, energy: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     numbers = ["kind", "read as", "parameters", "‖W‖", "stable rank", f"rank @ {energy:g}"]
     planned = ["rank", "energy", "parameters"] if plan else []
-    table = Table(title=Text(printable(checkpoint.path)))
-    for head in ("weight", "shape"):
-        table.add_column(head, overflow="fold")
-    for head in (*numbers, *(f"planned {head}" for head in planned)):
-        table.add_column(head, justify="right")
-    table.add_column("remarks")
+    numbers += [f"planned {head}" for head in planned]
+    lines = [["weight", "shape", *numbers, "remarks"]]
     for row in rows:
         cells = [
             printable(row.name),
@@ -283,17 +276,36 @@ def _print(checkpoint: Checkpoint, rows: list[Row], plan: RankPlan | None, energ
             dense = row.planned_rank is None
             cells += ["dense" if dense else str(row.planned_rank), _cell(row.planned_energy)]
             cells.append(f"{prod(row.shape) if dense else row.planned_parameters:,}")
-        table.add_row(*map(Text, [*cells, row.remark]))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)  # a file has no right edge
+        lines.append([*cells, row.remark])
     total = f"{_total(checkpoint):,} floating-point numbers"
     if plan:
         total += f"; planned {plan.after:,} of {plan.before:,} when dense, ratio {plan.ratio:.3g}"
+    right = range(2, 2 + len(numbers))
+    title = printable(checkpoint.path)
+    show = _drawn if sys.stdout.isatty() else _plain
+    print(show(title, lines, right), total, sep="\n")
+
+
+def _plain(title: str, lines: list[list[str]], right: Container[int]) -> str:
+    """For files and other programs: no line is broken, and long tables take little time."""
+    return f"{title}\n{tabulated(lines, right)}"
+
+
+def _drawn(title: str, lines: list[list[str]], right: Container[int]) -> str:
+    """For people: as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title))
+    for k, head in enumerate(lines[0]):
+        table.add_column(head, justify="right" if k in right else "left", overflow="fold")
+    for cells in lines[1:]:
+        table.add_row(*map(Text, cells))
+    console = Console()
     with console.capture() as printed:  # rich would exit by itself where nobody reads on
         console.print(table)
-        console.print(Text(total))
-    print(printed.get(), end="")
+    return printed.get().rstrip("\n")
 
 
 def _times(sizes: int | Sequence[int]) -> str:
