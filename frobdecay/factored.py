@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.forms.dense import METADATA, inert_hook, on_dense, refuse_writes
+from frobdecay.forms.dense import (
+    METADATA,
+    any_own_leaf,
+    below_autograd,
+    inert_hook,
+    on_dense,
+    refuse_writes,
+)
 from frobdecay.forms.product_tensor import ProductTensor, untraced
 from frobdecay.forms.table import FORMS
 
@@ -62,12 +69,22 @@ class FactoredTensor(ProductTensor):
     ) -> Any:
         return _answer(func, args, {} if kwargs is None else kwargs)
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return below_autograd(func, args, {} if kwargs is None else kwargs)
+
 
 @untraced
 def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
     form = FORMS.get(func)
-    if form is not None and "out" not in kwargs:
+    if form is not None and "out" not in kwargs and not any_own_leaf(args, kwargs):
         result = form(*args, **kwargs)
         if result is not NotImplemented:
             return result

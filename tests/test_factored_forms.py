@@ -347,7 +347,6 @@ SHAPE_CALLS = {
     Tensor.swapdims: lambda W: W.swapdims(0, 1),
     Tensor.permute: lambda W: W.permute(-1, 0),
     torch.permute: lambda W: torch.permute(W, dims=(1, 0)),
-    Tensor.data.__get__: lambda W: W.data,
     Tensor.detach: lambda W: W.detach(),
     torch.detach: torch.detach,
     Tensor.contiguous: lambda W: W.contiguous(),

@@ -15,9 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from frobdecay.forms.product_tensor import ProductTensor, transforms_active, untraced
+from frobdecay.forms.product_tensor import (
+    ProductTensor,
+    keep_dense,
+    transforms_active,
+    untraced,
+)
 
-__all__ = ["METADATA", "ReadOnlyView", "inert_hook", "on_dense", "refuse_writes"]
+__all__ = [
+    "METADATA",
+    "ReadOnlyView",
+    "any_own_leaf",
+    "below_autograd",
+    "inert_hook",
+    "on_dense",
+    "refuse_writes",
+]
 
 _PROPERTIES = """
     shape dtype device layout ndim itemsize nbytes names requires_grad retains_grad output_nr grad
@@ -41,6 +54,7 @@ _OPERATORS = """
     add and div floordiv lshift matmul mod mul or pow rshift sub truediv xor
 """
 _IN_PLACE = frozenset([*(f"__i{name}__" for name in _OPERATORS.split()), "__setitem__", "__set__"])
+_FLAGS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _HOOKS = frozenset(["retain_grad", "register_post_accumulate_grad_hook"])
 
 
@@ -54,20 +68,64 @@ def refuse_writes(
     if (in_place and _holds(target, kind)) or _holds(kwargs.get("out"), kind):
         if name == "__set__":
             name = f"{getattr(func, '__self__', func).__name__} = ..."
-        raise RuntimeError(
-            f"expected a tensor that can be written to, got a factored weight ({name}): it is "
-            "made anew from its factors at each access, so the change would be lost. Assign the "
-            "module's attribute, as in `module.weight = W`, which factorizes W; train, freeze or "
-            "convert the factors themselves, as in `module.parametrizations`; write to "
-            "weight.clone(), a dense copy; or call frobdecay.merge(model) before tools that write "
-            "to dense weights, such as one that merges adapters into them"
-        )
+        raise _written(name)
     if name in _HOOKS and _holds(target, kind):
         raise RuntimeError(
             f"expected a tensor that gets a gradient, got a factored weight ({name}): the gradient "
             "goes to its factors without being formed. Use the factors' gradients, or the dense "
             "tensor weight.materialize() in the weight's place"
         )
+
+
+def _written(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"expected a tensor that can be written to, got a factored weight ({name}): it is "
+        "made anew from its factors at each access, so the change would be lost. Assign the "
+        "module's attribute, as in `module.weight = W`, which factorizes W; train, freeze or "
+        "convert the factors themselves, as in `module.parametrizations`; write to "
+        "weight.clone(), a dense copy; or call frobdecay.merge(model) before tools that write "
+        "to dense weights, such as one that merges adapters into them"
+    )
+
+
+def any_own_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a detached weight among the arguments is to get the gradient, not its factors."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, ProductTensor) and value.own_leaf:
+            return True
+    return False
+
+
+def below_autograd(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call an operator that passed by ``__torch_function__`` with the dense numbers.
+
+    Autograd has recorded the operator for the weight, which is a function of its factors.
+    """
+    if func is torch.ops.aten.detach.default:  # autograd's own bookkeeping
+        return args[0].cut()
+    schema = getattr(func, "_schema", None)  # higher-order operators have none
+    if schema is not None and schema.is_mutable:
+        names = [argument.name for argument in schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for argument in schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and _holds(given.get(argument.name), ProductTensor):
+                raise _written(str(func))
+    # A view of the numbers that are kept could be written to.
+    views = schema is not None and any(item.alias_info is not None for item in schema.returns)
+
+    def numbers(weight: Tensor) -> Tensor:
+        assert isinstance(weight, ProductTensor)
+        if not weight.tracked and any(f.requires_grad for f in weight.factors):
+            raise RuntimeError(
+                f"{func} reached a factored weight below autograd, where its factors would get no "
+                "gradient; pass weight.materialize() instead of the weight"
+            )
+        dense = weight.numbers()
+        return dense.clone() if views else dense.detach()
+
+    plain = _mapped(tuple(args), ProductTensor, numbers)
+    return func(*plain, **{key: _mapped(v, ProductTensor, numbers) for key, v in kwargs.items()})
 
 
 def inert_hook(weight: ProductTensor, hook: Callable[..., Any]) -> RemovableHandle:
@@ -119,22 +177,28 @@ def _read_only(result: Any, formed: Sequence[Tensor]) -> Any:
     """Protect what shares memory with the formed tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():  # type: ignore[attr-defined,no-untyped-call]
         return result
-    bases = [_base(dense) for dense in formed]
+    held = {storage for dense in formed if (storage := _storage(dense)) is not None}
 
     def protect(tensor: Tensor) -> Tensor:
-        shares = type(tensor) is Tensor and any(_base(tensor) is base for base in bases)
-        return tensor.as_subclass(ReadOnlyView) if shares else tensor
+        return tensor.as_subclass(ReadOnlyView) if _storage(tensor) in held else tensor
 
     return _mapped(result, Tensor, protect)
 
 
-def _base(tensor: Tensor) -> Tensor:
-    base = tensor._base
-    return tensor if base is None else base
+def _storage(tensor: Tensor) -> int | None:
+    """Which memory a plain tensor shares; None for others."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
+        return None
+    return tensor.untyped_storage()._cdata
 
 
 class ReadOnlyView(Tensor):
     """A view of a formed weight: a dense tensor that refuses to be written to."""
+
+    _is_param = property(lambda self: False, lambda self, _: keep_dense(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
@@ -150,7 +214,7 @@ class ReadOnlyView(Tensor):
 @untraced
 def _on_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function that does not write with ordinary tensors in place of read-only ones."""
-    if func in METADATA:
+    if func in METADATA or func in _FLAGS:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     refuse_writes(func, args, kwargs, ReadOnlyView)

@@ -11,7 +11,8 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from torch import Tensor
 from frobdecay.chain import full_precision
 from frobdecay.matricize import Matricization
 
-__all__ = ["ProductTensor", "folded", "transforms_active", "untraced"]
+__all__ = ["ProductTensor", "folded", "keep_dense", "transforms_active", "untraced"]
+
+# Classes of the tensors that a compiler traces with.
+_TRACED = ("FakeTensor", "FunctionalTensor")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# Without the keys of a backend that has memory, torch refuses to put the tensor in another's place.
+_NOWHERE = torch.device("meta")
 
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
@@ -52,7 +60,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Flatten:
-    """The method ``__tensor_flatten__``, missing where the factors would get no gradient.
+    """The method ``__tensor_flatten__``, missing outside of a trace.
 
     A compiler takes the weights made inside a graph apart with it. A weight that was made outside
     would become an input of the graph in its own right, with nothing to carry its gradient on to
@@ -64,9 +72,7 @@ class _Flatten:
     ) -> Callable[..., tuple[list[str], Matricization]]:
         if instance is None:
             return _flatten
-        if torch.is_grad_enabled() and any(
-            f.requires_grad and type(f) in (Tensor, torch.nn.Parameter) for f in instance.factors
-        ):
+        if type(instance.factors[0]) in _PLAIN:
             raise AttributeError("__tensor_flatten__")
         return partial(_flatten, instance)
 
@@ -78,15 +84,92 @@ def _flatten(tensor: ProductTensor) -> tuple[list[str], Matricization]:
     return names, tensor.matricization
 
 
+@lru_cache(maxsize=4096)
+def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape without memory, whose pointer torch refuses to give away."""
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        made = torch.empty(shape, dtype=dtype, device=device)
+        made.untyped_storage().resize_(0)
+        torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
+    return made
+
+
+class _Multiplied(torch.autograd.Function):
+    """The multiplication of the factors, as autograd sees it: the weight is its result.
+
+    It keeps the factors and not what torch would save of them, so that nothing a checkpoint counts
+    depends on where a weight was read, and the weight may be used in several recomputations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made: tuple[ProductTensor], *factors: Tensor) -> ProductTensor:
+        ctx.factors, ctx.view = factors, made[0].matricization
+        ctx.versions = [f._version for f in factors]
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        """G to G V for U, Gᵀ U for V, and to the inner factors likewise."""
+        if [f._version for f in ctx.factors] != ctx.versions:
+            raise RuntimeError(
+                "a factor of a weight was modified by an inplace operation between the forward and "
+                "the backward pass, which needs the factors of the forward pass"
+            )
+        U, *inner, V = (f.conj() for f in ctx.factors)
+        *others, of_V = ctx.needs_input_grad[1:]
+        grads: list[Tensor | None] = [None] * len(ctx.factors)
+        with full_precision(U.device.type):
+            G = ctx.view.matrix(G)
+            lefts = list(accumulate(inner, torch.matmul, initial=U))
+            if of_V:
+                grads[-1] = G.mT @ lefts[-1]
+            if any(others):
+                H = G @ V
+                for i in range(len(inner), 0, -1):
+                    grads[i] = lefts[i - 1].mT @ H
+                    H = H @ inner[i - 1].mT
+                grads[0] = H
+        return None, *grads
+
+
+class _Formed(torch.autograd.Function):
+    """The dense tensor as a function of the weight: its numbers, its gradient, nothing saved."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: ProductTensor) -> Tensor:
+        return weight.numbers().detach()
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Tensor:
+        return G
+
+
+# As Function.apply without what it does for function transforms, under which neither is called.
+_multiplied: Callable[..., Any] = super(torch.autograd.Function, _Multiplied).apply
+_formed: Callable[..., Any] = super(torch.autograd.Function, _Formed).apply
+
+
 class ProductTensor(Tensor):
-    """Hold factors and the pattern that reads their product as a tensor."""
+    """Hold factors and the pattern that reads their product as a tensor.
+
+    Attributes:
+        factors: U, M.., V, as part of the graph that they belong to.
+        matricization: how their product is read.
+        constant: whether it was made under ``no_grad``.
+        tracked: whether autograd knows the tensor itself, as the result of ``_Multiplied``.
+        detached: whether it came from ``detach``; with ``tracked`` it is a leaf, whose gradient is
+            dense and its own.
+    """
 
     factors: tuple[Tensor, ...]
     matricization: Matricization
     constant: bool
+    tracked: bool
+    detached: bool
     # A convolution's weight as three, which is no chain of matrices: a hint that copies lose.
     stages: tuple[Tensor, Tensor, Tensor] | None = None
     _memo: tuple[tuple[Any, ...], Tensor] | None
+    _dense: tuple[Tensor, Tensor] | None
 
     # Set here and not in __init__: torch.compile calls an __init__ without its arguments.
     @staticmethod
@@ -96,22 +179,25 @@ class ProductTensor(Tensor):
         """Check the factors and make the tensor, which has no storage."""
         factors = tuple(factors)
         _check(factors, matricization)
-        constant = not torch.is_grad_enabled() and not _tracing()
+        tracing, transformed = _tracing(), transforms_active()
+        constant = not torch.is_grad_enabled() and not tracing
         if constant:
             factors = tuple([f.detach() for f in factors])
-        # It takes no part in autograd, its factors do.
-        self: ProductTensor = Tensor._make_wrapper_subclass(
-            cls,
-            matricization.shape,
-            dtype=factors[0].dtype,
-            device=factors[0].device,
-        )
+        shape, dtype, device = matricization.shape, factors[0].dtype, factors[0].device
+        self: ProductTensor
+        if tracing or transformed or type(factors[0]).__name__ in _TRACED:
+            self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        else:
+            template = _template(shape, dtype, device)
+            self = Tensor._make_subclass(cls, template, device_for_backend_keys=_NOWHERE)
         self.factors = factors
         self.matricization = matricization
-        self._memo = None
+        self._memo = self._dense = None
+        self.detached = False
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
-        return self
+        self.tracked = not constant and not transformed and any(f.requires_grad for f in factors)
+        return _multiplied((self,), *factors) if self.tracked else self
 
     def like(
         self, factors: Sequence[Tensor], matricization: Matricization | None = None
@@ -136,8 +222,7 @@ class ProductTensor(Tensor):
     @property
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
-        own = type(self.factors[0]).__name__ in ("FakeTensor", "FunctionalTensor")
-        return own or torch.compiler.is_compiling()
+        return type(self.factors[0]).__name__ in _TRACED or torch.compiler.is_compiling()
 
     @property
     def needs_grad(self) -> bool:
@@ -148,6 +233,17 @@ class ProductTensor(Tensor):
         """
         return any(f.requires_grad and type(f).__name__ != "FunctionalTensor" for f in self.factors)
 
+    @property
+    def own_leaf(self) -> bool:
+        """Whether its gradient is to be gathered in the tensor itself, not in its factors."""
+        return self.detached and self.tracked
+
+    def cut(self) -> ProductTensor:
+        """The weight without its graph, which may become a leaf."""
+        made = self.like([f.detach() for f in self.factors])
+        made.detached = True
+        return made
+
     def materialize(self) -> Tensor:
         """Form the dense tensor.
 
@@ -157,14 +253,33 @@ class ProductTensor(Tensor):
         Returns:
             A plain contiguous tensor of this shape and dtype, differentiable in the factors.
         """
-        if self.compiling or transforms_active():
-            # A tensor of a trace or of a function transform must not outlive it.
+        transformed = transforms_active()
+        if self.compiling or (
+            not self.tracked and (transformed or type(self.factors[0]) not in _PLAIN)
+        ):
             return _multiply(self.factors, self.matricization)
+        if not self.tracked or not torch.is_grad_enabled():
+            return self.numbers()
+        if transformed:
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.clone()
+        numbers = self.numbers()
+        if self._dense is not None and self._dense[0] is numbers:
+            return self._dense[1]
+        dense: Tensor = _formed(self)
+        if not self.detached:  # a leaf is held by its graph, and would hold it
+            self._dense = numbers, dense
+        return dense
+
+    def numbers(self) -> Tensor:
+        """The dense tensor's numbers, of no graph."""
         key = _versions(self.factors)
         if self._memo is not None and self._memo[0] == (*key, *_versions(self._memo[1:])):
             return self._memo[1]
-        dense = _multiply(self.factors, self.matricization)
-        if type(dense) is Tensor and not dense.is_inference():
+        with torch.no_grad():
+            dense = _multiply(self.factors, self.matricization)
+        # A tensor of a trace or of a function transform must not outlive it.
+        if type(dense) is Tensor and not dense.is_inference() and not transforms_active():
             self._memo = ((*key, *_versions((dense,))), dense)
         return dense
 
@@ -185,35 +300,22 @@ class ProductTensor(Tensor):
         parts = [(*f.shape, f.stride(), f.dtype, f.device, f.requires_grad) for f in self.factors]
         return f"{type(self).__qualname__} {view.pattern} {sorted(view.sizes.items())} {parts}"
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        # Autograd's own bookkeeping detaches.
-        if func is torch.ops.aten.detach.default:
-            return args[0].like([f.detach() for f in args[0].factors])
-        # Guards of a compiled function read the properties .T and .mT.
-        if func is torch.ops.aten.permute.default:
-            return args[0].permuted(args[1])
-        if func is torch.ops.aten.transpose.int:
-            return args[0].transposed(*args[1:])
-        # Whatever else arrives here has passed by __torch_function__.
-        raise RuntimeError(
-            f"{func} reached a factored weight below autograd, where its factors would get no "
-            "gradient; pass weight.materialize() instead of the weight"
-        )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ProductTensor:
         if id(self) not in memo:
-            memo[id(self)] = self.like([copy.deepcopy(f, memo) for f in self.factors])
+            memo[id(self)] = made = self.like([copy.deepcopy(f, memo) for f in self.factors])
+            made.detached = self.detached
+            if self.own_leaf:
+                made.requires_grad_()
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return type(self), (self.factors, self.matricization)
+        # Stored as what it stands for, which is read without this package.
+        return self.numbers().__reduce_ex__(protocol)
+
+    def __copy__(self) -> ProductTensor:
+        return self.like(self.factors)
+
+    _is_param = property(lambda self: False, lambda self, _: keep_dense(self))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         U = self.factors[0]
@@ -227,6 +329,12 @@ class ProductTensor(Tensor):
         text += [f"device='{U.device}'"] * (U.device.type != "cpu")
         text += ["requires_grad=True"] * self.needs_grad
         return f"{type(self).__name__}({', '.join(text)})"
+
+
+def keep_dense(tensor: Tensor) -> None:
+    """Become a dense parameter of the same numbers: what ``nn.Parameter(tensor)`` asks for last."""
+    dense = torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, dense)
 
 
 def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -256,10 +364,7 @@ def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What changes when a tensor is written to; writes to inference tensors leave no trace."""
-    return (
-        torch.is_grad_enabled(),
-        *(object() if t.is_inference() else t._version for t in tensors),
-    )
+    return tuple([object() if t.is_inference() else t._version for t in tensors])
 
 
 def _check(factors: tuple[Tensor, ...], matricization: Matricization) -> None:

@@ -75,11 +75,11 @@ def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: 
 
 
 def _detach(input: ProductTensor) -> ProductTensor:
-    return input.like([f.detach() for f in input.factors])
+    return input.cut()
 
 
 def _requires_grad(self: ProductTensor) -> bool:
-    return self.needs_grad
+    return self.needs_grad or self.own_leaf
 
 
 def _is_leaf(self: ProductTensor) -> bool:
@@ -88,7 +88,14 @@ def _is_leaf(self: ProductTensor) -> bool:
 
 
 def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:
-    """Nothing to do where it is so already; else NotImplemented, and refused as a write."""
+    """Nothing to do where it is so already; else NotImplemented, and refused as a write.
+
+    What was detached may become a leaf, whose gradient is its own.
+    """
+    if self.detached and not self.compiling:
+        with torch._C.DisableTorchFunctionSubclass():
+            self.tracked = Tensor.requires_grad_(self, requires_grad).requires_grad
+        return self
     same = bool(requires_grad) == self.needs_grad and not self.constant
     return self if same else NotImplemented
 
@@ -231,7 +238,6 @@ SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
     Tensor.swapaxes: _swap_axes,
     Tensor.permute: _permute,
     torch.permute: _permute,
-    Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.detach: _detach,
     torch.detach: _detach,
     Tensor.contiguous: _contiguous,
