@@ -50,7 +50,13 @@ from frobdecay.modules.slots import (
     slots_of,
 )
 from frobdecay.modules.support import check_unwrapped, reason_against, ties
-from frobdecay.modules.surgery import factorized, ordinary, settle_recurrent, transaction
+from frobdecay.modules.surgery import (
+    factorized,
+    ordinary,
+    settle_encoders,
+    settle_recurrent,
+    transaction,
+)
 from frobdecay.modules.untying import forget_ties, other_ties
 from frobdecay.plan import PlanRow, RankPlan
 from frobdecay.registry import parameter_order, relative_error
@@ -315,6 +321,7 @@ def load_factorized(model: M, path: FilePath) -> M:
         restorable(touched)
         fill(model, values)
     forget_ties(others)
+    settle_encoders(model)
     return model
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from frobdecay.forms.dense import (
     METADATA,
-    any_own_leaf,
     below_autograd,
+    gathers,
     inert_hook,
     on_dense,
     refuse_writes,
@@ -84,7 +84,7 @@ class FactoredTensor(ProductTensor):
 def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
     form = FORMS.get(func)
-    if form is not None and "out" not in kwargs and not any_own_leaf(args, kwargs):
+    if form is not None and "out" not in kwargs and not gathers(func, args, kwargs):
         result = form(*args, **kwargs)
         if result is not NotImplemented:
             return result

@@ -16,6 +16,7 @@ from frobdecay.modules.surgery import (
     ordinary,
     release,
     reorder,
+    settle_encoders,
     settle_recurrent,
     transaction,
 )
@@ -62,6 +63,7 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
         for weight, (tensor, requires_grad) in zip(chosen, dense, strict=True):
             _put_back(weight, nn.Parameter(tensor, requires_grad))
         settle_recurrent(touched)
+    settle_encoders(model)
     return model
 
 

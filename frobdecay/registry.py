@@ -22,7 +22,13 @@ from frobdecay.modules.restoring import restorable
 from frobdecay.modules.selection import ProductSelector, Selector, modules, pick
 from frobdecay.modules.stacking import Stacks
 from frobdecay.modules.support import check_unwrapped, check_values
-from frobdecay.modules.surgery import factorized, ordinary, settle_recurrent, transaction
+from frobdecay.modules.surgery import (
+    factorized,
+    ordinary,
+    settle_encoders,
+    settle_recurrent,
+    transaction,
+)
 from frobdecay.modules.untying import forget_ties, other_ties, untie
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
@@ -135,6 +141,7 @@ def factorize(
         settle_recurrent([entry.weight.module for entry in chosen])
         restorable([entry.weight.module for entry in chosen])
     forget_ties(others)
+    settle_encoders(model)
     return planned(found, before, errors)
 
 

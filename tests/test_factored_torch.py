@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from frobdecay.forms.cost import force
 from frobdecay.forms.product_tensor import ProductTensor
+from frobdecay.merging import merge
+from frobdecay.registry import factorize
 
 # --------------------------------------------------------------------------- with the rest of torch
 
@@ -322,6 +324,29 @@ def test_transformer_layer_equals_dense(train, grad):
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(ours.train(train)(x), theirs.train(train)(x))
+
+
+@pytest.mark.parametrize("include", ["*layers.0.*", "*layers.1.*", "*out_proj", "*1*linear2", None])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_transformer_encoder_equals_dense(include, grad):
+    """Whichever of its layers and projections are factored, with padding, in eval; merged, too."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    encoder = nn.Sequential(nn.TransformerEncoder(layer, 2))
+    factorize(encoder, rank=3, include=include)
+    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    theirs = encoder[0].train()(x, src_key_padding_mask=padding)
+    encoder.eval()
+    for after in (lambda: None, lambda: merge(encoder)):
+        after()
+        with torch.set_grad_enabled(grad):
+            ours = encoder[0](x, src_key_padding_mask=padding)
+        kept = ~padding[:, : ours.shape[1]]
+        torch.testing.assert_close(
+            ours[kept], theirs[:, : ours.shape[1]][kept], rtol=1e-4, atol=1e-5
+        )
+    assert encoder[0].use_nested_tensor
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

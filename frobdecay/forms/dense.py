@@ -25,8 +25,8 @@ from frobdecay.forms.product_tensor import (
 __all__ = [
     "METADATA",
     "ReadOnlyView",
-    "any_own_leaf",
     "below_autograd",
+    "gathers",
     "inert_hook",
     "on_dense",
     "refuse_writes",
@@ -88,11 +88,11 @@ def _written(name: str) -> RuntimeError:
     )
 
 
-def any_own_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def gathers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a detached weight among the arguments is to get the gradient, not its factors."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, ProductTensor) and value.own_leaf:
-            return True
+            return func not in _FLAGS
     return False
 
 

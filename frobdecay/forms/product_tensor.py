@@ -334,7 +334,8 @@ class ProductTensor(Tensor):
 def keep_dense(tensor: Tensor) -> None:
     """Become a dense parameter of the same numbers: what ``nn.Parameter(tensor)`` asks for last."""
     dense = torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, dense)
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.utils.swap_tensors(tensor, dense)
 
 
 def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

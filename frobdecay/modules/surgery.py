@@ -24,6 +24,7 @@ __all__ = [
     "own_class",
     "release",
     "reorder",
+    "settle_encoders",
     "settle_recurrent",
     "transaction",
 ]
@@ -145,3 +146,22 @@ def settle_recurrent(modules: Iterable[nn.Module]) -> None:
             module.__dict__.pop("_flat_weights", None)
         else:
             module._init_flat_weights()
+
+
+_PACKED = "_packs_padding"
+
+
+def settle_encoders(model: nn.Module) -> None:
+    """Keep the encoders that hold factors from nested tensors, and no others any longer.
+
+    ``nn.TransformerEncoder`` asks its first layer alone whether all of them are of torch's fast
+    path, and then hands them its padded input as a nested tensor, which none but that path takes.
+    """
+    for encoder in model.modules():
+        if not isinstance(encoder, nn.TransformerEncoder):
+            continue
+        held = any(lists_of(module) for module in encoder.layers.modules())
+        if held and encoder.use_nested_tensor:
+            encoder.use_nested_tensor, encoder.__dict__[_PACKED] = False, True
+        elif not held and encoder.__dict__.pop(_PACKED, False):
+            encoder.use_nested_tensor = True
