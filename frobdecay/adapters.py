@@ -12,6 +12,7 @@ import sys
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
@@ -57,8 +58,22 @@ class FactorList(ParametrizationList):
         raise AttributeError("a product has no original, but original0, original1, …")
 
     def append(self, module: nn.Module) -> FactorList:
-        """Add a parametrization on top."""
-        if _is_of_peft(module) and hasattr(module, "rhs"):
+        """Add a parametrization on top.
+
+        Raises:
+            ValueError: it cannot be applied to the weight (it wants factors of its own, as torch's
+                weight_norm and orthogonal do).
+        """
+        if not _is_of_peft(module):
+            try:
+                with torch.no_grad():
+                    module(self())
+            except Exception as error:
+                raise ValueError(
+                    f"{type(module).__name__} cannot be put on a factorized weight ({error}); "
+                    "merge or unroll the model first: frobdecay.merge(model)"
+                ) from error
+        elif hasattr(module, "rhs"):
             whole = sys.modules[type(module).__module__]._LoraParameterProxy
             module = whole(module.scaling * (module.lhs @ module.rhs))  # type: ignore[operator]
         parametrize._cache.clear()  # of a weight that was read in an outer ``cached()``

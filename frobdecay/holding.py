@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -48,34 +47,6 @@ def register_parametrization(
     with _not_forwarding(module):
         parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
     adaptable(module, attribute)
-    _copy_as_itself(type(module))
-
-
-def _copy_as_itself(kind: Any) -> None:
-    """Take torch's ``__deepcopy__`` off a class that it injected.
-
-    ``copy.deepcopy`` asks for it, and of a wrapper that forwards attributes it would copy the
-    module inside alone. For ``__reduce_ex__``, which every object has, no wrapper looks inside.
-    """
-    if "__deepcopy__" in vars(kind):
-        del kind.__deepcopy__
-        kind.__reduce_ex__ = lambda self, _: (_Blank(type(self)), (), self.__dict__)
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """Make an empty module of a class that torch injected, which cannot be pickled."""
-
-    kind: type[nn.Module]
-
-    def __call__(self) -> nn.Module:
-        return self.kind.__new__(self.kind)
-
-    def __reduce__(self) -> Any:
-        raise RuntimeError(
-            f"{self.kind.__name__}: serialization of parametrized modules is only supported "
-            "through state_dict() and frobdecay.save_factorized; or merge it first"
-        )
 
 
 _FORWARDING = ("__getattr__", "__setattr__", "__delattr__")

@@ -95,7 +95,7 @@ class _Factored(ParallelStyle):
         sharded = distribute_tensor(
             whole.detach(), mesh, [placement], src_data_rank=self.src_data_rank
         )
-        owner.register_parameter(name, nn.Parameter(sharded, whole.requires_grad))
+        owner._parameters[name] = nn.Parameter(sharded, whole.requires_grad)
 
     def _check(self, module: nn.Module, mesh: DeviceMesh) -> None:
         """Refuse, before anything is changed, what this style cannot shard."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 
 import frobdecay
 from frobdecay import factorize, merge, plan_ranks, products, unroll
@@ -200,9 +201,9 @@ def test_an_assigned_parameter_is_factorized(assign, trained):
     ("value", "error"),
     [
         (nn.Parameter(torch.randn(5, 6)), ValueError),
-        (nn.Buffer(torch.randn(6, 6)).as_subclass(type("Packed", (nn.Parameter,), {})), TypeError),
+        (nn.Parameter(torch.zeros(6)), ValueError),
     ],
-    ids=["another shape", "packed numbers"],
+    ids=["another shape", "a vector"],
 )
 def test_what_cannot_be_factorized_is_not_assigned(value, error):
     """The weight is named, and nothing has changed."""
@@ -241,3 +242,46 @@ def test_a_factor_leads_to_its_module():
         model[0].parametrizations.bias  # noqa: B018
     with pytest.raises(AttributeError):
         model[0].parametrizations.weight.original  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+        lambda layer: setattr(layer, "weight", nn.Buffer(X[:, :3]).as_subclass(Packed)),
+        lambda layer: layer.register_parameter("bias", sharded()),
+    ],
+    ids=["pruning", "weight_norm", "orthogonal", "quantization", "tensor parallel"],
+)
+def test_tools_for_dense_layers_are_refused(tool):
+    """They say what to do first, and nothing has changed."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=2)
+    before, expected = list(layer.state_dict()), layer(X)
+    with pytest.raises((TypeError, ValueError), match="merge or unroll"):
+        tool(layer)
+    assert list(layer.state_dict()) == before
+    assert torch.equal(layer(X), expected)
+
+
+class Packed(nn.Parameter):
+    """As quantized weights are."""
+
+
+def sharded():
+    """What ``ColwiseParallel`` registers."""
+    parameter = nn.Parameter(torch.randn(6))
+    parameter.device_mesh = None
+    return parameter
+
+
+def test_a_norm_on_top_of_factors_works():
+    """A parametrization that takes one weight; it is no product then."""
+    layer = nn.Linear(6, 6)
+    factorize(layer, rank=2)
+    nn.utils.parametrizations.spectral_norm(layer)
+    assert torch.linalg.matrix_norm(layer.weight, ord=2) < 1.1
+    with pytest.raises(ValueError, match="on top of LowRank"):
+        products(layer)

@@ -73,7 +73,7 @@ def _extend(kind: Any) -> None:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if name in factorized(self):
             _assign(self, param, name)
-        elif not isinstance(param, nn.Parameter | None) or "." in name:
+        elif not isinstance(param, nn.Parameter | None) or _of_a_style(self, name, param):
             raise TypeError(  # to pruning, and to tensor parallelism
                 f"expected a parameter {name!r} of a {base.__name__} in its own right, but its "
                 "weight is a product of factors; merge or unroll the model first, and for tensor "
@@ -91,6 +91,11 @@ def _extend(kind: Any) -> None:
     for name in _RESETS:
         if hasattr(base, name):
             setattr(kind, name, _resetting(base, getattr(base, name)))
+
+
+def _of_a_style(module: nn.Module, name: str, param: Any) -> bool:
+    """Whether it is from a parallel style of torch's, which goes through all of a layer's own."""
+    return "." in name or (is_sharded(param) and not is_sharded(module._parameters.get(name)))  # type: ignore[arg-type]
 
 
 # --- assignment and deletion ---------------------------------------------------------------------
