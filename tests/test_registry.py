@@ -119,6 +119,18 @@ def test_exclude_may_name_what_is_never_factorized():
     assert factorize(ResNet(), rank=2, exclude=["*.bias", nn.BatchNorm2d]).ranks
 
 
+def test_many_names_are_looked_up():
+    """Each takes as long as one alone, and means what a predicate for all of them does."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(400)))
+    names = [f"{i}.weight" for i in range(0, 400, 2)]
+    listed = plan_ranks(model, rank=2, include=names)
+    assert list(listed.ranks) == list(
+        plan_ranks(model, rank=2, exclude=re.compile("\\d*[13579]")).ranks
+    )
+    rest = plan_ranks(model, rank=2, exclude=[str(i) for i in range(1, 400, 2)])
+    assert rest.ranks == listed.ranks
+
+
 @pytest.mark.parametrize("include", ["table", "t?ble", re.compile("tab.*"), Text])
 def test_parameters_of_other_modules_are_taken_where_they_are_spelled(include):
     """By name, by a pattern that means the parameter, or by the type of the module."""

@@ -171,27 +171,46 @@ def select(
     """
     tree = modules(model)
     found = weights(model)
-    if include is None:
-        taken, met = (
-            {i: False for i, weight in enumerate(found) if weight.known},
-            set(range(len(found))),
-        )
-    else:
+    where = _Index(found)
+    taken = {i: False for i, weight in enumerate(found) if weight.known}
+    met: set[int] = set(range(len(found)))
+    if include is not None:
         each = _each(include, "include")
-        taken = _union(_included(tree, found, one) for one in each)
-        met = {i for one in each for i in _met(tree, found, one)}
-    chosen = [
-        replace(weight, named=taken.get(i, False), met=i not in taken)
+        taken = _union(_included(tree, found, where, one) for one in each)
+        met = {i for one in each for i in _met(tree, found, where, one)}
+    out = _each(exclude, "exclude") if exclude is not None else []
+    for one in out:
+        if not (_is_plain(one) and where.near(one)):  # looked up: that is fast
+            check_met(tree, found, one, "exclude")
+    left = {i for one in out for i in where.near(one) if matches(tree, found[i], one, loose=True)}
+    return [
+        replace(weight, named=taken.get(i, False), met=i not in taken, excluded=i in left)
         for i, weight in enumerate(found)
         if i in taken or (i in met and _is_matrix(weight))
     ]
-    out = _each(exclude, "exclude") if exclude is not None else []
-    for one in out:
-        check_met(tree, found, one, "exclude")
-    return [
-        replace(weight, excluded=any(matches(tree, weight, one, loose=True) for one in out))
-        for weight in chosen
-    ]
+
+
+def _is_plain(one: One) -> bool:
+    return isinstance(one, str) and not _GLOB.search(one)
+
+
+class _Index:
+    """Where a selector can match: a plain name is looked up, so that many of them take no longer.
+
+    Args:
+        found: all weights.
+    """
+
+    def __init__(self, found: Sequence[Weight]) -> None:
+        self._every = range(len(found))
+        self._named: dict[str, list[int]] = {}
+        for i, weight in enumerate(found):
+            for name in {*weight.names, *weight.above}:
+                self._named.setdefault(name, []).append(i)
+
+    def near(self, one: One) -> Sequence[int]:
+        """Positions of weights that a selector may take, in order."""
+        return self._named.get(str(one), []) if _is_plain(one) else self._every
 
 
 def pick(
@@ -256,20 +275,17 @@ def _union(parts: Iterable[dict[int, bool]]) -> dict[int, bool]:
     return named
 
 
-def _met(tree: dict[str, nn.Module], found: list[Weight], one: One) -> Iterator[int]:
+def _met(tree: dict[str, nn.Module], found: list[Weight], where: _Index, one: One) -> Iterator[int]:
     """Indices of what a name, a pattern or a type comes across, of unknown types too."""
     if isinstance(one, str | re.Pattern | type):
-        yield from (i for i, weight in enumerate(found) if matches(tree, weight, one, loose=True))
+        yield from (i for i in where.near(one) if matches(tree, found[i], one, loose=True))
 
 
-def _included(tree: dict[str, nn.Module], found: list[Weight], one: One) -> dict[int, bool]:
+def _included(
+    tree: dict[str, nn.Module], found: list[Weight], where: _Index, one: One
+) -> dict[int, bool]:
     """Index of every weight that one selector takes -> whether it was named exactly."""
-    plain = isinstance(one, str) and not _GLOB.search(one)
-    met = {
-        i: names_exactly(weight, one)
-        for i, weight in enumerate(found)
-        if (not plain or one in weight.names or one in weight.above) and matches(tree, weight, one)
-    }
+    met = {i: names_exactly(found[i], one) for i in where.near(one) if matches(tree, found[i], one)}
     if not met:
         check_met(tree, found, one, "include")
         raise ValueError(
