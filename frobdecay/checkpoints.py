@@ -227,10 +227,12 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
 
     Args:
         model: factorized in part, in whole or not at all.
-        path: of the file; an existing one is replaced as a whole, or stays if something fails.
+        path: of the file; an existing one is replaced as a whole, through links and with its
+            permissions, or stays if something fails. Several may save to it at once.
 
     Raises:
         ImportError: safetensors is not installed.
+        OSError: the file cannot be written: a full disk, no permission, no regular file.
         ValueError: tensors that are sharded, sparse or on the meta device; data-parallel wrappers;
             extra state; parametrizations that no file can name. Nothing was written then.
 
@@ -282,7 +284,7 @@ def load_factorized(model: M, path: FilePath) -> M:
 
     Raises:
         ImportError: safetensors is not installed.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a folder, a pipe or a device.
         ValueError: not such a file, or one of a later version; names, shapes, dtypes or ties that
             differ; weights that cannot be factorized; a buffer on the meta device that no file
             holds. Nothing was changed then.

@@ -5,9 +5,11 @@ import os
 import resource
 import signal
 import socket
+import tempfile
 import threading
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,25 +172,51 @@ def test_names_that_the_system_has_not_are_its_errors(tmp_path, monkeypatch, nam
     assert _names(tmp_path) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.fixture
+def anyones():
+    """A folder that every user can reach and write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to become another user"
+)
+
+
+@needs_root
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_may_not_be_written_is_refused(tmp_path, what):
+def test_what_may_not_be_written_is_refused(anyones, what):
     """A folder without permission, and a file without, though its folder has it."""
-    (tmp_path / "model").write_text("precious")
-    (tmp_path / "model").chmod(0o444 if what == "file" else 0o666)
-    tmp_path.chmod(0o555 if what == "folder" else 0o777)
-    for above in tmp_path.parents[:3]:
-        above.chmod(0o755)
+    (anyones / "model").write_text("precious")
+    (anyones / "model").chmod(0o444 if what == "file" else 0o666)
+    anyones.chmod(0o555 if what == "folder" else 0o777)
 
     def act():
         os.setuid(65534)
         with pytest.raises(PermissionError, match="model'"):
-            _write(tmp_path / "model")
+            _write(anyones / "model")
 
     assert _in_a_child(act) == 0
-    assert (tmp_path / "model").read_text() == "precious"
-    assert _names(tmp_path) == ["model"]
+    assert (anyones / "model").read_text() == "precious"
+    assert _names(anyones) == ["model"]
+
+
+@needs_root
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_that_its_owner_cannot_read(anyones, write):
+    """As the umask wants it."""
+
+    def act():
+        os.setuid(65534)
+        os.umask(0o777)
+        write(anyones / "model", {"w": torch.ones(3)})
+
+    assert _in_a_child(act) == 0
+    assert (anyones / "model").stat().st_mode & 0o777 == 0
 
 
 def _in_a_child(act):

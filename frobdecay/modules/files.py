@@ -61,12 +61,13 @@ def replacing(path: FilePath) -> Iterator[Path]:
         with _own_folder(target.parent) as (folder, mode):
             temporary = folder / target.name
             yield temporary
+            temporary.chmod(0o600)  # some umasks would keep us out
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             if old is not None and hasattr(os, "chown"):
                 with suppress(PermissionError):
                     os.chown(temporary, old.st_uid, old.st_gid)
             temporary.chmod(stat.S_IMODE(mode if old is None else old.st_mode))
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
             os.replace(temporary, target)
         with suppress(OSError):  # not every system can
             _sync(target.parent)
@@ -128,12 +129,14 @@ def _own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
     """A folder for one save and the mode of new files; see Note [a folder for each save]."""
     _clean(parent)
     made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
-    with made as name, Path(name, "unlocked").open("wb") as lock:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.rename(lock.name, Path(name, _LOCK))
-        yield Path(name), os.fstat(lock.fileno()).st_mode
+    with made as name:
+        os.chmod(name, 0o700)  # whatever the umask
+        with Path(name, "unlocked").open("wb") as lock:
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.rename(lock.name, Path(name, _LOCK))
+            yield Path(name), os.fstat(lock.fileno()).st_mode
 
 
 def _clean(parent: Path) -> None:
