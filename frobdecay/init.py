@@ -28,7 +28,7 @@ from torch import Tensor
 
 from frobdecay.chain import full_precision
 from frobdecay.scaling import BLOCK, Unit, check_weight, root_mean_square
-from frobdecay.svd import resolution, sketched_svd, truncated_svd
+from frobdecay.svd import Triples, resolution, sketched_svd, truncated_svd
 
 __all__ = [
     "INITS",
@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 Rank = int | float
-Triples = tuple[Tensor, Tensor, Tensor]
 Init = Callable[..., tuple[Tensor, ...]]
 """``init(weight, rank, *, depth)`` -> (U, M₁ … M_depth, V) for weight (*batch, m, n)."""
 
@@ -136,19 +135,27 @@ def _decomposed(
     *batch, m, n = weight.shape
     r = resolve_rank(rank, m, n)
     check_depth(depth)
-    weight = weight.detach()
-    U, V = weight.new_empty(*batch, m, r), weight.new_empty(*batch, n, r)
-    matrices = weight.reshape(-1, m, n)
+    matrices = weight.detach().reshape(-1, m, n)
     count = max(1, BLOCK // (m * n))
+    parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]
     with full_precision(weight.device.type):
-        for start in range(0, len(matrices), count):
-            some = slice(start, start + count)
-            unit = Unit(matrices[some] if batch else weight)
-            ends = split_evenly(*decompose(unit, r), r, resolution(weight.dtype))
-            for whole, end in zip((U, V), ends, strict=True):
-                whole.view(-1, *whole.shape[-2:])[some] = unit.shared_(end)
-            del ends, end  # or the next ones would be made beside them
-    return with_inner(U, V, depth)
+        if not batch:
+            return with_inner(*_ends(weight.detach(), r, decompose), depth)
+        U, V = weight.new_empty(len(matrices), m, r), weight.new_empty(len(matrices), n, r)
+        places = zip(torch.split(U, count), torch.split(V, count), strict=True)
+        for part, place in zip(parts, places, strict=True):
+            for whole, end in zip(place, _ends(part, r, decompose), strict=True):
+                whole.copy_(end)
+    return with_inner(U.view(*batch, m, r), V.view(*batch, n, r), depth)
+
+
+def _ends(
+    weight: Tensor, r: int, decompose: Callable[[Unit, int], Triples]
+) -> tuple[Tensor, Tensor]:
+    """U and V of a matrix or of a few."""
+    unit = Unit(weight)
+    left, right = split_evenly(*decompose(unit, r), r, resolution(weight.dtype))
+    return unit.shared_(left).to(weight.dtype), unit.shared_(right).to(weight.dtype)
 
 
 def split_evenly(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple[Tensor, Tensor]:
@@ -167,7 +174,7 @@ def split_evenly(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple
     spread = [
         torch.stack(
             [
-                x[i] if k == r else x[i, :, :k] @ orthonormal_rows(k, r, x)
+                x[i] if k == r else x[i, :, :k].to(s.dtype) @ orthonormal_rows(k, r, s)
                 for i, k in enumerate(counts)
             ]
         )

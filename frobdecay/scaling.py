@@ -179,7 +179,7 @@ class Unit:
         """Which rows are a block."""
         *batch, m, n = self.shape
         # Products with a block have to read or write n×n numbers: not for a few rows.
-        step = max(1, BLOCK // (prod(batch) * n), n // 16)
+        step = max(1, BLOCK // (prod(batch) * n), min(m, n) // 16)
         yield from (slice(start, min(start + step, m)) for start in range(0, m, step))
 
     def shared_(self, factor: Tensor) -> Tensor:
@@ -229,17 +229,15 @@ def relative_distance(dense: Tensor, factors: Sequence[Tensor]) -> float:
     """
     work = torch.promote_types(dense.dtype, torch.float32)
     exponent = exponents(dense, range(dense.ndim), 2)
-    if len(factors) == 1:
-        left, right = factors[0], None
-    else:
-        U, *inner, V = (factor.detach().to(work) for factor in factors)
-        left, right = times_power(U, -exponent >> 1), times_power(V, -exponent >> 1).mT
-        for M in inner:
-            left = left @ M
+    U, *inner = (factor.detach() for factor in factors)
+    power = -exponent >> bool(inner)  # half of it for U, half for V
+    if inner:
+        inner[-1] = times_power(inner[-1].to(work), power).mT
     lost = total = 0.0
     for rows, block in Unit(dense, exponent).blocks(work):
-        near = left[..., rows, :]
-        near = times_power(near.to(work), -exponent) if right is None else near @ right
+        near = times_power(U[..., rows, :].to(work), power)
+        for factor in inner:
+            near = near @ factor.to(work)
         pair = (x.reshape(-1).to(work_dtype(x)) for x in (block, block - near))
         sizes = torch.stack([_square(x) for x in pair])
         total, lost = total + float(sizes[0]), lost + float(sizes[1])

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from frobdecay.scaling import Unit, work_dtype
 
-__all__ = ["gram", "resolution", "sketched_svd", "truncated_svd"]
+__all__ = ["Triples", "gram", "resolution", "sketched_svd", "truncated_svd"]
+
+Triples = tuple[Tensor, Tensor, Tensor]
+"""P (*batch, m, k), the singular values (*batch, k) and Q (*batch, n, k)."""
 
 OVERSAMPLED, POWERS = 10, 2
 """More columns of a sketch than the rank, and power iterations, as Halko et al. advise."""
 
 
-def truncated_svd(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading min(r, m, n) singular triples, P S Qᵀ, in float64.
+def truncated_svd(unit: Unit, r: int) -> Triples:
+    """The leading min(r, m, n) singular triples, P S Qᵀ, in float64 but for a float32 P or Q.
 
     The smaller Gram's eigenvectors give the truncated decomposition at a fraction of an SVD's
     time. They resolve singular values down to √eps₆₄ ≈ 1e-8 of the largest, which is finer than
@@ -45,24 +48,29 @@ def gram(unit: Unit, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _leading(gram: Tensor, r: int) -> Tensor:
-    """The last r eigenvectors, largest first; in the memory of the Gram, which is lost."""
+def _leading(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The r largest eigenvalues and their vectors, found in the memory of the Gram."""
     vectors = gram.mT  # as LAPACK wants it; a Gram is symmetric
     values = gram.new_empty(gram.shape[:-1])
     torch.linalg.eigh(vectors, out=(values, vectors))
-    return vectors[..., max(0, gram.shape[-1] - r) :].flip(-1)
+    last = slice(max(0, gram.shape[-1] - r), None)
+    return values[..., last].flip(-1), vectors[..., last].flip(-1)
 
 
-def _in_float64(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _in_float64(unit: Unit, r: int) -> Triples:
     """Triples from the eigenvectors of the Gram."""
-    q = _leading(gram(unit, work := work_dtype(unit.weight)), r)
-    p = q.new_empty(*unit.shape[:-1], q.shape[-1])
+    _, q = _leading(gram(unit, work := work_dtype(unit.weight)), r)
+    p = q.new_empty(*unit.shape[:-1], q.shape[-1], dtype=torch.float32)
+    squares = q.new_zeros(*unit.shape[:-2], q.shape[-1])
     for rows, block in unit.blocks(work):
-        p[..., rows, :] = block @ q
-    return *_normalized(p), q
+        image = block @ q
+        squares += image.square().sum(-2)
+        p[..., rows, :] = image
+    s = squares.sqrt()
+    return p.div_(_above_zero(s)), s, q
 
 
-def _in_float32(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _in_float32(unit: Unit, r: int) -> Triples | None:
     """The same in half of the time, or None where it could be less exact.
 
     Note [float32 subspace]. Rounding moves the Gram by a share of eps₃₂ of its largest
@@ -73,23 +81,45 @@ def _in_float32(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor] | None:
     *batch, m, n = unit.shape
     if 2 * r > n or unit.weight.device.type != "cpu" or not _multiplies_in_float32():
         return None
-    basis = _leading(gram(unit, torch.float32), r)
-    wide = torch.float64
-    image, squares = basis.new_empty(*batch, m, r, dtype=wide), basis.new_zeros(batch, dtype=wide)
+    _, basis = _leading(gram(unit, torch.float32), r)
+    p, wide = basis.new_empty(*batch, m, r), torch.float64
+    inner, total = basis.new_zeros(*batch, r, r, dtype=wide), basis.new_zeros(batch, dtype=wide)
     for rows, block in unit.blocks(torch.float32):
-        image[..., rows, :] = block @ basis
-        squares += torch.linalg.vector_norm(block, dim=(-2, -1), dtype=wide).square()
-    basis = basis.double()
-    # One step of Newton's: orthonormal to eps₃₂², for which float64 has room.
-    polish = torch.eye(r, dtype=wide, device="cpu").mul(1.5) - 0.5 * (basis.mT @ basis)
-    rotation = torch.linalg.eigh(polish.mT @ (image.mT @ image) @ polish).eigenvectors.flip(-1)
-    turn = polish @ rotation
+        image = (block @ basis).double()
+        inner += image.mT @ image
+        total += torch.linalg.vector_norm(block, dim=(-2, -1), dtype=wide).square()
+        p[..., rows, :] = image
+    turn, squares = _turn(basis, inner)
+    lost = r * torch.finfo(torch.float32).eps * squares[..., 0]
+    if not bool((lost <= 1e-5 * (total - squares.sum(-1))).all()):
+        return None
+    s = squares.sqrt()
+    q = basis.double() @ turn
+    turn.div_(_above_zero(s))
     for rows in unit.rows():
-        image[..., rows, :] = image[..., rows, :] @ turn
-    p, s = _normalized(image)
-    lost = r * torch.finfo(torch.float32).eps * s[..., 0].square()
-    exact = lost <= 1e-5 * (squares - s.square().sum(-1))
-    return (p, s, basis @ turn) if bool(exact.all()) else None
+        p[..., rows, :] = p[..., rows, :].double() @ turn
+    return p, s, q
+
+
+def _turn(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """T (r×r) with which B T has the leading singular vectors for columns, and σ².
+
+    Args:
+        basis: B (n×r), orthonormal to eps₃₂.
+        inner: (WB)ᵀWB.
+    """
+    wide = basis.to(inner.dtype)
+    # One step of Newton's, 3/2 − BᵀB/2: orthonormal to eps₃₂², for which float64 has room.
+    polish = (wide.mT @ wide).mul_(-0.5)
+    polish.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    del wide
+    squares, vectors = _leading(polish.mT @ inner @ polish, basis.shape[-1])
+    return polish @ vectors, squares.clamp_min(0)
+
+
+def _above_zero(s: Tensor) -> Tensor:
+    """Norms of columns that one may divide by."""
+    return s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2)
 
 
 def _multiplies_in_float32() -> bool:
@@ -98,18 +128,12 @@ def _multiplies_in_float32() -> bool:
     return precision in ("none", "ieee")
 
 
-def _normalized(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of norm 1, in place, and the norms."""
-    s = torch.linalg.vector_norm(p, dim=-2)
-    return p.div_(s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2)), s
-
-
 def resolution(dtype: torch.dtype) -> float:
     """The share of the largest singular value below which there is only rounding."""
     return 1e-14 if dtype == torch.float64 else 1e-8
 
 
-def sketched_svd(unit: Unit, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def sketched_svd(unit: Unit, r: int) -> Triples:
     """The leading singular triples of the weight's projection on what a sketch spans."""
     work, device = torch.promote_types(unit.weight.dtype, torch.float32), unit.weight.device
     *batch, m, n = unit.shape

@@ -1,7 +1,9 @@
 """Weights of any magnitude and length: powers of two, norms, errors, every initialization."""
 
+import collections
 import functools
 import math
+import weakref
 
 import pytest
 import torch
@@ -272,3 +274,53 @@ def test_balancing_at_every_magnitude(powers):
     left, right = times_power(U, half), times_power(V, half)
     assert torch.allclose(left @ right.T, wanted, rtol=1e-9)
     assert torch.allclose(left.T @ left, right.T @ right, rtol=1e-9)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """How many bytes all tensors that operations return take at once, at the most."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.counts, self.now, self.peak = collections.Counter(), 0, 0
+        for tensor in before:
+            self._watch(tensor)
+
+    def _watch(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self.now += 0 if self.counts[key] else size
+        self.counts[key] += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.counts[key] -= 1
+        self.now -= 0 if self.counts[key] else size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Call, and count what comes out."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor)
+        return out
+
+
+@pytest.mark.parametrize("steep", [False, True], ids=["flat", "steep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(512, 128), (128, 512)], ids=str)
+def test_the_peak_is_three_weights_and_a_gram(shape, dtype, steep, monkeypatch):
+    """By either route, of a weight that is far longer than wide, in blocks that are small to it."""
+    monkeypatch.setattr(scaling, "BLOCK", 1 << 10)
+    falling = 10.0 ** -(6 * torch.arange(shape[1]) / shape[1])
+    layer = nn.Linear(*reversed(shape), bias=False)
+    W = torch.randn(shape) * (falling if steep else 1.0)
+    layer.weight = nn.Parameter(W.to(dtype))
+    dense = layer.weight.data
+    size, gram = dense.numel() * dense.itemsize, 4 * min(shape) ** 2
+    with Live(dense) as live:
+        factorize(layer, rank=32)
+    assert size < live.peak <= 3 * size + gram
