@@ -7,7 +7,7 @@
 
 Every row adds λ·∇½‖W‖² of all products of a model to gradients that exist already. Compared are
 
-    automatic, bucketed, …      frobdecay.accumulate.Accumulator, by backend
+    automatic, bucketed, …      frobdecay.add_penalty_grad_, by backend
     released formulas           a loop over layers, VT stored r×n, each product of three in its
                                 cheaper order, ``grad += coef * …``
     … by multi_dot              the same, the order left to torch.linalg.multi_dot
@@ -15,13 +15,15 @@ Every row adds λ·∇½‖W‖² of all products of a model to gradients that e
     autograd, Gram              frobdecay.penalty added to the loss
     weight decay                of each factor, by torch._foreach_add_: what SGD does anyhow
 
-in turns, within one run, beside the machine's limits: the rate of a large matrix product, and the
+and, for a whole ResNet, the step of torch's SGD and of the same SGD in FrobeniusDecay; all in
+turns, within one run, beside the machine's limits: the rate of a large matrix product, and the
 bandwidth of a copy, where factors count as read once, gradients as read and written once.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,11 +31,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.cases import CASES, Case, choose, stack
+from benchmarks.cases import CASES, FRACTION, Case, choose, stack
 from benchmarks.measure import Report, Target, Timing
-from frobdecay.accumulate import Accumulator
+from benchmarks.models import resnet
+from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.backends import BACKENDS
+from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import Product, penalty
+from frobdecay.registry import factorize
 
 __all__ = ["main"]
 
@@ -46,8 +51,8 @@ GEMM, COPY = "GEMM", "copy"
 
 PROMISED: dict[str, dict[str, dict[str, float]]] = {
     "cpu": {
-        "resnet32": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 5},
-        "resnet110": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 5},
+        "resnet32": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 8},
+        "resnet110": {RELEASED: 0.45, FORMED: 0.2, "µs per product": 8},
         "bert": {RELEASED: 0.8, FORMED: 0.2, GEMM: 0.75},
         "lora": {RELEASED: 0.7, FORMED: 0.2, COPY: 0.75},
     },
@@ -58,6 +63,11 @@ PROMISED: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 """device -> case -> what -> limit: ratios of time to a baseline, shares of a limit, µs."""
+
+STEPS: dict[str, int] = {"resnet110": 110}
+"""Cases whose model's optimizer step is timed, too: the depth of the ResNet."""
+STEP_RATIO = 1.25
+PLAIN_STEP, WRAPPED_STEP = "SGD.step(), weight decay", "SGD.step() in FrobeniusDecay"
 
 GEMM_SIZE, COPY_BYTES = 2048, 1 << 28
 LARGE = 1 << 22
@@ -78,8 +88,12 @@ class Suite:
         self.case, self.device = case, device
         self.pairs = case.factors(device)
         self.grads = [(torch.zeros_like(U), torch.zeros_like(V)) for U, V in self.pairs]
-        self.products = [Product.of(U, V) for U, V in self.pairs]
-        self.coefs = [[COEF, COEF]] * len(self.pairs)
+        self.products = []
+        for pair, grads in zip(self.pairs, self.grads, strict=True):
+            leaves = [tensor.detach().requires_grad_() for tensor in pair]
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf.grad = grad
+            self.products.append(Product.of(*leaves))
         self.refused: dict[str, str] = {}
         self.share: dict[str, float] = {}  # of the products, where not all are measured
 
@@ -98,9 +112,8 @@ class Suite:
         return runs
 
     def backend(self, name: str | None) -> Run:
-        """One backend, planned."""
-        accumulator = Accumulator(self.products, name)
-        return lambda: accumulator.accumulate(self.grads, self.coefs)
+        """One backend, by the function that users call."""
+        return lambda: add_penalty_grad_(self.products, COEF, backend=name)
 
     def baselines(self, compile_: bool) -> dict[str, Run]:
         """What a user would otherwise do."""
@@ -246,6 +259,28 @@ def _shares(case: Case, times: dict[str, float]) -> dict[str, float]:
     return {**least, "roofline": max(least.values())}
 
 
+def _steps(name: str, device: torch.device, options: Any) -> tuple[list[dict[str, Any]], Target]:
+    """The step of an optimizer with its weight decay, and wrapped."""
+    model = resnet(STEPS[name])
+    factorize(model, rank=FRACTION, exclude=["conv1", "fc"])
+    runs = {}
+    for key in (PLAIN_STEP, WRAPPED_STEP):
+        own = copy.deepcopy(model).to(device)
+        for param in own.parameters():
+            param.grad = torch.randn_like(param) * 1e-3
+        sgd = torch.optim.SGD(own.parameters(), lr=1e-3, momentum=0.9, weight_decay=COEF)
+        runs[key] = (sgd if key == PLAIN_STEP else FrobeniusDecay(sgd, own)).step
+    timings = measure.interleave(runs, device, seconds=options.seconds)
+    ms = {key: timing.ms for key, timing in timings.items()}
+    rows = [
+        {"": key, "ms": timing.ms, "quartiles": _quartiles(timing, 1.0)}
+        | {"÷ plain": timing.ms / ms[PLAIN_STEP]}
+        for key, timing in timings.items()
+    ]
+    ratio = ms[WRAPPED_STEP] / ms[PLAIN_STEP]
+    return rows, Target(f"{name}, wrapped SGD step ÷ plain", ratio, STEP_RATIO)
+
+
 def _targets(
     name: str,
     case: Case,
@@ -358,6 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report.table(f"{case.title}: {len(case.pairs)} products", rows)
         report.targets += targets
         report.note(name, notes)
+        if name in STEPS:
+            rows, target = _steps(name, device, options)
+            report.table(f"ResNet-{STEPS[name]}, all parameters", rows)
+            report.targets.append(target)
     return report.close(options)
 
 

@@ -226,8 +226,9 @@ def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
             f"{product.name}: expected a chain of factors, got structure {product.structure.name}, "
             "which has no bonds"
         )
-    with full_precision(product.params[0].device.type):
-        return chain_grams(accumulable(product.views()), product.batch)
+    views = product.views()
+    with full_precision(views[0].device.type):
+        return chain_grams(accumulable(views), product.batch)
 
 
 def squared_norm(product: Product) -> Tensor:
@@ -238,8 +239,9 @@ def squared_norm(product: Product) -> Tensor:
     Returns:
         A tensor without dimensions, at least float32.
     """
-    with full_precision(product.params[0].device.type):
-        norm = product.structure.squared_norm(product.views(), product.batch)
+    views = product.views()
+    with full_precision(views[0].device.type):
+        norm = product.structure.squared_norm(views, product.batch)
         return norm * product.scale**2
 
 
@@ -329,6 +331,8 @@ def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
     if not found:
         raise ValueError("expected at least one product, got none: factorize the model first")
     check_coefficient(coef, "coef")
+    if isinstance(coef, Tensor):
+        coef = coef.reshape(())
     total = squared_norm(found[0])
     for product in found[1:]:
         total = total + squared_norm(product)
