@@ -37,6 +37,7 @@ __all__ = [
     "chain_gradients",
     "chain_grams",
     "chain_materialize",
+    "chain_sharpness",
     "chain_squared_norm",
     "common_dtype",
     "contraction_plan",
@@ -247,6 +248,17 @@ def _gram_gradients(
         None if coef is None else gram_gradient(left, view, right, coef)
         for left, view, right, coef in around
     ]
+
+
+def chain_sharpness(views: Sequence[Tensor], batch: int) -> Tensor:
+    """The largest eigenvalue of C ↦ L C R over all factors C: by how much a gradient scales one."""
+    lefts, rights = chain_grams(views, batch)
+    left, right = (
+        [torch.linalg.eigvalsh(gram)[..., -1] for gram in grams] for grams in (lefts, rights)
+    )
+    one = torch.ones_like(left[0])
+    pairs = zip([one, *left], [*right, one], strict=True)
+    return torch.stack([a * b for a, b in pairs]).max()
 
 
 def gram_gradient(

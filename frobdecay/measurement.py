@@ -9,6 +9,7 @@ For a product W = U M Vᵀ with singular values σ:
     stable_rank     ‖W‖_F² / σ₁²         directions in use
     rank            directions above rounding
     effective_step  lr / ‖W‖_F²          the step on W/‖W‖_F, if a normalization follows the layer
+    decay_step      lr·λ·max‖G‖₂         of the factors' Grams G; lr·λ·σ₁ where they are balanced
 
 (Khodak et al., ICLR 2021, arXiv:2105.01029, section 3.) W itself is never formed, see
 Note [spectrum].
@@ -26,9 +27,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from frobdecay.chain import chain_sharpness
 from frobdecay.product import Product, as_products, product_norm
 from frobdecay.scaling import work_dtype
 from frobdecay.structures import CHAIN
+from frobdecay.wrapper.rates import DECAY
 
 __all__ = ["QUANTITIES", "LearningRate", "Measurement", "ProductMeasurement", "measure", "total"]
 
@@ -58,6 +61,7 @@ _TOTALS: dict[str, Callable[[Sequence[float]], float]] = {
 }
 
 QUANTITIES = tuple(_TOTALS)
+_TOTALS["decay_step"] = _largest  # of an optimizer that decays products only
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,8 @@ class ProductMeasurement:
             that is no chain (Tucker, CP) has no singular values: what needs them is NaN, and
             ``rank`` is the smallest inner size.
         effective_step: lr / ‖W‖_F², None where no lr was given.
+        decay_step: what a step of decay multiplies a factor by, at most; from 2 it grows (with
+            decoupled decay, or SGD). None unless the optimizer that was given has a λ.
     """
 
     name: str
@@ -90,6 +96,7 @@ class ProductMeasurement:
     stable_rank: float
     rank: int
     effective_step: float | None
+    decay_step: float | None = None
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
         """Return the numbers as ``{prefix + quantity: value}``, the effective step if known.
@@ -97,7 +104,7 @@ class ProductMeasurement:
         Args:
             prefix: put before every key as it is.
         """
-        found = {quantity: getattr(self, quantity) for quantity in QUANTITIES}
+        found = {quantity: getattr(self, quantity) for quantity in _TOTALS}
         return {prefix + key: float(value) for key, value in found.items() if value is not None}
 
 
@@ -160,11 +167,14 @@ class Measurement:
         return out
 
     def __str__(self) -> str:
-        rows = [["product", "shape", *QUANTITIES]]
+        shown = QUANTITIES
+        if any(product.decay_step is not None for product in self):
+            shown = (*QUANTITIES, "decay_step")
+        rows = [["product", "shape", *shown]]
         for product in self:
-            cells = [product.as_dict().get(quantity, nan) for quantity in QUANTITIES]
+            cells = [product.as_dict().get(quantity, nan) for quantity in shown]
             rows.append([product.name, "×".join(map(str, product.shape)), *map(_cell, cells)])
-        rows.append([f"all {len(self)}", "", *(_cell(self.total(q)) for q in QUANTITIES)])
+        rows.append([f"all {len(self)}", "", *(_cell(self.total(q)) for q in shown)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(_line(row, widths) for row in rows)
 
@@ -203,7 +213,7 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
         raise ValueError(f"expected products with names that differ, got {twice} more than once")
     rates = _rates(found, lr)
     with torch.no_grad():
-        return Measurement(tuple(map(_measure, found, rates)))
+        return Measurement(tuple(map(_measure, found, rates, _decays(found, lr))))
 
 
 def total(quantity: str, values: Sequence[float]) -> float:
@@ -233,6 +243,18 @@ def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float |
             )
         rates.append(fmean(found))
     return rates
+
+
+def _decays(products: Sequence[Product], lr: LearningRate | None) -> list[float | None]:
+    """The largest lr·λ of each product's factors, in an optimizer that decays products."""
+    groups = lr.param_groups if isinstance(lr, Optimizer) else []
+    held = {
+        id(p): float(group["lr"]) * float(group[DECAY])
+        for group in groups
+        if DECAY in group
+        for p in group["params"]
+    }
+    return [max((held[id(p)] for p in q.params if id(p) in held), default=None) for q in products]
 
 
 # Note [spectrum]
@@ -293,11 +315,13 @@ def _effective_step(rate: float | None, square: float) -> float | None:
     return None if rate is None else rate / square if square else rate * inf
 
 
-def _measure(product: Product, rate: float | None) -> ProductMeasurement:
-    return (_measure_chain if product.structure == CHAIN else _measure_other)(product, rate)
+def _measure(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
+    if product.structure == CHAIN:
+        return _measure_chain(product, rate, decay)
+    return _measure_other(product, rate, decay)
 
 
-def _measure_other(product: Product, rate: float | None) -> ProductMeasurement:
+def _measure_other(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
     """What holds for every structure: norm, bound, effective step."""
     norm = float(product_norm(product))
     sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in product.views()]
@@ -312,17 +336,19 @@ def _measure_other(product: Product, rate: float | None) -> ProductMeasurement:
         stable_rank=nan,
         rank=product.rank,
         effective_step=_effective_step(rate, norm**2),
+        decay_step=None if decay is None else nan,
     )
 
 
-def _measure_chain(product: Product, rate: float | None) -> ProductMeasurement:
+def _measure_chain(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
     factors, batch, scale = _triangles(product), product.batch, abs(product.scale)
     if all(bool(factor.isfinite().all()) for factor in factors):
         spectrum = scale * _spectrum(factors, batch)
         imbalance = _imbalance(factors, batch)
+        sharpness = scale**2 * float(chain_sharpness(factors, batch))
     else:  # LAPACK raises on NaN; a record of a run that diverged should not
         spectrum = factors[0].new_full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
-        imbalance = nan
+        imbalance = sharpness = nan
     square, top = float(spectrum.square().sum()), float(spectrum.max())
     return ProductMeasurement(
         name=product.name,
@@ -335,6 +361,7 @@ def _measure_chain(product: Product, rate: float | None) -> ProductMeasurement:
         stable_rank=square / top**2 if top else 0.0,
         rank=_rank(product, spectrum),
         effective_step=_effective_step(rate, square),
+        decay_step=None if decay is None else decay * sharpness,
     )
 
 

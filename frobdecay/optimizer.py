@@ -26,12 +26,18 @@ from frobdecay.wrapper.checks import (
     plan_groups,
     plan_wrapping,
 )
-from frobdecay.wrapper.conventions import convention, ignores_the_loss, reads_the_parameter
+from frobdecay.wrapper.conventions import (
+    convention,
+    ignores_the_loss,
+    is_plain_descent,
+    reads_the_parameter,
+)
 from frobdecay.wrapper.decay import Decay, Increments, PenalizedClosure
 from frobdecay.wrapper.param_groups import adapt_plain, is_plain
 from frobdecay.wrapper.proxy import OptimizerProxy
-from frobdecay.wrapper.rates import Group, Rate, is_zero, rate_of
+from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value, rate_of
 from frobdecay.wrapper.rounding import StochasticRounder
+from frobdecay.wrapper.stability import Watch
 
 __all__ = ["FrobeniusDecay"]
 
@@ -124,6 +130,7 @@ class FrobeniusDecay(OptimizerProxy):
         self._backend = backend
         self._layout = layout
         self._rounder = StochasticRounder()
+        self._watch = Watch()
         self._model = None if model is None else weakref.ref(model)
         self._version = version
 
@@ -176,6 +183,8 @@ class FrobeniusDecay(OptimizerProxy):
         rates = self._rates()
         step = _Step(() if closure is None else (closure,), None)
         if any(rate is not None for rate in rates):
+            engine = self._engine
+            self._watch.look(engine.products, lambda: engine.of_products(self._sizes(rates)))
             step = self._add_decay(closure, rates)
         for name in _AMP:  # hand on what GradScaler said
             if name in self.__dict__:
@@ -231,6 +240,16 @@ class FrobeniusDecay(OptimizerProxy):
             if g in holding
             else None
             for g, group in enumerate(groups)
+        ]
+
+    def _sizes(self, rates: list[Rate | None]) -> list[Coefficient | None]:
+        """lr·λ of every group, where that is what a step of decay multiplies gradients by."""
+        plain = is_plain_descent(self._base)
+        return [
+            known_value(group["lr"]) * known_value(group[DECAY])
+            if rate is not None and (rate.decoupled or plain)
+            else None
+            for group, rate in zip(self.param_groups, rates, strict=True)
         ]
 
     def _is_decoupled(self, group: Group) -> bool:
@@ -344,6 +363,7 @@ class FrobeniusDecay(OptimizerProxy):
         super().__init__(state["_base"])
         self.__dict__.update(state)
         self._engine = Decay(products, self._backend)
+        self._watch = Watch()
         self._model = None
         self._version = VERSION.value
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from optim_cases import Net, assert_identical, torch_table, train, values
 from torch import nn, optim
 
+from frobdecay.diagnostics import measure
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import Factor, Product, gradients, penalty
 
@@ -485,3 +487,60 @@ def test_train_and_eval_are_there_if_the_base_has_them(name):
     assert not hasattr(wrapped, name)
     setattr(wrapped.optimizer, name, lambda: name)
     assert getattr(wrapped, name)() == name
+
+
+# --- decay that overshoots ----------------------------------------------------------------------
+
+BASES = {
+    "SGD": (lambda params, lr: torch.optim.SGD(params, lr=lr, weight_decay=1.0), True),
+    "AdamW": (lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=1.0), True),
+    "Adam": (lambda params, lr: torch.optim.Adam(params, lr=lr, weight_decay=1.0), False),
+}
+
+
+def balanced(top, scale=1.0, dtype=torch.float64):
+    """A balanced pair whose largest singular value is ``top``."""
+    U, V = (torch.linalg.qr(torch.randn(n, 3, dtype=torch.float64))[0] for n in (7, 5))
+    roots = torch.tensor([top / scale, 0.1, 0.1], dtype=torch.float64).sqrt()
+    pair = [torch.nn.Parameter((factor * roots).to(dtype)) for factor in (U, V)]
+    for param in pair:
+        param.grad = torch.zeros_like(param)
+    return Product.of(*pair, name="fc.weight", scale=scale)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_step_that_overshoots_warns_once(base, scale, lr):
+    """From lr·λ·scale·σ₁ = 2, where decay makes a factor grow; only where steps have that scale."""
+    make, warns = BASES[base]
+    for top, stable in ((19.0 / scale, True), (21.0 / scale, False)):
+        product = balanced(top, scale)
+        optimizer = FrobeniusDecay(make(list(product.params), copy.deepcopy(lr)), product)
+        (measured,) = measure(product, optimizer)
+        assert measured.decay_step == pytest.approx(0.1 * scale * top, rel=1e-6)
+        before = float(product.params[0].detach().norm())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                for param in product.params:
+                    param.grad.zero_()
+                optimizer.step()
+        found = [str(one.message) for one in caught if "fc.weight" in str(one.message)]
+        assert len(found) == (warns and not stable)
+        if warns:
+            assert (float(product.params[0].detach().norm()) < before) == stable
+
+
+def test_a_norm_that_is_large_for_many_small_values_is_no_warning():
+    """Where the bound says 2 or more, the largest eigenvalue decides."""
+    product = Product.of(*(torch.nn.Parameter(torch.eye(30, 25)) for _ in range(2)))
+    for param in product.params:
+        param.grad = torch.zeros_like(param)
+    optimizer = FrobeniusDecay(torch.optim.SGD(product.params, lr=0.1, weight_decay=1.0), product)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert measure(product, optimizer)["product"].decay_step < 0.2
+    assert "decay_step" in str(measure(product, optimizer))
+    assert "decay_step" not in str(measure(product))

@@ -35,8 +35,8 @@ LAYERS = [
     | {"modules.unrolling", "plan", "ranks", "providers.attention", "registry", "merging"}
     | {"providers.lora"},
     {"wrapper.proxy", "wrapper.rates", "wrapper.param_groups", "wrapper.rounding"}
-    | {"wrapper.decay", "wrapper.conventions", "wrapper.checks", "optimizer"}
-    | {"groups", "factory", "flambe"},
+    | {"wrapper.decay", "wrapper.conventions", "wrapper.checks", "wrapper.stability"}
+    | {"optimizer", "groups", "factory", "flambe"},
     {"measurement", "diagnostics"},
     {"cli.reading", "cli.inspecting", "cli.merging", "cli.main", "__main__"},
     {"__init__"},

@@ -19,6 +19,7 @@ __all__ = [
     "Convention",
     "convention",
     "ignores_the_loss",
+    "is_plain_descent",
     "reads_the_parameter",
     "refusal",
     "refusal_of_decoupled",
@@ -117,6 +118,11 @@ def ignores_the_loss(optimizer: Optimizer) -> bool:
     """Whether it is known that a closure's return value is only handed through."""
     known = _known(type(optimizer))
     return known is not None and known[0] == "torch" and known[1] != "LBFGS"
+
+
+def is_plain_descent(optimizer: Optimizer) -> bool:
+    """Whether it is known that a step is lr times the gradient, but for momentum."""
+    return _known(type(optimizer)) == ("torch", "SGD")
 
 
 def reads_the_parameter(optimizer: Optimizer) -> bool:

@@ -126,6 +126,15 @@ class Decay:
         self._repeated = {key for key, count in times.items() if count > 1}
         self._holding = {g for g, _ in self._places}
 
+    def of_products(self, sizes: Sequence[Coefficient | None]) -> list[Coefficient | None]:
+        """Of numbers that groups have, the one for each product; the largest, if they are known."""
+        found: list[Coefficient | None] = []
+        for groups in self.accumulator.rows(self._groups_of):
+            own = [sizes[g] for g in groups if g is not None and sizes[g] is not None]
+            numbers = [size for size in own if not isinstance(size, Tensor)]
+            found.append(max(numbers) if numbers else own[0] if own else None)
+        return found
+
     def _due(self, rates: Sequence[Rate | None]) -> list[Rate | None]:
         """What is asked of each factor."""
         return [

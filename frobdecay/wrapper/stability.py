@@ -1,0 +1,117 @@
+"""A warning where decay does not shrink but overshoots.
+
+A step of decay multiplies a factor by I − lr·λ·G, with G the Gram of the others: of a pair, U by
+I − lr·λ·VᵀV. Where an eigenvalue of lr·λ·G is 2 or more, the factor grows from step to step with
+its sign turning. In a balanced pair the largest one is lr·λ·σ₁, with σ₁ that of W. So it is with
+decoupled decay and with SGD; what other optimizers make of a coupled gradient has another scale.
+
+Looking costs little and waits for no accelerator: the product of the other factors' squared norms
+is above every eigenvalue, and is looked at rarely, where it has arrived on the host. Only where it
+says 2 or more are the Grams themselves formed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from math import isfinite, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frobdecay.chain import Coefficient, accumulable, chain_sharpness, common_dtype, full_precision
+from frobdecay.product import Product, is_sharded
+from frobdecay.structures import CHAIN
+
+__all__ = ["Watch"]
+
+_Known = tuple[Product, Coefficient]
+
+_LIMIT = 2.0
+_EVERY = 64
+
+
+class Watch:
+    """Looks at the size of decay steps, at the first ones and now and then, and warns once."""
+
+    def __init__(self) -> None:
+        self._steps, self._warned = 0, False
+        self._sent: tuple[list[_Known], list[Tensor], list[Any]] | None = None
+
+    @torch.no_grad()
+    def look(
+        self, products: Sequence[Product], sizes: Callable[[], Sequence[Coefficient | None]]
+    ) -> None:
+        """Look at the factors before a step.
+
+        Args:
+            products: all.
+            sizes: gives lr·λ of each, None where it does not decay or the step has another scale.
+        """
+        if self._warned:
+            return
+        self._steps += 1
+        due = self._steps % _EVERY == 0 or self._steps & (self._steps - 1) == 0
+        if due and self._sent is None and not _capturing():
+            self._send(products, sizes())
+        if self._sent is not None and all(event.query() for event in self._sent[2]):
+            known, norms, _ = self._sent
+            self._sent = None
+            self._judge(known, [float(norm) for norm in norms])
+
+    def _send(self, products: Sequence[Product], sizes: Sequence[Coefficient | None]) -> None:
+        """Have the norms of all factors, and the sizes, brought to the host."""
+        known = [
+            (product, size)
+            for product, size in zip(products, sizes, strict=True)
+            if size is not None
+            and product.structure == CHAIN
+            and not any(is_sharded(param) for param in product.params)
+        ]
+        found = [
+            torch.linalg.vector_norm(view, dtype=common_dtype([view]))
+            for product, _ in known
+            for view in product.views()
+        ]
+        found += [size for _, size in known if isinstance(size, Tensor)]
+        events: list[Any] = []
+        for device in {norm.device for norm in found if norm.device.type == "cuda"}:
+            found = [_on_host(norm) if norm.device == device else norm for norm in found]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+        self._sent = known, found, events
+
+    def _judge(self, known: Sequence[_Known], numbers: list[float]) -> None:
+        tensors = sum(isinstance(size, Tensor) for _, size in known)
+        norms, given = iter(numbers), iter(numbers[len(numbers) - tensors :])
+        for product, size in known:
+            squares = [next(norms) ** 2 for _ in product.factors]
+            multiple = (next(given) if isinstance(size, Tensor) else size) * product.scale**2
+            bounds = [prod(squares[:k] + squares[k + 1 :]) for k in range(len(squares))]
+            if not isfinite(multiple * max(bounds)) or multiple * max(bounds) < _LIMIT:
+                continue
+            views = product.views()
+            with full_precision(views[0].device.type):
+                sharpness = float(chain_sharpness(accumulable(views), product.batch))
+            if multiple * sharpness >= _LIMIT:
+                self._warned = True
+                warnings.warn(
+                    f"{product.name}: a step of decay is {multiple * sharpness:.3g} times the "
+                    "factor (lr·λ·σ₁, for balanced factors), and from 2 it makes the factor grow: "
+                    "lower λ or the learning rate; frobdecay.diagnostics.measure(products, "
+                    "optimizer) shows it for all products as decay_step",
+                    stacklevel=2,
+                )
+                return
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _on_host(number: Tensor) -> Tensor:
+    """A number on its way to pinned memory."""
+    host = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
+    return host.copy_(number.reshape(()), non_blocking=True)
