@@ -412,6 +412,20 @@ def test_small_products_share_calls_and_large_ones_do_not():
 
 
 @pytest.mark.covers("C12", "P9")
+@pytest.mark.parametrize(("rank", "columns"), [(5, 5), (8, 8), (9, 16), (15, 16), (17, 17)])
+def test_ranks_that_nearly_fill_a_vector_are_padded_to_it(rank, columns):
+    """On a CPU, 9 to 15 columns are multiplied as 16, the others as they are."""
+    products = [bare((48, rank), (40, rank))(torch.float32) for _ in range(2)]
+    targets = [[torch.zeros_like(p) for p in product.params] for product in products]
+    with Sizes() as sizes:
+        accumulator = Accumulator(products, "bucketed")
+        accumulator.accumulate(targets, [[1.0, 1.0]] * 2)
+    assert 4 * columns**2 in sizes.seen  # the Grams of all factors
+    for product, target in zip(products, targets, strict=True):
+        for found, wanted in zip(target, exact(product)[1], strict=True):
+            assert close(found, wanted, 1e-5)
+
+
 def test_add_equals_backward_of_the_penalty():
     """``add_penalty_grad_`` is ``penalty(...).backward()`` without the graph."""
     product = PRODUCTS["scaled"](torch.float64)

@@ -235,6 +235,37 @@ def test_a_parameter_in_two_products_gets_the_sum():
     assert torch.allclose(step, 0.1 * before.norm() * direction / direction.norm())
 
 
+def test_a_parameter_that_trains_later_starts_its_own_moments():
+    """Its first step is that of a new optimizer, whatever the others have behind them."""
+    net = Net()
+    optimizer = Flambe(net.parameters(), net.products(), lr=0.1)
+    for _ in range(3):
+        net.zero_grad()
+        net.loss().backward()
+        net.P.grad = None
+        optimizer.step()
+    assert net.P not in optimizer.state
+    twin = copy.deepcopy(net)
+    found = run(net, optimizer, 1)
+    wanted = run(twin, Flambe(twin.parameters(), twin.products(), lr=0.1), 1)
+    assert torch.allclose(found["P"], wanted["P"], rtol=1e-12)
+    assert not torch.allclose(found["Q"], wanted["Q"], rtol=1e-3)
+    assert float(optimizer.state[net.P]["step"]) == 1
+
+
+def test_half_precision_loads_where_not_all_have_trained():
+    """A parameter without a gradient has no moments, and gets none from a checkpoint."""
+    net, twin = Net(torch.bfloat16), Net(torch.bfloat16)
+    optimizer, other = (Flambe(one.parameters(), one.products()) for one in (net, twin))
+    net.loss().backward()
+    net.P.grad = None
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert twin.P not in other.state
+    assert torch.equal(other.state[twin.Q]["exp_avg"], optimizer.state[net.Q]["exp_avg"])
+    assert other.state[twin.Q]["exp_avg"].dtype == torch.float32
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 BAD = {

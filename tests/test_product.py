@@ -197,10 +197,33 @@ def test_no_tensor_of_the_dense_shape_is_allocated_at_low_rank():
 
 
 def test_the_plan_prints():
-    """A plan reads as a table: shapes, routes, costs."""
-    text = str(contraction_plan(((64, 4), (32, 4))))
-    assert "64×4 · 32×4" in text
-    assert "gram" in text
+    """A plan reads as a table: shapes, the routes taken, what each route that there is costs."""
+    assert str(contraction_plan(((6, 5), (8, 5)))).splitlines() == [
+        "6×5 · 8×5",
+        "  value     dense  (gram 700 flops, dense 480 flops)",
+        "  gradient  gram   (gram 1,400 flops, dense 1,440 flops)",
+    ]
+    assert str(contraction_plan(((4, 2), (3, 2, 3), (5, 3)))).splitlines() == [
+        "4×2 · 3×2×3 · 5×3",
+        "  value     gram   (gram 302 flops)",
+        "  gradient  gram   (gram 784 flops)",
+    ]
+
+
+@pytest.mark.parametrize("inner", [(), ((39, 38),)], ids=["pair", "deep"])
+def test_the_dense_route_is_taken_where_it_is_cheaper(inner):
+    """Near full rank W is formed, and no Gram is, for the value and for the gradients."""
+    last = inner[-1][1] if inner else 39
+    product = bare((40, 39), *inner, (44, last))(torch.float32)
+    for run in (squared_norm, gradients):
+        with Sizes() as sizes:
+            run(product)
+        assert 40 * 44 in sizes.seen
+        assert not {39 * 39, last * last} & {*sizes.seen}
+    with Sizes() as sizes:
+        squared_norm(bare((40, 9), (44, 9))(torch.float32))
+    assert 9 * 9 in sizes.seen
+    assert 40 * 44 not in sizes.seen
 
 
 def test_factors_are_looked_up_anew():
