@@ -407,6 +407,7 @@ def test_all_updates_use_the_factors_before_the_step():
     torch.testing.assert_close(net.V.detach(), V - 0.45 * V @ (U.T @ U))
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of decay is")  # of any size
 @given(
     shape=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2)),
     coef=st.floats(0, 2),
