@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.holding import register_parametrization
+from frobdecay.holding import check_module, register_parametrization
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
 from frobdecay.modules.formats import SAFETENSORS, recognized
@@ -106,6 +106,7 @@ def load_dense_(
         >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
         (True, True)
     """
+    check_module(model)
     if not factorized_weights(model):
         inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
         raise ValueError(

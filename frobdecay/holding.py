@@ -11,18 +11,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from frobdecay.adapters import adaptable
 
-__all__ = ["copied_class", "dense_type", "lists_of", "register_parametrization"]
+__all__ = ["check_module", "copied_class", "dense_type", "lists_of", "register_parametrization"]
+
+
+_LISTS = "parametrizations"
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: no module, or a scripted one, whose weights are fixed in its code.
+    """
+    scripted = isinstance(model, torch.jit.ScriptModule)
+    if scripted or not isinstance(model, nn.Module):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        what = f"the class {kind}" if isinstance(model, type) else f"a {kind}"
+        raise TypeError(
+            f"expected a torch.nn.Module, got {what}"
+            + ("; do this before scripting or tracing it" if scripted else "")
+        )
 
 
 def lists_of(module: nn.Module) -> Mapping[str, Any]:
     """Attribute -> ``ParametrizationList`` of a module's own parametrized tensors."""
-    held = module._modules.get("parametrizations")
+    held = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(_LISTS)
     if not isinstance(held, nn.ModuleDict):
         return {}
     return {name: one for name, one in held.items() if isinstance(one, ParametrizationList)}

@@ -165,7 +165,7 @@ def unroll(model: nn.Module) -> nn.Module:
     parents = [
         parent
         for parent in model.modules()
-        if any(id(child) in chains for child in parent._modules.values())
+        if any(id(child) in chains for child in parent.children())
     ]
     with transaction(parents):
         for parent in parents:

@@ -256,6 +256,8 @@ def product_norm(product: Product) -> Tensor:
         >>> product_norm(Product.of(torch.ones(2, 1), torch.ones(8, 1))).item()
         4.0
     """
+    if not isinstance(product, Product):
+        raise TypeError(f"expected one Product, got a {type(product).__name__}")
     return squared_norm(product).clamp_min(0).sqrt()
 
 
@@ -295,7 +297,9 @@ def as_products(products: Product | Iterable[Product]) -> list[Product]:
 
 def listed(products: Product | Iterable[Product]) -> list[Product]:
     """A list from one product or several, as they are, refusing anything else."""
-    found = [products] if isinstance(products, Product) else list(products)
+    one = isinstance(products, str | torch.nn.Module) or not isinstance(products, Iterable)
+    given: Any = (products,) if one else products
+    found = list(given)
     for product in found:
         if not isinstance(product, Product):
             raise TypeError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.forms.product_tensor import ProductTensor
-from frobdecay.holding import lists_of, register_parametrization
+from frobdecay.holding import check_module, lists_of, register_parametrization
 from frobdecay.init import Init
 from frobdecay.modules.candidates import Entry, OnTied
 from frobdecay.modules.progress import Progress
@@ -228,6 +228,7 @@ def products(
         >>> [(product.name, product.shape) for product in products(model)]
         [('0.weight', (4, 6))]
     """
+    check_module(model)
     if lora not in LORA:
         raise ValueError(f"expected lora to be one of {list(LORA)}, got {lora!r}")
     tables = (_USERS, {**_OWN, **LORA[lora]})

@@ -56,6 +56,8 @@ def check_weight(weight: Tensor, what: str = "the weight") -> None:
         TypeError: not a dense tensor with storage, of a dtype in ``DTYPES``.
         ValueError: fewer than two dimensions, an empty one, or entries that are not finite.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected {what} to be a tensor, got a {type(weight).__name__}")
     if weight.layout != torch.strided or weight.is_quantized or weight.dtype not in DTYPES:
         raise TypeError(
             f"expected {what} to be a dense real floating-point tensor of a dtype that torch "

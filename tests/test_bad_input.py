@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import frobdecay
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
@@ -465,3 +466,72 @@ def test_sizes_of_one_work(shape):
     dense = model.weight.detach().clone()
     factorize(model, 1)
     torch.testing.assert_close(merge(model).weight.detach(), dense)
+
+
+def _traced():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(nn.Linear(6, 6), torch.ones(1, 6))
+
+
+NO_MODELS = {
+    "function": (lambda x: x, "a function"),
+    "list": ([nn.Linear(3, 3)], "a list"),
+    "state_dict": (nn.Linear(3, 3).state_dict(), "a OrderedDict"),
+    "class": (nn.Linear, "the class Linear"),
+    "None": (None, "a NoneType"),
+    "name": ("model", "a str"),
+    "parameter": (nn.Parameter(torch.ones(3, 3)), "a Parameter"),
+    "scripted": (
+        _traced(),
+        "a TopLevelTracedModule; do this before scripting or tracing it"),
+}  # fmt: skip
+OF_MODELS = {
+    "factorize": lambda model: factorize(model, rank=2),
+    "plan_ranks": lambda model: plan_ranks(model, rank=2),
+    "merge": merge,
+    "unroll": unroll,
+    "products": products,
+    "save_factorized": lambda model: frobdecay.save_factorized(model, "nowhere"),
+    "load_factorized": lambda model: frobdecay.load_factorized(model, "nowhere"),
+    "load_dense_": lambda model: frobdecay.load_dense_(model, {}),
+}
+OF_PRODUCTS = {
+    "balance_": frobdecay.balance_,
+    "penalty": lambda found: frobdecay.penalty(found, 0.1),
+    "add_penalty_grad_": lambda found: frobdecay.add_penalty_grad_(found, 0.1),
+    "product_norm": frobdecay.product_norm,
+    "measure": frobdecay.diagnostics.measure,
+    "explain": frobdecay.explain,
+    "FrobeniusDecay": lambda found: FrobeniusDecay(
+        torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), found),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+@pytest.mark.parametrize("function", OF_MODELS)
+def test_what_is_no_model_is_refused_by_its_type(function, case):
+    """By every function that takes one."""
+    value, said = NO_MODELS[case]
+    with pytest.raises(TypeError, match=f"expected a torch.nn.Module, got {said}"):
+        OF_MODELS[function](value)
+
+
+@pytest.mark.parametrize("case", [name for name in NO_MODELS if name != "scripted"])
+@pytest.mark.parametrize("function", OF_PRODUCTS)
+def test_what_are_no_products_is_refused_by_its_type(function, case):
+    """By every function that takes them."""
+    with pytest.raises(TypeError, match=r"expected (one Product|Product records|a model)"):
+        OF_PRODUCTS[function](NO_MODELS[case][0])
+
+
+def test_scripted_modules_inside_of_a_model_are_left_alone():
+    """Their weights are part of their code."""
+    model = nn.Sequential(nn.Linear(6, 6), _traced())
+    x = torch.ones(1, 6)
+    expected = model(x)
+    assert list(factorize(model, rank=1.0).ranks) == ["0.weight"]
+    assert len(products(model)) == 1
+    torch.testing.assert_close(unroll(model)(x), expected, rtol=1e-4, atol=1e-5)

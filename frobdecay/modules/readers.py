@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from frobdecay.modules.bytecode import Load, loads
@@ -172,7 +173,8 @@ class Readers:
 
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         gone = {id(inside) for layer in layers for inside in layer.modules()}
-        modules = dict(model.named_modules())
+        walk = model.named_modules()
+        modules = {p: m for p, m in walk if not isinstance(m, torch.jit.ScriptModule)}
         hooks = [hook for module in modules.values() for hook in _hooks(module)]
         self._code = _Code([m for m in modules.values() if id(m) not in gone], hooks)
         self._names: dict[int, set[str]] = defaultdict(set)  # in the modules around it

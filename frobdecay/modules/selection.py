@@ -26,6 +26,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from frobdecay.holding import lists_of
@@ -120,7 +121,8 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
-        if child is None or (name == "parametrizations" and lists_of(module)):
+        fixed = isinstance(child, torch.jit.ScriptModule)  # its weights are part of its code
+        if child is None or fixed or (name == "parametrizations" and lists_of(module)):
             continue
         transparent = name in _WRAPPERS or (parallel and name == "module")
         yield from _walk(child, path if transparent else f"{path}.{name}".lstrip("."))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from frobdecay.holding import lists_of
+from frobdecay.holding import check_module, lists_of
 from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, modules, weights
@@ -37,8 +37,10 @@ def check_unwrapped(model: nn.Module, act: str) -> None:
     """Refuse models that hold on to their parameters from outside.
 
     Raises:
+        TypeError: it is no model.
         ValueError: a data-parallel wrapper is in the model.
     """
+    check_module(model)
     for path, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.parallel.DistributedDataParallel) or kind in (
@@ -55,8 +57,10 @@ def check_initialized(model: nn.Module) -> None:
     """Refuse lazy parameters: neither they nor the model can be counted.
 
     Raises:
+        TypeError: it is no model.
         ValueError: naming the first.
     """
+    check_module(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
