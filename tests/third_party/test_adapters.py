@@ -171,7 +171,7 @@ def pair(method, order):
     return model, twin, plan
 
 
-REFUSED_LATER: tuple[str, ...] = ("AdaLoRA", "nn.MultiheadAttention")
+REFUSED_LATER = ("AdaLoRA",)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # SHiRA's
@@ -201,3 +201,70 @@ def test_a_method_does_what_it_does_on_the_dense_model(method, order, pair):
     merged = frobdecay.merge(model).merge_and_unload()
     torch.testing.assert_close(run(merged), expected, rtol=1e-6, atol=1e-7)
     assert not any("parametrizations" in name for name in merged.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        METHODS["AdaLoRA"],
+        lambda: lora(kasa_config=peft.KasaConfig()),
+        lambda: lora(init_lora_weights="pissa"),
+        lambda: lora(init_lora_weights="olora"),
+    ],
+    ids=["AdaLoRA", "KaSA", "PiSSA", "OLoRA"],
+)
+def test_methods_that_write_into_the_base_go_on_before_the_factors(make):
+    """They take a part out of the dense weight, or freeze it; factors would be made anew."""
+    model = llama().float()
+    frobdecay.factorize(model, rank=4)
+    with pytest.raises(RuntimeError, match="expected a tensor that can be written to"):
+        peft.get_peft_model(model, make())
+    model = peft.get_peft_model(llama().float(), make())
+    expected = run(model)
+    frobdecay.factorize(model, rank=1.0)
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_modules_to_save_are_modules_of_their_own(order, tmp_path):
+    """Each copy has factors of its own; switched, disabled, saved, loaded and merged by PEFT."""
+    options = {"modules_to_save": ["lm_head"], "init_lora_weights": True}
+    model = llama()
+    if order == "factors first":
+        frobdecay.factorize(model, rank=1.0)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, lora(**options))
+    with torch.no_grad():
+        for parameter in model.base_model.model.lm_head.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if order == "adapter first":
+        frobdecay.factorize(model, rank=1.0)
+    twin = frobdecay.merge(copy.deepcopy(model))
+    assert type(twin.base_model.model.lm_head) is type(model.base_model.model.lm_head)
+    heads = [p.name for p in frobdecay.products(model) if "lm_head" in p.name]
+    assert heads == [
+        "base_model.model.lm_head.original_module.weight",
+        "base_model.model.lm_head.modules_to_save.default.weight",
+    ]
+
+    def same():
+        torch.testing.assert_close(run(model), run(twin), rtol=1e-6, atol=1e-7)
+
+    same()
+    saved = run(model)
+    for one in (model, twin):
+        one.add_adapter("other", lora(**options))
+        one.set_adapter("other")
+    same()
+    assert not torch.allclose(run(model), saved, atol=1e-3)
+    with model.disable_adapter(), twin.disable_adapter():
+        same()
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.load_adapter(tmp_path, "again")
+    model.set_adapter("again")
+    model.delete_adapter("default")
+    torch.testing.assert_close(run(model), saved, rtol=1e-6, atol=1e-7)
+    merged = frobdecay.merge(model).merge_and_unload()
+    torch.testing.assert_close(run(merged), saved, rtol=1e-6, atol=1e-7)
