@@ -10,6 +10,7 @@ target, and the nearer of its two sides is taken.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
@@ -191,11 +192,19 @@ def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
     total = size(model, found)
     candidates = [entry for entry in found if entry.open]
     fixed = total - sum(entry.dense for entry in candidates)
-    counts = [functools.cache(entry.size) for entry in candidates]
+    # Weights that are read alike get one rank: each shape is asked once, however many there are.
+    alike: defaultdict[Any, list[Entry]] = defaultdict(list)
+    for entry in candidates:
+        alike[_reading(entry)].append(entry)
+    counts = [
+        (first, functools.cache(first.size), len(same))
+        for same in alike.values()
+        for first in same[:1]
+    ]
 
     def count(scale: float) -> int:
-        pairs = zip(candidates, counts, strict=True)
-        return fixed + sum(min(entry.dense, at(entry.rank_at(scale))) for entry, at in pairs)
+        sizes = (n * min(one.dense, at(one.rank_at(scale))) for one, at, n in counts)
+        return fixed + sum(sizes)
 
     low, high = 5e-324, 1.0  # all ranks 1; and all dense, since r (m + n) ≥ mn at r = min(m, n)
     while count(high) < ratio * total and high < 2**30:  # a tensor's ranks may exceed its modes
@@ -209,8 +218,17 @@ def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if count(middle) <= ratio * total else (low, middle)
     nearest = min(low, high, key=lambda scale: abs(count(scale) - ratio * total))
-    for entry in candidates:
-        entry.settle(entry.rank_at(nearest))
+    for same in alike.values():
+        rank = same[0].rank_at(nearest)
+        for entry in same:
+            entry.settle(rank)
+
+
+def _reading(entry: Entry) -> Any:
+    """What its parameter counts depend on, of weights with one parametrization."""
+    view = entry.view
+    assert view is not None
+    return view.pattern, view.shape, tuple(view.sizes.items()), view.matrix_shape
 
 
 def _by_energy(found: list[Entry], energy: float) -> None:

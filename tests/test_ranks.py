@@ -256,3 +256,23 @@ def test_already_factorized_weights_are_listed():
     assert "already factorized" in plan.rows[0].reason
     merge(model)
     assert list(model.state_dict()) == list(_small().state_dict())
+
+
+def test_the_ratio_search_asks_once_for_equal_shapes():
+    """A thousand layers of one shape cost no more parametrizations a step than one of them."""
+    made = []
+
+    class Counted(LowRank):
+        """Counts how many are made."""
+
+        def __init__(self, *args, **kwargs):
+            made.append(1)
+            super().__init__(*args, **kwargs)
+
+    costs = []
+    for layers in (10, 40):
+        made.clear()
+        model = nn.Sequential(*(nn.Linear(32, 24, device="meta") for _ in range(layers)))
+        plan_ranks(model, ratio=0.3, parametrization=Counted)
+        costs.append(len(made))
+    assert costs[1] - costs[0] <= 10 * 30
