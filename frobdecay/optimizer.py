@@ -33,7 +33,7 @@ from frobdecay.wrapper.conventions import (
     reads_the_parameter,
 )
 from frobdecay.wrapper.decay import Decay, Increments, PenalizedClosure
-from frobdecay.wrapper.param_groups import adapt_plain, is_plain
+from frobdecay.wrapper.param_groups import Halves, adapt_plain, is_plain
 from frobdecay.wrapper.proxy import OptimizerProxy
 from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value, rate_of
 from frobdecay.wrapper.rounding import StochasticRounder
@@ -64,7 +64,9 @@ class FrobeniusDecay(OptimizerProxy):
     **The coefficient** is the one you had: with ``decay=None`` the factors' ``weight_decay`` is
     taken over. They get param groups of their own, with ``weight_decay=0`` and the value under
     the key ``"frobenius_decay"``, where it can be scheduled like any option. Wrap first, build
-    the learning-rate scheduler on the wrapper.
+    the learning-rate scheduler on the wrapper. A group that has a weight decay and holds factors
+    beside others becomes two, the factors second: give schedulers as many values, and write
+    options to both, not to ``param_groups[-1]``; or divide them yourself, ``split_param_groups``.
 
     **Precision**: Grams of half-precision factors are accumulated in float32 (TF32 follows
     torch's own global setting). Decoupled decay of half-precision parameters is computed in
@@ -118,11 +120,9 @@ class FrobeniusDecay(OptimizerProxy):
         version = VERSION.value
         engine = Decay(find_products(model_or_products), backend)
         layout = plan_wrapping(optimizer, engine.products, model, decay, mode)
-        optimizer.param_groups[:] = [
-            group
-            for division, whole in zip(layout, optimizer.param_groups, strict=True)
-            for group in division.commit(whole)
-        ]
+        pairs = zip(layout, optimizer.param_groups, strict=True)
+        parts = [division.commit(whole) for division, whole in pairs]
+        optimizer.param_groups[:] = [group for part in parts for group in part]
         super().__init__(optimizer)
         self._engine = engine
         self._mode: Mode = mode
@@ -131,6 +131,7 @@ class FrobeniusDecay(OptimizerProxy):
         self._layout = layout
         self._rounder = StochasticRounder()
         self._watch = Watch()
+        self._halves = Halves((part[0], part[1]) for part in parts if len(part) == 2)
         self._model = None if model is None else weakref.ref(model)
         self._version = version
 
@@ -180,6 +181,7 @@ class FrobeniusDecay(OptimizerProxy):
     @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
     def _before(self, closure: Callable[[], Any] | None) -> _Step:
         self._notice_late_factorization()
+        self._halves.check()
         rates = self._rates()
         step = _Step(() if closure is None else (closure,), None)
         if any(rate is not None for rate in rates):
@@ -363,7 +365,7 @@ class FrobeniusDecay(OptimizerProxy):
         super().__init__(state["_base"])
         self.__dict__.update(state)
         self._engine = Decay(products, self._backend)
-        self._watch = Watch()
+        self._watch, self._halves = Watch(), Halves()
         self._model = None
         self._version = VERSION.value
 

@@ -106,6 +106,35 @@ def test_divided_groups_share_no_tensor():
     assert wrapped.param_groups[1]["lr"].item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("write", ["one", "both", "scheduler"])
+def test_a_tensor_that_reaches_one_half_only_warns(write):
+    """A caller who keeps the lr and fills it does not reach the factors, and is told so, once."""
+    net, lr = Net(), torch.tensor(0.1)
+    wrapped = FrobeniusDecay(sgd(net, lr=lr), net.products())
+    scheduler = lr_scheduler.StepLR(wrapped, 1)
+    train(net, wrapped, 1)
+    if write == "scheduler":
+        scheduler.step()
+    for group in wrapped.param_groups if write == "both" else []:
+        group["lr"].fill_(0.05)
+    if write == "one":
+        lr.fill_(0.05)
+        with pytest.warns(UserWarning, match="'lr' of a param group was written to in place"):
+            train(net, wrapped, 1)
+    train(net, wrapped, 1)
+
+
+def test_the_optimizer_behind_is_no_other_optimizer():
+    """For who compares: a list of optimizers that were seen holds it."""
+    net = Net()
+    wrapped, other = (FrobeniusDecay(sgd(net), net.products(), decay=0.1) for _ in range(2))
+    assert wrapped.optimizer in [wrapped]
+    assert len({wrapped, wrapped.optimizer}) == 1
+    assert wrapped != other
+    assert wrapped != other.optimizer
+    assert wrapped not in [None, "SGD"]
+
+
 def test_wrapping_again_keeps_the_coefficient():
     """An optimizer that was wrapped before keeps the λ in its groups."""
     net = Net()

@@ -13,7 +13,8 @@ a checkpoint of the plain base optimizer is rearranged alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from frobdecay.wrapper.rates import DECAY, Group, has_weight_decay, known_value
 
 __all__ = [
     "Division",
+    "Halves",
     "adapt_plain",
     "is_plain",
     "plan_division",
@@ -72,6 +74,40 @@ class Division:
             if key in group
         }
         return {**group, **picked}
+
+
+class Halves:
+    """Tensor options of divided groups, of which each half has its own: warns if they part.
+
+    A caller who keeps the tensor, a learning rate say, and writes to it reaches one half only.
+
+    Args:
+        pairs: both groups of every division.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Group, Group]] = ()) -> None:
+        self._twins: list[tuple[str, Tensor, Tensor]] = [
+            (name, own, factors[name])
+            for others, factors in pairs
+            for name, own in others.items()
+            if isinstance(own, Tensor) and isinstance(factors.get(name), Tensor)
+            if not own.is_inference()
+        ]
+        self._seen = [(own._version, copy._version) for _, own, copy in self._twins]
+
+    def check(self) -> None:
+        """Warn, once, where since the last look one was written to in place and not the other."""
+        before, self._seen = self._seen, [(a._version, b._version) for _, a, b in self._twins]
+        for (name, _, _), old, new in zip(self._twins, before, self._seen, strict=True):
+            if new[0] != old[0] and new[1] == old[1]:
+                self._twins, self._seen = [], []
+                warnings.warn(
+                    f"the {name!r} of a param group was written to in place, but not that of the "
+                    "group that its factors were given: it keeps its value; write to both, "
+                    "for group in optimizer.param_groups",
+                    stacklevel=2,
+                )
+                return
 
 
 def plan_division(

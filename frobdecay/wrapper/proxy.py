@@ -53,6 +53,14 @@ class OptimizerProxy(Optimizer):
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def __eq__(self, other: object) -> bool:
+        # Who looks behind, at .optimizer, as Lightning's LearningRateMonitor does, has to see that
+        # it is not another optimizer.
+        return self is other or (other is not None and other is self.__dict__.get("_base"))
+
+    def __hash__(self) -> int:
+        return hash(self.__dict__.get("_base"))
+
     # --- the other optimizer's own objects ------------------------------------------------------
 
     @property
