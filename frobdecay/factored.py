@@ -3,6 +3,12 @@
 ``F.linear(x, W)`` and its like (the table ``FORMS``) run on the factors where that is cheaper;
 metadata is answered; whatever would write to the tensor raises; every other function gets the
 dense tensor, formed at most once for each access of the weight.
+
+What asks no ``__torch_function__``, such as a ``torch.autograd.Function``, a reentrant checkpoint
+or torch's C++ code, meets a tensor that autograd knows as the result of its factors: the operators
+get the dense numbers, and a dense gradient G goes on to the factors as G V and Gᵀ U. To record this
+costs 5 µs for each access with gradients. The tensor has no memory: torch's C++ code refuses its
+pointer, and to put it in the place of another tensor's data.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from torch import Tensor
 from frobdecay.forms.dense import (
     METADATA,
     below_autograd,
-    gathers,
+    formless,
     inert_hook,
     on_dense,
     refuse_writes,
@@ -31,6 +37,8 @@ class FactoredTensor(ProductTensor):
     """Stand for the tensor that a chain of factors multiplies to.
 
     It has the dense tensor's shape, dtype, device and gradients, and no storage of its own.
+    ``detach()`` cuts it from its factors: after ``requires_grad_()`` it gathers a dense gradient
+    itself. ``.data``, ``torch.save`` and ``nn.Parameter`` give dense tensors.
     A parametrization returns it from ``forward``, so that code which was written for the dense
     weight runs on the factors unchanged. Like any parametrized weight it lives for one access,
     so it cannot be written to: in-place functions raise; assign ``module.weight = W`` instead.
@@ -84,7 +92,7 @@ class FactoredTensor(ProductTensor):
 def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
     form = FORMS.get(func)
-    if form is not None and "out" not in kwargs and not gathers(func, args, kwargs):
+    if form is not None and "out" not in kwargs and not formless(func, args, kwargs):
         result = form(*args, **kwargs)
         if result is not NotImplemented:
             return result

@@ -274,6 +274,88 @@ def test_a_weight_read_outside_of_a_checkpoint(how, reentrant):
     assert_same(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_transform_forms_does_not_outlive_it():
+    """The dense tensor formed inside of a function transform is not given to anybody outside."""
+    W = weight("o i -> o i", (6, 5))
+
+    def constant(t):
+        with torch.no_grad():
+            return (W * t.detach()).sum() + t
+
+    torch.func.grad(constant)(two.detach())
+    with torch.no_grad():
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(W.materialize())
+        torch.testing.assert_close(W * 1, dense_of(W))
+
+
+# --------------------------------------------------------------------------- other tensors
+
+
+class Plain(Tensor):
+    """A subclass that overrides nothing."""
+
+
+class Strict(Tensor):
+    """A subclass that takes no other tensors than its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """As any, if there are no others."""
+        if not all(issubclass(kind, (cls, nn.Parameter)) for kind in types):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _nested(layout, *parts):
+    return torch.nested.nested_tensor(list(parts), layout=layout)
+
+
+def _rows(*sizes):
+    return [torch.randn(n, 8) for n in sizes]
+
+
+INPUTS = {
+    "jagged": (nn.Linear, lambda: _nested(torch.jagged, *_rows(3, 5))),
+    "jagged, 4 dimensions": (
+        nn.Linear, lambda: _nested(torch.jagged, torch.randn(3, 2, 8), torch.randn(5, 2, 8)),
+    ),
+    "strided": (nn.Linear, lambda: _nested(torch.strided, *_rows(3, 5))),
+    "jagged ids": (
+        nn.Embedding, lambda: _nested(torch.jagged, torch.arange(3), torch.tensor([1, 7]))
+    ),
+    "jagged bags": (
+        nn.EmbeddingBag, lambda: _nested(torch.jagged, torch.arange(3), torch.tensor([1, 7]))
+    ),
+    "sparse": (nn.Linear, lambda: _rows(3)[0].relu().to_sparse()),
+    "compressed": (nn.Linear, lambda: _rows(3)[0].relu().to_sparse_csr()),
+    "plain subclass": (nn.Linear, lambda: _rows(3)[0].as_subclass(Plain)),
+    "strict subclass": (nn.Linear, lambda: _rows(3)[0].as_subclass(Strict)),
+    "buffer": (nn.Linear, lambda: nn.Buffer(_rows(3)[0])),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR tensor")
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_that_are_no_plain_tensors(name, rank):
+    """Equal to the dense layer, forward and backward, whoever's interception runs first."""
+    kind, make = INPUTS[name]
+    layer, x = factored(kind(8, 8), rank=rank, depth=1), make()
+    parameters, found = list(layer.parametrizations.weight.parameters()), []
+    twin = kind(8, 8)
+    twin.load_state_dict({"weight": layer.weight}, strict=False)
+    if kind is nn.Linear:
+        twin.bias = layer.bias
+    for module in (layer, twin):
+        out = module(x)
+        out = torch.cat(out.unbind()) if out.is_nested else out.as_subclass(Tensor)
+        out.square().sum().backward()
+        found.append(out.detach())
+    wanted = torch.autograd.grad(dense_of(layer.weight), parameters, twin.weight.grad)
+    ours = [found[0], *(p.grad for p in parameters)]
+    assert_same(ours, [found[1], *wanted], rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------- detached weights
 
 

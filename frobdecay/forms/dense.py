@@ -26,7 +26,7 @@ __all__ = [
     "METADATA",
     "ReadOnlyView",
     "below_autograd",
-    "gathers",
+    "formless",
     "inert_hook",
     "on_dense",
     "refuse_writes",
@@ -88,11 +88,18 @@ def _written(name: str) -> RuntimeError:
     )
 
 
-def gathers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a detached weight among the arguments is to get the gradient, not its factors."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, ProductTensor) and value.own_leaf:
-            return func not in _FLAGS
+def formless(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an argument leaves no choice but the dense tensor.
+
+    That is a detached weight which is to get the gradient itself, and a strided nested tensor,
+    whose rows cannot be counted.
+    """
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, ProductTensor):
+            if value.detached and value.own_leaf:
+                return func not in _FLAGS
+        elif isinstance(value, Tensor) and value.is_nested:
+            return True
     return False
 
 
@@ -189,7 +196,7 @@ def _storage(tensor: Tensor) -> int | None:
     """Which memory a plain tensor shares; None for others."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
         return None
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 class ReadOnlyView(Tensor):
@@ -198,7 +205,7 @@ class ReadOnlyView(Tensor):
     _is_param = property(lambda self: False, lambda self, _: keep_dense(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(

@@ -87,10 +87,10 @@ def _flatten(tensor: ProductTensor) -> tuple[list[str], Matricization]:
 @lru_cache(maxsize=4096)
 def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of this shape without memory, whose pointer torch refuses to give away."""
-    with torch.inference_mode(False), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
         made = torch.empty(shape, dtype=dtype, device=device)
         made.untyped_storage().resize_(0)
-        torch._C._set_throw_on_mutable_data_ptr(made)  # type: ignore[attr-defined]
+        torch._C._set_throw_on_mutable_data_ptr(made)
     return made
 
 
@@ -310,7 +310,7 @@ class ProductTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Stored as what it stands for, which is read without this package.
-        return self.numbers().__reduce_ex__(protocol)
+        return self.numbers().__reduce_ex__(protocol)  # type: ignore[no-any-return,no-untyped-call]
 
     def __copy__(self) -> ProductTensor:
         return self.like(self.factors)
@@ -335,7 +335,7 @@ def keep_dense(tensor: Tensor) -> None:
     """Become a dense parameter of the same numbers: what ``nn.Parameter(tensor)`` asks for last."""
     dense = torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
-        torch.utils.swap_tensors(tensor, dense)
+        torch.utils.swap_tensors(tensor, dense)  # type: ignore[no-untyped-call]
 
 
 def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
