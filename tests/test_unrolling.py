@@ -247,6 +247,14 @@ HARMLESS = {
 }
 
 
+def test_other_parametrizations_read_no_layer_of_ours():
+    """torch's own properties name a weight, but that of their module."""
+    model, x, _ = net(_looped)
+    model.block.append(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    expected = model(x)
+    torch.testing.assert_close(unroll(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", HARMLESS)
 def test_layers_that_are_not_read_are_unrolled(case):
     """What is read of a layer besides is there, or nobody reads."""

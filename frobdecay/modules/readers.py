@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from frobdecay.modules.bytecode import Load, loads
 
@@ -103,7 +104,10 @@ class _Code:
         """Look at the Python functions that an attribute runs, those of a type if given."""
         match found:
             case FunctionType():
-                if (found.__code__, kind) in self._seen or (kind is None and _foreign(found)):
+                own = found.__module__ == parametrize.__name__  # its property's, of other weights
+                if own or (found.__code__, kind) in self._seen:
+                    return
+                if kind is None and _foreign(found):
                     return
                 self._seen.add((found.__code__, kind))
                 self._waiting.append((found, kind))
