@@ -248,7 +248,7 @@ HARMLESS = {
 
 
 def test_other_parametrizations_read_no_layer_of_ours():
-    """torch's own properties name a weight, but that of their module."""
+    """Torch's own properties name a weight, but that of their module."""
     model, x, _ = net(_looped)
     model.block.append(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     expected = model(x)
