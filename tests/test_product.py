@@ -308,3 +308,9 @@ def test_coefficient_may_be_a_tensor():
     assert close(value, penalty(product, 0.3).detach(), 1e-12)
     value.backward()
     assert close(coef.grad, 0.5 * squared_norm(product).detach(), 1e-12)
+
+
+def test_the_rank_is_the_smallest_bond():
+    """Of a batch, too, and of a chain whose bonds differ."""
+    assert Product.of(torch.ones(2, 9, 3), torch.ones(2, 7, 3), batch=1).rank == 3
+    assert Product.of(torch.ones(9, 4), torch.ones(4, 3), torch.ones(7, 3)).rank == 3

@@ -17,6 +17,7 @@ from frobdecay.stars import (
     CP,
     TUCKER,
     Tucker,
+    by_growth,
     cp_sides,
     mode_product,
     narrowest,
@@ -238,3 +239,10 @@ def test_frobenius_decay_shrinks_the_norm(name):
     for param, was, gradient in zip(product.params, old, expected, strict=True):
         assert close(was - param.detach(), 1e-3 * gradient, 1e-8)
     assert product_norm(product).detach() < before
+
+
+def test_what_grows_least_is_multiplied_first():
+    """Modes by n_k / r_k: a core stays small for as long as it can."""
+    sizes = {0: (9, 2), 1: (8, 8), 2: (6, 3)}
+    factors = {mode: torch.ones(size) for mode, size in sizes.items()}
+    assert list(by_growth(factors)) == [1, 2, 0]
