@@ -149,8 +149,10 @@ class LowRank(Recorded):
         rank: r, an int or a float fraction of min(m, n); more than min(m, n) is overcomplete.
         pattern: how the weight is read as a matrix, an einops pattern such as
             ``"o i kh kw -> o (i kh kw)"``; by default by the number of dimensions, convolutions
-            spatially (``"o i kh kw -> (o kh) (i kw)"``). "channel" is that first pattern in as
-            many dimensions as needed, "spatial" the default.
+            spatially (``"o i kh kw -> (o kh) (i kw)"``), but where that cannot pay at any rank,
+            as for k×1 kernels on one channel, by the first split of ``o, kh, kw`` that can.
+            "channel" is that first pattern in as many dimensions as needed, "spatial" the default
+            whether it can pay or not.
         axes: lengths that the pattern needs, such as ``{"g": 4}`` for ``"(g o) i -> g o i"``.
         depth: number d of inner factors M (r×r), the identity at first.
         init: "spectral", or another initialization of ``frobdecay.init``, or a callable.
@@ -225,9 +227,7 @@ class LowRank(Recorded):
                     f"expected a weight with 2 to 5 dimensions, got shape {tuple(shape)}; "
                     "give LowRank a pattern that reads it as a matrix"
                 )
-            channel = pattern == "channel" and layout.channel is not None
-            pattern = layout.channel if channel else layout.pattern
-        assert pattern is not None
+            pattern = layout.reading(pattern, shape)
         return Matricization.of(pattern, tuple(shape), self.axes)
 
     def resolve(self, shape: tuple[int, ...]) -> int:

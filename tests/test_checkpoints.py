@@ -570,6 +570,18 @@ def test_every_kind_makes_the_round_trip(tmp_path, kind):
     assert bool(fresh.head.weight.abs().sum() > 0)
 
 
+def test_a_file_decides_how_a_weight_is_read(tmp_path):
+    """Also where the default reading is another one today: that of this kernel once was."""
+    layer, path = nn.Conv2d(1, 6, (8, 1)), tmp_path / "model.safetensors"
+    once = functools.partial(LowRank, pattern="o i kh kw -> (o kh) (i kw)")
+    saved = nn.Sequential(copy.deepcopy(layer))
+    factorize(saved, rank=1, parametrization=once)
+    save_factorized(saved, path)
+    fresh = load_factorized(nn.Sequential(layer), path)
+    assert fresh[0].parametrizations.weight.original0.shape == (48, 1)
+    assert torch.equal(merge(fresh)[0].weight, merge(saved)[0].weight)
+
+
 @needs_safetensors
 def test_a_loaded_model_is_like_the_saved_one(tmp_path):
     """It computes the same, trains, keeps frozen weights frozen, and loads once more."""

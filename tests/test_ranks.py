@@ -133,6 +133,68 @@ def test_depthwise_convolutions_stay_dense_unless_named():
     assert plan_ranks(model, rank=2, include=["0", "1"]).ranks == {"0.weight": 2, "1.weight": 2}
 
 
+READINGS = [
+    (nn.Conv2d(1, 8, 3), "o i kh kw -> (o kh) (i kw)"),  # can pay: the documented default
+    (nn.Conv2d(1, 8, (16, 1)), "o i kh kw -> o (i kh kw)"),
+    (nn.Conv2d(1, 8, (1, 16)), "o i kh kw -> (o kh) (i kw)"),
+    (nn.Conv2d(8, 1, (16, 1)), "o i kh kw -> (o kh) (i kw)"),
+    (nn.Conv2d(8, 1, (1, 16)), "o i kh kw -> (o kh kw) i"),
+    (nn.Conv1d(1, 8, 9), "o i k -> o (i k)"),
+    (nn.Conv1d(8, 1, 9), "o i k -> (o k) i"),
+    (nn.Conv3d(1, 8, (9, 1, 1)), "o i kd kh kw -> o (i kd kh kw)"),
+    (nn.Conv3d(8, 1, (1, 9, 1)), "o i kd kh kw -> (o kd kh) (i kw)"),
+    (nn.Conv3d(8, 1, (1, 1, 9)), "o i kd kh kw -> (o kd kh kw) i"),
+    (nn.ConvTranspose1d(8, 1, 9), "i o k -> (o k) i"),
+    (nn.ConvTranspose2d(1, 8, (16, 1)), "i o kh kw -> o (i kh kw)"),
+    (nn.ConvTranspose3d(8, 1, (1, 1, 9)), "i o kd kh kw -> (o kd kh kw) i"),
+    (nn.Conv2d(4, 32, (9, 1), groups=4), "(g o) i kh kw -> g o (i kh kw)"),  # depthwise, named
+    (nn.Bilinear(8, 9, 1), "o i j -> (o i) j"),
+    (nn.Bilinear(8, 9, 4), "o i j -> o (i j)"),
+]
+VECTORS = [nn.Conv2d(64, 1, 1), nn.Conv2d(1, 1, (9, 1)), nn.Conv1d(1, 1, 9), nn.Linear(9, 1)]
+
+
+@pytest.mark.covers("C2", "C3")
+@pytest.mark.parametrize(("layer", "pattern"), READINGS)
+def test_a_weight_is_read_as_a_matrix_that_can_pay(layer, pattern):
+    """Long kernels on one channel are a vector in the default reading, and would stay dense."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    dense, plan = layer.weight, factorize(model, rank=1, include="0")
+    assert plan.after < plan.before
+    assert model[0].parametrizations.weight[0].matricization.pattern == pattern
+    merge(factorized := copy.deepcopy(model))
+    best = LowRank(1, pattern=pattern, axes=_axes(layer)).right_inverse(dense)
+    view = model[0].parametrizations.weight[0].matricization
+    torch.testing.assert_close(view.matrix(factorized[0].weight), best[0] @ best[1].mT)
+
+
+@pytest.mark.parametrize("layer", [*VECTORS, *(layer for layer, _ in READINGS[:10])])
+def test_a_factorization_without_a_module_reads_alike(layer):
+    """``LowRank`` by itself knows no module, but the same shapes."""
+    view = LowRank(1).matricize(tuple(layer.weight.shape))
+    found = plan_ranks(nn.Sequential(layer), rank=1, include="0").rows[0]
+    assert found.matrix == view.matrix_shape
+
+
+@pytest.mark.parametrize("layer", VECTORS)
+def test_what_no_reading_makes_smaller_stays_dense(layer):
+    """A vector however it is read keeps the default."""
+    plan = plan_ranks(nn.Sequential(layer, nn.Linear(64, 64)), ratio=0.5)
+    assert "does not pay" in plan.rows[0].reason
+
+
+@pytest.mark.parametrize(("name", "matrix"), [("spatial", (128, 1)), ("channel", (8, 16))])
+def test_a_named_pattern_is_obeyed_where_it_cannot_pay(name, matrix):
+    """Only the default is a choice."""
+    layer, named = nn.Conv2d(1, 8, (16, 1)), functools.partial(LowRank, pattern=name)
+    assert plan_ranks(layer, rank=1, parametrization=named).rows[0].matrix == matrix
+    assert named(1).matricize(tuple(layer.weight.shape)).matrix_shape == matrix
+
+
+def _axes(layer):
+    return {"g": layer.groups} if getattr(layer, "groups", 1) > 1 else None
+
+
 @pytest.mark.covers("C17", "D27")
 @given(energy=st.floats(0.05, 1.0), seed=st.integers(0, 99))
 def test_energy_takes_the_smallest_sufficient_rank(energy, seed):

@@ -178,29 +178,35 @@ def _fit(
     assert tensor is not None
     given = dict(getattr(parametrization, "keywords", {}))
     own = {name: value for name, value in options.items() if name not in given}
-    layout = entry.weight.layout or (default_layout(2) if tensor.ndim == 2 else None)
     pattern, axes = given.get("pattern"), given.get("axes")
-    if _reads_tensors(parametrization, own):
-        if pattern not in (None, FLAT) and dimensions(pattern) != tensor.ndim:
-            pattern, axes = None, None  # it has a default for weights of any shape
-    elif pattern == "channel" and layout is not None:
-        pattern, axes = layout.channel or layout.pattern, layout.axes
-    elif pattern is None or pattern in NAMED_PATTERNS or dimensions(pattern) != tensor.ndim:
-        if layout is None:
-            entry.reason = (
-                f"of {tensor.ndim} dimensions in a module type without a default; give "
-                "parametrization=functools.partial(LowRank, pattern=...) with as many"
-            )
-            return
-        pattern, axes = layout.pattern, layout.axes
-    settings = {"pattern": pattern, "axes": axes, **own}
-    entry.make = functools.partial(_make, parametrization, settings)
+    tensors = _reads_tensors(parametrization, own)
+    # Those that read tensors have a default of their own.
+    fits = pattern in ((None, FLAT) if tensors else ()) or (
+        pattern not in (None, FLAT, *NAMED_PATTERNS) and dimensions(pattern) == tensor.ndim
+    )
     try:
+        if not fits:
+            pattern, axes = (None, None) if tensors else _default(entry.weight, pattern)
+        settings = {"pattern": pattern, "axes": axes, **own}
+        entry.make = functools.partial(_make, parametrization, settings)
         entry.view = entry.make(1).matricize(tuple(tensor.shape))
     except ValueError as error:
         entry.reason = str(error)
         return
     _check_numbers(entry)
+
+
+def _default(weight: Weight, pattern: str | None) -> tuple[str, Mapping[str, int]]:
+    """The pattern of a name, or the default one, and its axes, by the module's type."""
+    assert weight.tensor is not None
+    shape = tuple(weight.tensor.shape)
+    layout = weight.layout or (default_layout(2) if len(shape) == 2 else None)
+    if layout is None:
+        raise ValueError(
+            f"of {len(shape)} dimensions in a module type without a default; give "
+            "parametrization=functools.partial(LowRank, pattern=...) with as many"
+        )
+    return layout.reading(pattern if pattern in NAMED_PATTERNS else None, shape), layout.axes
 
 
 def _reads_tensors(parametrization: Callable[..., nn.Module], options: Mapping[str, Any]) -> bool:

@@ -5,27 +5,33 @@
     Conv2d, pattern="channel"         "o i kh kw -> o (i kh kw)"
     Conv2d, groups=g                  "(g o) i kh kw -> g (o kh) (i kw)"      one matrix a group
     ConvTranspose2d                   "i o kh kw -> (o kh) (i kw)"
+    Bilinear                          "o i j -> o (i j)"
     MultiheadAttention.in_proj_weight "(b o) i -> b o i" with b = 3           queries, keys, values
     transformers' Conv1D              "i o -> o i"                            stored transposed
     transformers' expert stacks       "e o i -> e o i"                        one matrix an expert
 
-Convolutions of one and three dimensions likewise. A recurrent layer's stacked gates stay one
-matrix: every gate has its own rows of U, and V, what they read, is shared, as is usual for
-low-rank recurrent layers (Kuchaiev & Ginsburg 2017, arXiv:1703.10722). So do the gate and the
-up projection that experts hold in one stack. Types of other packages are known by name: the
-package is never imported.
+Convolutions of one and three dimensions likewise. Where a reading leaves nothing to save even at
+rank 1, as that of a k×1 kernel on one channel, which is all rows, or of a 1×k kernel to one, all
+columns, another split of the axes is taken (``Layout.reading``).
+
+A recurrent layer's stacked gates stay one matrix: every gate has its own rows of U, and V, what
+they read, is shared, as is usual for low-rank recurrent layers (Kuchaiev & Ginsburg 2017,
+arXiv:1703.10722). So do the gate and the up projection that experts hold in one stack. Types of
+other packages are known by name: the package is never imported.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from frobdecay.matricize import Matricization
 
 __all__ = [
     "NAMED_PATTERNS",
@@ -50,28 +56,55 @@ class Layout:
         pattern: the default einops pattern.
         axes: lengths that the pattern needs.
         channel: the channel matricization of a convolution.
+        others: patterns to take instead, in order, where the default one cannot pay.
         depthwise: whether every matrix of the weight has a single channel on one side.
     """
 
     pattern: str
     axes: Mapping[str, int] = field(default_factory=dict)
     channel: str | None = None
+    others: tuple[str, ...] = ()
     depthwise: bool = False
+
+    def reading(self, name: str | None, shape: Sequence[int]) -> str:
+        """The pattern for a weight of this shape.
+
+        Args:
+            name: "spatial" or "channel"; None for the first with r (m + n) < m n at rank r = 1.
+            shape: of the weight.
+
+        Raises:
+            ValueError: the shape does not fit.
+        """
+        if name is not None or not self.others:
+            return self.channel or self.pattern if name == "channel" else self.pattern
+        for pattern in (self.pattern, *self.others):
+            view = Matricization.of(pattern, tuple(shape), self.axes)
+            if view.rows + view.columns < view.rows * view.columns:
+                return pattern
+        return self.pattern
 
 
 def _convolution(kernel: tuple[str, ...], groups: int, transposed: bool) -> Layout:
     """Rows are the output channels and the kernel's first axis, columns are the rest."""
     batch, axes = ("g ", {"g": groups}) if groups > 1 else ("", {})
     first, second = ("i", "o") if transposed else ("o", "i")
-    left = f"({batch}{first})" if groups > 1 else first
-    down, across = (kernel[:1], kernel[1:]) if len(kernel) > 1 else ((), kernel)
-    rows = f"(o {' '.join(down)})" if down else "o"
-    tensor = f"{left} {second} {' '.join(kernel)}"
-    return Layout(
-        f"{tensor} -> {batch}{rows} (i {' '.join(across)})",
-        MappingProxyType(axes),
-        f"{tensor} -> {batch}o (i {' '.join(kernel)})",
-    )
+    tensor = f"{f'({batch}{first})' if groups > 1 else first} {second} {' '.join(kernel)}"
+
+    def split(k: int) -> str:
+        """The first k axes of the kernel to the rows."""
+        sides = (_item("o", *kernel[:k]), _item("i", *kernel[k:]))
+        return f"{tensor} -> {batch}{' '.join(sides)}"
+
+    # The default first: one axis to the rows, unless it is the only one.
+    default = 1 if len(kernel) > 1 else 0
+    patterns = [split(k) for k in sorted(range(len(kernel) + 1), key=lambda k: k != default)]
+    return Layout(patterns[0], MappingProxyType(axes), split(0), tuple(patterns[1:]))
+
+
+def _item(*axes: str) -> str:
+    """Axes that are one dimension of a matrix."""
+    return f"({' '.join(axes)})" if len(axes) > 1 else axes[0]
 
 
 def _conv_layouts(module: nn.Module) -> dict[str, Layout]:
@@ -79,7 +112,7 @@ def _conv_layouts(module: nn.Module) -> dict[str, Layout]:
     transposed = isinstance(module, _ConvTransposeNd)
     layout = _convolution(_KERNEL[len(module.kernel_size)], module.groups, transposed)
     depthwise = module.groups > 1 and module.groups in (module.in_channels, module.out_channels)
-    return {"weight": Layout(layout.pattern, layout.axes, layout.channel, depthwise)}
+    return {"weight": replace(layout, depthwise=depthwise)}
 
 
 def _attention_layouts(module: nn.Module) -> dict[str, Layout]:
@@ -99,7 +132,7 @@ def _matrix_layouts(module: nn.Module) -> dict[str, Layout]:
 
 
 def _bilinear_layouts(module: nn.Module) -> dict[str, Layout]:
-    return {"weight": Layout("o i j -> o (i j)")}
+    return {"weight": Layout("o i j -> o (i j)", others=("o i j -> (o i) j",))}
 
 
 def _transposed_layouts(module: nn.Module) -> dict[str, Layout]:
