@@ -28,17 +28,13 @@ from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
 from frobdecay.chain import Coefficient, plan_of
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
-from frobdecay.product import Product
+from frobdecay.product import BUCKET_BYTES, Product
 from frobdecay.structures import CHAIN
 
 __all__ = ["BACKENDS", "Backend", "Choice", "Runner", "select"]
 
 TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""
-
-BUCKET_BYTES = 1 << 17
-"""On a CPU, products whose factors take more bytes than this run one by one: copying them into a
-bucket then costs more than the calls it saves."""
 
 Runner = Callable[[Targets, Coefs], None]
 """``run(targets, coefs)``, indexed [job][factor]: adds coef·∇ to each target that is not None.

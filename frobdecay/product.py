@@ -7,6 +7,7 @@ the factors live, *how* they are seen, and how they combine: the ``Structure`` h
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -27,6 +28,7 @@ from frobdecay.partitions import why_partitioned
 from frobdecay.structures import CHAIN, Structure
 
 __all__ = [
+    "BUCKET_BYTES",
     "Factor",
     "Product",
     "as_products",
@@ -40,6 +42,10 @@ __all__ = [
     "squared_norm",
     "whole",
 ]
+
+BUCKET_BYTES = 1 << 17
+"""Products whose factors take more bytes than this are not multiplied together on a CPU: copying
+them into a stack then costs more than the calls it saves."""
 
 
 @dataclass(frozen=True)
@@ -337,10 +343,25 @@ def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
     check_coefficient(coef, "coef")
     if isinstance(coef, Tensor):
         coef = coef.reshape(())
-    total = squared_norm(found[0])
-    for product in found[1:]:
-        total = total + squared_norm(product)
-    return 0.5 * coef * total
+    return 0.5 * coef * reduce(torch.add, _squared_norms(found))
+
+
+def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
+    """Squared norms that add up to that of all products, small chains of one shape together."""
+    norms, alike = [], defaultdict(list)
+    for product in products:
+        params = product.params
+        if product.structure != CHAIN or sum(param.nbytes for param in params) > BUCKET_BYTES:
+            norms.append(squared_norm(product))
+            continue
+        views = product.views()
+        about = tuple((view.shape, view.dtype, view.device) for view in views)
+        alike[about, product.batch, product.scale].append(views)
+    for (_, batch, scale), members in alike.items():
+        stacks = [torch.stack(views) for views in zip(*members, strict=True)]
+        with full_precision(stacks[0].device.type):
+            norms.append(CHAIN.squared_norm(stacks, batch + 1) * scale**2)
+    return norms
 
 
 def check_coefficient(coef: Coefficient, what: str) -> None:

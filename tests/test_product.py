@@ -11,6 +11,7 @@ from conftest import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.chain import contraction_plan
 from frobdecay.product import Factor, Product, gradients, grams, penalty, product_norm, squared_norm
@@ -165,6 +166,41 @@ def test_penalty_backward_is_the_gradient():
     for product in products:
         for param, gradient in zip(product.params, gradients(product), strict=True):
             assert close(param.grad, 0.2 * gradient, 1e-10)
+
+
+def test_small_products_of_one_shape_are_multiplied_together():
+    """Their number adds no matrix product; the value and all gradients are those of a loop."""
+    float32, float64 = torch.float32, torch.float64
+    kinds = [
+        (bare((6, 2), (5, 2)), float32),
+        (bare((6, 2), (5, 2), scale=3.0), float32),
+        (bare((6, 2), (5, 2)), float64),
+        (bare((2, 6, 2), (2, 5, 2)), float32),
+        (bare((6, 5), (7, 5)), float32),  # through W
+    ]
+    counts = []
+    for count in (2, 4):
+        found = [make(dtype) for make, dtype in kinds * count]
+        with Counting() as counting:
+            value = penalty(found, 0.2)
+        counts.append(counting.products)
+        assert close(value, 0.1 * sum(squared_norm(product) for product in found), 1e-5)
+        value.backward()
+        for product in found:
+            for param, gradient in zip(product.params, gradients(product), strict=True):
+                assert close(param.grad, 0.2 * gradient, 1e-5)
+    assert counts[0] == counts[1] > 0
+
+
+class Counting(TorchDispatchMode):
+    """Counts matrix products."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operator."""
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+        return func(*args, **kwargs or {})
 
 
 def test_half_precision_accumulates_in_float32():
