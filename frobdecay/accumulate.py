@@ -32,15 +32,17 @@ from frobdecay.product import (
     Product,
     as_products,
     check_coefficient,
+    check_product,
     is_sharded,
     listed,
     squared_norm,
 )
 from frobdecay.structures import CHAIN
 
-__all__ = ["Accumulator", "add_penalty_grad_", "check_dense_gradients", "explain"]
+__all__ = ["Accumulator", "add_penalty_grad_", "explain"]
 
 _MAX_PLANS = 4  # for lists that begin with one product
+_TABLE = "_parameters"  # in a module's attributes
 
 
 class Accumulator:
@@ -62,6 +64,8 @@ class Accumulator:
     @torch.inference_mode(False)  # buffers made there could not be written to elsewhere
     @torch.no_grad()
     def _plan(self) -> None:
+        for product in self.products:
+            check_product(product)  # factors may have been changed to what no longer fits
         self._parts = [localized(product) for product in self.products]
         here = {k: part for k, part in enumerate(self._parts) if part is not None}
         apart = [k for k, part in enumerate(self._parts) if part is None]
@@ -113,7 +117,7 @@ class Accumulator:
             The parameters of all factors, product by product: the list of the last call, unless
             everything was planned anew.
         """
-        params = [attributes.get(name) for attributes, name in self._places]
+        params = [tables[_TABLE].get(name) for tables, name in self._places]
         same = all(map(operator.is_, params, self._params)) and _look(params) == self._seen_params
         if not same or any(part_of(f.param).data_ptr() != at for f, at in self._watched_parts):
             self._plan()
@@ -150,6 +154,7 @@ class Accumulator:
         if self._watched_parts:
             for product, one in zip(self.products, targets, strict=True):
                 check_targets(product, one)
+        self._check_targets(list(itertools.chain.from_iterable(targets)))
         if not self._plain:
             targets = [self._seen(k, one) for k, one in enumerate(targets)]
         if not self._unscaled:
@@ -163,6 +168,19 @@ class Accumulator:
             for members, exchange in self._exchanges:
                 exchange.wait()
                 exchange.add([targets[k] for k in members], [coefs[k] for k in members])
+
+    def _check_targets(self, targets: Sequence[Tensor | None]) -> None:
+        """Refuse what cannot be written to, before anything is.
+
+        Raises:
+            TypeError, ValueError: names the product and the factor.
+        """
+        for k, (target, shape) in enumerate(zip(targets, self._seen_params[2], strict=True)):
+            if target is not None and not (
+                target.is_contiguous() and target.shape == shape and not target.is_inference()
+            ):
+                product, factor = [(p, f) for p in self.products for f in p.factors][k]
+                _check_target(product.name, factor.attribute, target, shape)
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:
@@ -224,6 +242,31 @@ def _look(params: Sequence[Any]) -> tuple[list[Any], ...]:
     )
 
 
+def _check_target(name: str, attribute: str, target: Tensor, shape: torch.Size) -> None:
+    """Refuse what the penalty's gradient cannot be added to in place; the slow and careful way.
+
+    Raises:
+        TypeError, ValueError: names the product and the factor.
+    """
+    if target.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense gradient for {attribute}, got {target.layout}; the "
+            "penalty's gradient is dense: use sparse=False"
+        )
+    if target.shape != shape:
+        found = f"one of shape {tuple(target.shape)}, from before the factor was changed"
+    elif target.is_inference() and not torch.is_inference_mode_enabled():
+        found = "one made under inference_mode"
+    elif any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
+        found = "an expanded one, whose entries share memory"
+    else:
+        return
+    raise ValueError(
+        f"{name}: expected a gradient for {attribute} of shape {tuple(shape)} that can be written "
+        f"to, got {found}; clone it, or set it to None before backward()"
+    )
+
+
 class _Attributes:
     """Any object's attributes, read like a dictionary."""
 
@@ -234,12 +277,15 @@ class _Attributes:
         return getattr(self.owner, name)
 
 
-def _place_of(factor: Factor) -> tuple[Mapping[str, Any] | _Attributes, str]:
-    """Where a parameter is looked up: the dictionary itself saves ``getattr`` at every step."""
+def _place_of(factor: Factor) -> tuple[Mapping[str, Mapping[str, Any] | _Attributes], str]:
+    """Where the table is that a parameter is looked up in: that saves ``getattr`` at every step.
+
+    Of a module, not the table itself, in the place of which code may put another one.
+    """
     owner, name = factor.owner, factor.attribute
     if isinstance(owner, nn.Module) and name in owner._parameters:
-        return owner._parameters, name
-    return (vars(owner), name) if name in vars(owner) else (_Attributes(owner), name)
+        return vars(owner), name
+    return {_TABLE: vars(owner) if name in vars(owner) else _Attributes(owner)}, name
 
 
 class _Kept:
@@ -319,29 +365,11 @@ def add_penalty_grad_(
         assert plan is not None  # all products are alive
         params = plan.refresh()
         grads = [param.grad if param.requires_grad else None for param in params]
-        if any(grad is not None and grad.layout is not torch.strided for grad in grads):
-            for product in plan.products:
-                check_dense_gradients(product)
         coefs = [coef] * len(params)
         if isinstance(coef, Tensor):  # which may be on another device
             number = coef.detach().reshape(())
             coefs = [number.to(param.device, non_blocking=True) for param in params]
         plan.run(plan.rows(grads), plan.rows(coefs))
-
-
-def check_dense_gradients(product: Product) -> None:
-    """Refuse sparse gradients, which cannot hold the penalty's dense gradient.
-
-    Raises:
-        TypeError: names the product and the factor.
-    """
-    for factor in product.factors:
-        grad = factor.param.grad
-        if grad is not None and grad.layout != torch.strided:
-            raise TypeError(
-                f"{product.name}: expected a dense gradient for {factor.attribute}, got "
-                f"{grad.layout}; the penalty's gradient is dense: use sparse=False"
-            )
 
 
 def explain(products: Product | Iterable[Product], backend: str | None = None) -> str:

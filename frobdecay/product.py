@@ -33,6 +33,7 @@ __all__ = [
     "Product",
     "as_products",
     "check_coefficient",
+    "check_product",
     "gradients",
     "grams",
     "is_sharded",
@@ -85,7 +86,7 @@ class Product:
     fixed: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_product(self)
 
     @cached_property
     def plans(self) -> list[Any]:
@@ -182,8 +183,12 @@ def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple
     return tuple((name, length) for name, length in (axes or {}).items() if name in names)
 
 
-def _check(product: Product) -> None:
-    """Refuse what is not real, dense, or does not fit together, naming the product."""
+def check_product(product: Product) -> None:
+    """Refuse what is not real, dense, or does not fit together, naming the product.
+
+    Raises:
+        TypeError, ValueError: as ``Product.of``.
+    """
     name, params = product.name, product.params
     for k, (factor, param) in enumerate(zip(product.factors, params, strict=True)):
         if not param.is_floating_point() or param.layout != torch.strided or param.itemsize < 2:

@@ -254,6 +254,11 @@ CHANGES = {
     "nothing": lambda pair: None,
     "numbers": lambda pair: pair.U.data.mul_(2),
     "a new parameter": lambda pair: setattr(pair, "U", nn.Parameter(torch.randn(4, 4))),
+    "a new table": lambda pair: setattr(
+        pair,
+        "_parameters",
+        {name: nn.Parameter(p.detach() * 2) for name, p in pair._parameters.items()},
+    ),
     "new memory": lambda pair: setattr(pair.U, "data", torch.randn(4, 4)),
     "new memory of the wide one": lambda pair: setattr(pair.V, "data", torch.randn(4, 4)),
     "other strides": lambda pair: setattr(pair.V, "data", pair.V.data.T),
@@ -482,9 +487,16 @@ def test_what_cannot_run_says_why():
         Accumulator(product)
 
 
+UNWRITABLE = {  # gradients that nothing can be added to in place
+    "expanded": lambda U: torch.autograd.grad(U.sum(), U)[0],
+    "of inference": torch.inference_mode()(torch.zeros_like),
+    "of another shape": torch.ones_like,
+}
+
+
 @pytest.mark.covers("D29")
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("bad", ["sparse", "meta", "float8"])
+@pytest.mark.parametrize("bad", ["sparse", "meta", "float8", *UNWRITABLE, "of no chain"])
 def test_a_refused_call_changes_nothing(bad, order):
     """Of a list with one product that cannot decay, the others' gradients stay as they are."""
     good = with_gradients(PRODUCTS["pair"], torch.float32, 2)
@@ -493,11 +505,18 @@ def test_a_refused_call_changes_nothing(bad, order):
         U, V = (nn.Parameter(torch.randn(size, 3)) for size in (7, 5))
         if bad == "sparse":
             U.grad = torch.ones(7, 3).to_sparse()
+        if bad in UNWRITABLE:
+            U.grad = UNWRITABLE[bad](U)
         if bad == "meta":
             U, V = U.to("meta"), V.to("meta")
         if bad == "float8":
             U = U.detach().to(torch.float8_e4m3fn)
-        return [*good, Product.of(U, V, name="the bad one")][::order]
+        found = [*good, Product.of(U, V, name="the bad one")][::order]
+        if bad == "of another shape":
+            U.data = U.data[:4]
+        if bad == "of no chain":
+            U.data = torch.randn(7, 1)
+        return found
 
     with pytest.raises((TypeError, ValueError), match="the bad one"):
         add_penalty_grad_(products(), 0.5)
