@@ -21,6 +21,8 @@ from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import Factor, Product, penalty, product_norm, squared_norm
 from frobdecay.providers.attention import Attention, linear, provider
 from frobdecay.registry import factorize, products, register_products
+from frobdecay.stars import CP
+from frobdecay.structures import CHAIN
 
 
 class Grouped(nn.Module):
@@ -660,6 +662,14 @@ def test_biases_have_to_fit_their_factor(biases, message):
     ends = Factor(nn.Linear(4, 6), "weight"), Factor(nn.Linear(4, 7), "weight")
     with pytest.raises(ValueError, match=f"mine: expected .*{message}"):
         Product("mine", ends, biases=biases)
+
+
+@pytest.mark.parametrize(("count", "structure"), [(3, CHAIN), (2, CP)], ids=["three", "no chain"])
+def test_biases_are_of_chains_of_two_factors(count, structure):
+    """Others have no two ends that a row could be added to."""
+    factors = tuple(Factor(nn.Linear(4, 4), "weight") for _ in range(count))
+    with pytest.raises(ValueError, match=f"2 for {count} factors of structure {structure.name}"):
+        Product("mine", factors, biases=(None, None), structure=structure)
 
 
 # --- what the released research code got wrong -------------------------------------------------

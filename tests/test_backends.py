@@ -173,15 +173,36 @@ def test_no_less_accurate_than_the_reference(backend, shape, dtype):
 
 
 @NAMES
-def test_each_factor_has_its_own_coefficient(backend):
-    """Coefficients differ by product and factor, and may be tensors."""
-    products = [PRODUCTS["pair"](torch.float64) for _ in range(3)]
-    coefs = [[0.1, 0.2], [torch.tensor(0.3), 0.4], [0.0, torch.tensor(0.6)]]
-    targets = [[torch.zeros_like(p) for p in product.params] for product in products]
-    Accumulator(products, backend).accumulate(targets, coefs)
-    for product, target, coef in zip(products, targets, coefs, strict=True):
-        for found, gradient, c in zip(target, gradients(product), coef, strict=True):
-            assert close(found, float(c) * gradient, 1e-7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", ["pair", "deep", "full rank", "train of cores"])
+def test_each_factor_has_its_own_coefficient(backend, kind, dtype):
+    """Coefficients differ by product and factor, keep their digits, and may be tensors."""
+    for count in (0, 1, 3):  # of the products whose coefficients are tensors
+        products = [PRODUCTS[kind](dtype) for _ in range(3)]
+        coefs = [
+            [0.1 + 0.2 * k + 0.01 * j for j in range(len(p.factors))]
+            for k, p in enumerate(products)
+        ]
+        given = [
+            [torch.tensor(c, dtype=torch.float64) for c in row] if k < count else row
+            for k, row in enumerate(coefs)
+        ]
+        targets = [[torch.zeros_like(p) for p in product.params] for product in products]
+        Accumulator(products, backend).accumulate(targets, given)
+        for product, target, row in zip(products, targets, coefs, strict=True):
+            for found, gradient, c in zip(target, gradients(product), row, strict=True):
+                assert close(found, c * gradient, TOLERANCE[dtype])
+
+
+@NAMES
+def test_plans_lie_where_their_products_are(backend):
+    """Torch's default device, "meta" for one where nothing of the CPU can go, is not asked."""
+    products = with_gradients(PRODUCTS["pair"], torch.float64)
+    with torch.device("meta"):
+        add_penalty_grad_(products, 0.5, backend=backend)
+    for product in products:
+        for param, gradient in zip(product.params, gradients(product), strict=True):
+            assert close(param.grad - 1, 0.5 * gradient, 1e-10)
 
 
 @NAMES

@@ -119,6 +119,16 @@ def test_every_mixture_of_dtypes(dtype, base, monkeypatch):
         assert close(gradient, other, 1e-5)
 
 
+def test_a_large_half_precision_base_is_summed_in_float32(monkeypatch):
+    """The norms of its rows are, too: bfloat16 would leave three digits of each."""
+    monkeypatch.setattr("frobdecay.scaling.LONG", 16)
+    monkeypatch.setattr("frobdecay.scaling.ROW", 5)
+    product = shifted_product(dtype=torch.float32, base=torch.bfloat16)
+    with torch.no_grad():
+        product.params[0].fill_(1)
+    assert close(squared_norm(product), exact(product)[0], 1e-6)
+
+
 class Fresh(TorchDispatchMode):
     """Notes the sizes of all tensors with memory of their own."""
 
