@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from frobdecay import registry
 from frobdecay.merging import merge, unroll
-from frobdecay.parametrizations import LowRank
+from frobdecay.modules.surgery import transaction
+from frobdecay.parametrizations import VERSION, LowRank
 from frobdecay.product import Factor, Product
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
@@ -410,6 +411,39 @@ def test_an_error_leaves_ties_as_they_were():
     with pytest.raises(ValueError, match="no"):
         factorize(model, rank=2, on_tied="untie", init=failing)
     assert model[0].weight is model[2].weight
+
+
+def test_a_transaction_undoes_every_change():
+    """Attributes, tables and the class of a module, and its lists of factors, on any exception."""
+
+    class Other(nn.Linear):
+        """Another class."""
+
+    plain, ours = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 5))
+    factorize(ours, rank=2)
+    lists = ours[0].parametrizations
+    plain.number = 1
+    before = [dict(vars(m)) for m in (plain, ours[0], lists)]
+    tables = [dict(m._parameters) for m in (plain, ours[0], lists["weight"])]
+    version = VERSION.value
+
+    def change():
+        plain.number, plain.more = 2, 3
+        del plain.bias
+        plain.register_buffer("running", torch.ones(1))
+        plain.__class__ = Other
+        lists.note = "changed"
+        parametrize.remove_parametrizations(ours[0], "weight")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), transaction([plain, ours[0], plain]):
+        change()
+    assert [dict(vars(m)) for m in (plain, ours[0], lists)] == before
+    assert [dict(m._parameters) for m in (plain, ours[0], lists["weight"])] == tables
+    assert type(plain) is nn.Linear
+    assert parametrize.is_parametrized(ours[0], "weight")
+    assert VERSION.value > version
+    assert not plain._buffers
 
 
 def test_types_of_other_packages_are_known_by_name():
