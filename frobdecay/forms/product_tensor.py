@@ -196,7 +196,8 @@ class ProductTensor(Tensor):
         self.detached = False
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
-        self.tracked = not constant and not transformed and any(f.requires_grad for f in factors)
+        unknown = constant or transformed or _scripting()
+        self.tracked = not unknown and any(f.requires_grad for f in factors)
         return _multiplied((self,), *factors) if self.tracked else self
 
     def like(
@@ -222,7 +223,7 @@ class ProductTensor(Tensor):
     @property
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
-        return type(self.factors[0]).__name__ in _TRACED or torch.compiler.is_compiling()
+        return type(self.factors[0]).__name__ in _TRACED or _tracing()
 
     @property
     def needs_grad(self) -> bool:
@@ -343,7 +344,7 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     U, *inner, V = factors
     if not inner:
         return U, V
-    if torch.jit.is_tracing() or U.shape[-2] <= V.shape[-2]:  # type: ignore[attr-defined,no-untyped-call]
+    if _scripting() or U.shape[-2] <= V.shape[-2]:
         for M in inner:
             U = U @ M
     else:
@@ -352,8 +353,12 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return U, V
 
 
+def _scripting() -> bool:
+    return torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call,no-any-return]
+
+
 def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return torch.compiler.is_compiling() or _scripting()
 
 
 def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor:
