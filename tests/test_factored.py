@@ -5,6 +5,7 @@ import io
 import operator
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
@@ -100,6 +101,13 @@ def test_inference_tensors_are_never_kept():
 
 # --------------------------------------------------------------------------- writes are refused
 
+
+
+@torch.library.custom_op("frobdecay_tests::doubled", mutates_args={"w"})
+def _doubled(w: Tensor) -> None:
+    w.mul_(2)
+
+
 WRITES = {
     "add_": lambda W: W.add_(1),
     "mul_": lambda W: W.mul_(2),
@@ -122,6 +130,12 @@ WRITES = {
     "out": lambda W: torch.add(torch.ones(6, 5), 1, out=W),
     "out mm": lambda W: torch.mm(torch.ones(6, 2), torch.ones(2, 5), out=W),
     "foreach": lambda W: torch._foreach_add_([W], 1),
+    "inplace": lambda W: F.relu(W, inplace=True),
+    "inplace module": lambda W: nn.Dropout(inplace=True)(W),
+    "inplace row": lambda W: F.silu(W[0], inplace=True),
+    "own operator": lambda W: _doubled(W),
+    "own operator of a row": lambda W: _doubled(W[0]),
+    "own overloads": lambda W: torch.ops.frobdecay_tests.doubled(W),
     "init.normal_": nn.init.normal_,
     "init.zeros_": nn.init.zeros_,
     "init.constant_": lambda W: nn.init.constant_(W, 1.0),
@@ -149,6 +163,14 @@ def test_a_write_raises(name, grad):
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"module\.weight = W"):
         WRITES[name](layer.weight)
     torch.testing.assert_close(layer.weight.clone(), before)
+
+
+def test_an_array_of_the_weight_is_read_only():
+    """A write to numpy's array over the formed weight would be lost as well."""
+    W = weight("o i -> o i", (6, 5)).detach()
+    for array in (W.numpy(), np.asarray(W), W[:2].numpy()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
 
 
 @pytest.mark.parametrize("name", ["retain_grad", "register_post_accumulate_grad_hook"])

@@ -461,6 +461,7 @@ OUT = {
     "make_subclass": lambda w: Tensor._make_subclass(Tensor, w),
     "as_strided": lambda w: w.as_strided((6, 5), (5, 1)),
 }
+MODES = {"grad": torch.enable_grad, "no": torch.no_grad, "inference": torch.inference_mode}
 LEAVING = {
     "W": lambda W: W,
     "data": lambda W: W.data,
@@ -490,7 +491,12 @@ def _forked(call):
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else told
 
 
-def _into(leave, into):
+def _into(leave, into, mode):
+    with mode():
+        return _put(leave, into)
+
+
+def _put(leave, into):
     layer, b = _linear(), nn.Linear(5, 6, bias=False, dtype=torch.float64)
     before, dense = b.weight.detach().clone(), dense_of(layer.weight).detach()
     try:
@@ -504,10 +510,10 @@ def _into(leave, into):
     return "dense"
 
 
-def _out(leave, out, grad):
+def _out(leave, out, mode):
     layer = _linear()
     dense = dense_of(layer.weight).detach()
-    with torch.set_grad_enabled(grad):
+    with mode():
         try:
             found = out(leave(layer.weight).detach())
         except (RuntimeError, TypeError, BufferError):
@@ -523,19 +529,23 @@ def _out(leave, out, grad):
 def test_no_way_through_cpp_reads_memory_that_is_not_there():
     """Into another tensor, to a pointer, an array or a file: dense, or refused, never a signal."""
     calls = {
-        f"{into} {leave}": lambda i=INTO[into], w=LEAVING[leave]: _into(w, i)
+        f"{into} {leave} {mode}": lambda i=INTO[into], w=LEAVING[leave], m=MODES[mode]: _into(w, i, m)
         for into in INTO
         for leave in LEAVING
+        for mode in MODES
     }
     calls |= {
-        f"{out} {leave} {grad}": lambda o=OUT[out], w=LEAVING[leave], g=grad: _out(w, o, g)
+        f"{out} {leave} {mode}": lambda o=OUT[out], w=LEAVING[leave], m=MODES[mode]: _out(w, o, m)
         for out in OUT
         for leave in LEAVING
-        for grad in (True, False)
+        for mode in MODES
     }
     told = _forked(lambda: "\n".join(f"{name}: {call()}" for name, call in calls.items()))
     lines = dict(line.split(": ", 1) for line in told.splitlines())
     assert set(lines.values()) == {"dense", "refused"}, told
     assert lines.keys() == calls.keys()
-    assert lines["data data"] == lines["save W True"] == lines["numpy detach True"] == "dense"
-    assert lines["data W"] == lines["pointer below W True"] == lines["capsule W True"] == "refused"
+    for mode in MODES:
+        dense = lines[f"data data {mode}"], lines[f"save W {mode}"], lines[f"numpy detach {mode}"]
+        assert set(dense) == {"dense"}, mode
+        refused = (f"data W {mode}", f"pointer below W {mode}", f"capsule W {mode}")
+        assert {lines[name] for name in refused} == {"refused"}, mode

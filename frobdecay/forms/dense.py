@@ -65,6 +65,7 @@ def refuse_writes(
     name = getattr(func, "__name__", "")
     target = args[0] if args else next(iter(kwargs.values()), None)
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    in_place = in_place or kwargs.get("inplace") is True
     if (in_place and _holds(target, kind)) or _holds(kwargs.get("out"), kind):
         if name == "__set__":
             name = f"{getattr(func, '__self__', func).__name__} = ..."
@@ -110,6 +111,8 @@ def below_autograd(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """
     if func is torch.ops.aten.detach.default:  # autograd's own bookkeeping
         return args[0].cut()
+    if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
+        return False  # there is no memory to put in another tensor's place
     schema = getattr(func, "_schema", None)  # higher-order operators have none
     if schema is not None and schema.is_mutable:
         names = [argument.name for argument in schema.arguments]
@@ -166,7 +169,21 @@ def on_dense(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
     dense_args = _mapped(tuple(args), ProductTensor, form)
     dense_kwargs = {key: _mapped(value, ProductTensor, form) for key, value in kwargs.items()}
-    return _read_only(func(*dense_args, **dense_kwargs), formed)
+    return _unwritten(func, formed, dense_args, dense_kwargs)
+
+
+def _unwritten(
+    func: Callable[..., Any],
+    formed: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a function that must not write to the formed tensors, and does not look as if it did."""
+    versions = [None if t.is_inference() else t._version for t in formed]
+    result = func(*args, **kwargs)
+    if versions != [None if t.is_inference() else t._version for t in formed]:
+        raise _written(getattr(func, "__name__", str(func)))
+    return _read_only(result, formed)
 
 
 def _mapped(value: Any, kind: type[Tensor], function: Callable[[Tensor], Any]) -> Any:
@@ -189,6 +206,8 @@ def _read_only(result: Any, formed: Sequence[Tensor]) -> Any:
     def protect(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(ReadOnlyView) if _storage(tensor) in held else tensor
 
+    if hasattr(result, "setflags"):  # an array of numpy's, mostly over the same memory
+        result.setflags(write=False)
     return _mapped(result, Tensor, protect)
 
 
@@ -234,4 +253,4 @@ def _on_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
     plain_args = _mapped(tuple(args), ReadOnlyView, unwrap)
     plain_kwargs = {key: _mapped(value, ReadOnlyView, unwrap) for key, value in kwargs.items()}
-    return _read_only(func(*plain_args, **plain_kwargs), plain)
+    return _unwritten(func, plain, plain_args, plain_kwargs)
