@@ -102,7 +102,6 @@ def test_inference_tensors_are_never_kept():
 # --------------------------------------------------------------------------- writes are refused
 
 
-
 @torch.library.custom_op("frobdecay_tests::doubled", mutates_args={"w"})
 def _doubled(w: Tensor) -> None:
     w.mul_(2)

@@ -529,7 +529,9 @@ def _out(leave, out, mode):
 def test_no_way_through_cpp_reads_memory_that_is_not_there():
     """Into another tensor, to a pointer, an array or a file: dense, or refused, never a signal."""
     calls = {
-        f"{into} {leave} {mode}": lambda i=INTO[into], w=LEAVING[leave], m=MODES[mode]: _into(w, i, m)
+        f"{into} {leave} {mode}": lambda i=INTO[into], w=LEAVING[leave], m=MODES[mode]: _into(
+            w, i, m
+        )
         for into in INTO
         for leave in LEAVING
         for mode in MODES

@@ -255,9 +255,7 @@ def test_jit_trace_follows_the_factors():
         for p in model.parameters():
             p.mul_(0.5)
     x = torch.randn(4, 3, 6, 6)
-    assert_same(
-        gradients_of(model, traced(x)), gradients_of(model, model(x)), rtol=1e-4, atol=1e-5
-    )
+    assert_same(gradients_of(model, traced(x)), gradients_of(model, model(x)), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- modules of torch
