@@ -3,7 +3,8 @@
     python -m benchmarks.layers --threads 2
     python -m benchmarks.layers --sizes 100,1000,10000 --only inspect,merge
 
-Models of tiny linear layers, ten to a block, so that arithmetic hardly counts. Each row is one
+Models of tiny linear layers, ten to a block, so that arithmetic hardly counts ("shapes apart": no
+two layers alike). Each row is one
 function or command; its columns are microseconds a layer, the median of a few runs, by the number
 of layers; what it works on is made anew for every run and not timed. ``load_state_dict`` is torch's
 own, on the dense model: it looks through all keys for every child of a module, and
@@ -45,6 +46,12 @@ def _dense(size: int) -> nn.Module:
     return nn.Sequential(*(nn.Sequential(*layers[k : k + BLOCK]) for k in range(0, size, BLOCK)))
 
 
+def _apart(size: int) -> nn.Module:
+    """No two weights of one shape."""
+    sides = (divmod(k, 64) for k in range(size))
+    return nn.Sequential(*(nn.Linear(WIDTH + n, WIDTH + m) for m, n in sides))
+
+
 def _factorized(size: int) -> nn.Module:
     model = _dense(size)
     factorize(model, rank=1)
@@ -75,10 +82,19 @@ Run = tuple[Callable[[], Any], Callable[[Any], object]]
 def _runs(size: int, files: dict[str, str]) -> dict[str, Run]:
     """What is timed: how its argument is made, and the call."""
     state = _dense(size).state_dict()
+    names = {name: 1 for name in state if name.endswith("weight")}
     return {
         "factorize": (lambda: _dense(size), lambda model: factorize(model, rank=1)),
         "plan_ranks(rank=)": (lambda: _dense(size), lambda model: plan_ranks(model, rank=1)),
         "plan_ranks(ratio=)": (lambda: _dense(size), lambda model: plan_ranks(model, ratio=0.8)),
+        "plan_ranks(ratio=), shapes apart": (
+            lambda: _apart(size),
+            lambda model: plan_ranks(model, ratio=0.8),
+        ),
+        "plan_ranks(rank={})": (
+            lambda: _dense(size),
+            lambda model: plan_ranks(model, rank=names),
+        ),
         "products": (lambda: _factorized(size), products),
         "FrobeniusDecay": (lambda: _factorized(size), _wrap),
         "merge": (lambda: _factorized(size), merge),

@@ -21,7 +21,7 @@ import operator
 from collections.abc import Callable, Mapping
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +60,11 @@ def plain_rank(rank: Any) -> int | float:
         ValueError: zero, negative, NaN or infinite.
     """
     value = rank.item() if getattr(rank, "ndim", None) == 0 else rank
-    number = isinstance(value, Real | SupportsIndex) and not hasattr(value, "ndim")
+    counts = hasattr(type(value), "__index__")
+    number = (counts or isinstance(value, Real)) and not hasattr(value, "ndim")
     if not number or isinstance(value, bool):
         raise TypeError(f"expected a rank as int or as float fraction of min(m, n), got {rank!r}")
-    plain = operator.index(value) if isinstance(value, SupportsIndex) else float(value)
+    plain = operator.index(value) if counts else float(value)
     if not 0 < plain < math.inf:
         raise ValueError(f"expected a rank above 0, got {rank}")
     return plain

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from numbers import Integral
 
@@ -151,6 +151,18 @@ def fit_pattern(
             raise TypeError(f"expected the length of the axis {name!r} as an int, got {length!r}")
         if length < 1:
             raise ValueError(f"expected the length of the axis {name!r} above 0, got {length}")
+    tensor_axes, items = _parsed(pattern)
+    if len(tensor_axes) != len(shape):
+        raise ValueError(
+            f"expected a tensor with {len(tensor_axes)} dimensions for the pattern "
+            f"{pattern!r}, got shape {tuple(shape)}"
+        )
+    return tensor_axes, items, _fill(tensor_axes, tuple(shape), dict(axes or {}), pattern)
+
+
+@lru_cache(1024)
+def _parsed(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """The items of both sides of a one-to-one pattern: read once, however many weights have it."""
     left, arrow, right = pattern.partition("->")
     if not arrow:
         raise ValueError(f"expected a pattern 'tensor -> rows columns', got {pattern!r}")
@@ -163,12 +175,7 @@ def fit_pattern(
         raise ValueError(
             f"expected the same axes, each once, on both sides of the pattern {pattern!r}"
         )
-    if len(tensor_axes) != len(shape):
-        raise ValueError(
-            f"expected a tensor with {len(tensor_axes)} dimensions for the pattern "
-            f"{pattern!r}, got shape {tuple(shape)}"
-        )
-    return tensor_axes, items, _fill(tensor_axes, tuple(shape), dict(axes or {}), pattern)
+    return tensor_axes, items
 
 
 def _fill(

@@ -9,9 +9,9 @@ target, and the nearer of its two sides is taken.
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
 from math import isfinite
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.modules.selection import (
+    Index,
     One,
     Selector,
     Weight,
     check_met,
-    matches,
     modules,
     names_exactly,
     weights,
@@ -159,20 +159,19 @@ def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
     if not isinstance(rule, Mapping):
         _check_rank(rule)
         rule = {nn.Module: rule}
-    tree, every = modules(model), weights(model)
+    tree, every = modules(model), Index(weights(model))
     for key, value in rule.items():
         check_met(tree, every, key, "rank")
         try:
             _check_rank(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"rank[{key!r}]: {error}") from None
-    for entry in found:
-        if entry.open:
-            taken = _first(tree, entry.weight, rule)
-            if taken is None:
-                entry.reason = "no rank given for it"
-            else:
-                entry.rank = entry.rank_at(rule[taken])
+    keys = _keys(tree, [entry.weight for entry in found], rule)
+    for i, entry in enumerate(found):
+        if entry.open and i in keys:
+            entry.rank = entry.rank_at(rule[keys[i]])
+        elif entry.open:
+            entry.reason = "no rank given for it"
     check_any(model, found, [entry.rank is not None for entry in found])
 
 
@@ -181,43 +180,58 @@ def _check_rank(value: Any) -> None:
     plain_ranks(value)
 
 
-def _first(tree: dict[str, nn.Module], weight: Weight, rule: Mapping[Any, Any]) -> One | None:
-    """The key for a weight: its exact name before any pattern, then the first that matches."""
-    exact = [key for key in rule if names_exactly(weight, key)]
-    return next((key for key in (*exact, *rule) if matches(tree, weight, key)), None)
+def _keys(
+    tree: dict[str, nn.Module], found: list[Weight], rule: Mapping[Any, Any]
+) -> dict[int, One]:
+    """Each weight's key: its exact name before any pattern, then the first that matches."""
+    where = Index(found)
+    exact: dict[int, One] = {}
+    first: dict[int, One] = {}
+    for key in rule:
+        for i in where.matching(tree, key):
+            (exact if names_exactly(found[i], key) else first).setdefault(i, key)
+    return first | exact
 
 
 def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
     """The common scale whose parameter count comes nearest to the target."""
     total = size(model, found)
+    target = ratio * total
     candidates = [entry for entry in found if entry.open]
     fixed = total - sum(entry.dense for entry in candidates)
     # Weights that are read alike get one rank: each shape is asked once, however many there are.
     alike: defaultdict[Any, list[Entry]] = defaultdict(list)
     for entry in candidates:
         alike[_reading(entry)].append(entry)
-    counts = [
-        (first, functools.cache(first.size), len(same))
-        for same in alike.values()
-        for first in same[:1]
-    ]
 
-    def count(scale: float) -> int:
-        sizes = (n * min(one.dense, at(one.rank_at(scale))) for one, at, n in counts)
-        return fixed + sum(sizes)
+    def sizes(scale: float, some: Iterable[list[Entry]]) -> list[int]:
+        return [len(same) * one.size_at(scale) for same in some for one in same[:1]]
 
     low, high = 5e-324, 1.0  # all ranks 1; and all dense, since r (m + n) ≥ mn at r = min(m, n)
-    while count(high) < ratio * total and high < 2**30:  # a tensor's ranks may exceed its modes
+    moving = list(alike.values())
+    below, above = sizes(low, moving), sizes(high, moving)
+    while fixed + sum(above) < target and high < 2**30:  # a tensor's ranks may exceed its modes
         high *= 2
-    if count(low) > ratio * total:
+        above = sizes(high, moving)
+    if (least := fixed + sum(below)) > target:
         raise ValueError(
-            f"ratio={ratio} cannot be attained: with every rank 1, {count(low):,} of "
-            f"{total:,} parameters remain; attainable are {count(low) / total:.4g} to 1. Take a "
+            f"ratio={ratio} cannot be attained: with every rank 1, {least:,} of "
+            f"{total:,} parameters remain; attainable are {least / total:.4g} to 1. Take a "
             "larger ratio, or include more weights"
         )
     while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if count(middle) <= ratio * total else (low, middle)
-    nearest = min(low, high, key=lambda scale: abs(count(scale) - ratio * total))
+        # What is the same at both ends stays so in between, and is not asked again.
+        fixed += sum(a for a, b in zip(below, above, strict=True) if a == b)
+        apart = [a != b for a, b in zip(below, above, strict=True)]
+        moving = list(compress(moving, apart))
+        below, above = list(compress(below, apart)), list(compress(above, apart))
+        between = sizes(middle, moving)
+        if fixed + sum(between) <= target:
+            low, below = middle, between
+        else:
+            high, above = middle, between
+    ends = {low: sum(below), high: sum(above)}
+    nearest = min(ends, key=lambda scale: abs(fixed + ends[scale] - target))
     for same in alike.values():
         rank = same[0].rank_at(nearest)
         for entry in same:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frobdecay.merging import merge
+from frobdecay.modules import selection
 from frobdecay.parametrizations import LowRank
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
@@ -131,6 +132,42 @@ def test_depthwise_convolutions_stay_dense_unless_named():
     assert list(plan.ranks) == ["1.weight"]
     assert "depthwise" in plan.rows[0].reason
     assert plan_ranks(model, rank=2, include=["0", "1"]).ranks == {"0.weight": 2, "1.weight": 2}
+
+
+def _calls(monkeypatch, module, name):
+    """Every call of a function, counted."""
+    original, counted = getattr(module, name), []
+
+    def call(*args, **kwargs):
+        counted.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+    return counted
+
+
+@pytest.mark.parametrize(
+    "rule", ["names", "modules", "modules and a glob"], ids=lambda rule: rule.replace(" ", "-")
+)
+def test_a_rank_for_each_name_takes_no_longer_for_each_of_many(rule, monkeypatch):
+    """A plain name is looked up among the weights, not compared with all of them."""
+    size = 60
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(size)))
+    ranks = {f"{k}.weight" if rule == "names" else str(k): 1 + k % 3 for k in range(size)}
+    counted = _calls(monkeypatch, selection, "_fits")
+    plan = plan_ranks(model, rank=ranks | ({"*": 4} if "glob" in rule else {}))
+    assert plan.ranks == {f"{k}.weight": 1 + k % 3 for k in range(size)}
+    assert len(counted) < 20 * size
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_search_asks_each_shape_until_its_rank_is_known(apart, monkeypatch):
+    """Not each at every step down to neighbouring floats, and equal shapes once."""
+    size = 40
+    model = nn.Sequential(*(nn.Linear(8 + k * apart, 40 + 3 * k * apart) for k in range(size)))
+    counted = _calls(monkeypatch, LowRank, "__init__")
+    assert plan_ranks(model, ratio=0.4).ratio == pytest.approx(0.4, abs=0.06)
+    assert len(counted) < (25 * size if apart else 6 * size + 60)
 
 
 READINGS = [

@@ -89,12 +89,16 @@ class Entry:
         assert self.view is not None
         return sum(map(prod, self.make(rank).factor_shapes(self.view.shape)))
 
+    def size_at(self, scale: float) -> int:
+        """Parameters at a fraction of min(m, n), of the dense weight where factors have more."""
+        return min(self.dense, self.size(scale))
+
     def settle(self, rank: Rank) -> None:
         """Take the rank if it pays, else say that it does not."""
-        if self.size(rank) < self.dense:
+        if (after := self.size(rank)) < self.dense:
             self.rank = rank
         else:
-            self.reason = f"does not pay: {self.size(rank):,} parameters at rank {rank}"
+            self.reason = f"does not pay: {after:,} parameters at rank {rank}"
 
     def row(self, error: float | None = None) -> PlanRow:
         """The entry as a row of the plan."""
@@ -122,6 +126,9 @@ def candidates(
         raise ValueError(f"expected on_tied to be 'skip', 'untie' or 'error', got {on_tied!r}")
     tied, tree = ties(model), modules(model)
     found = [Entry(weight) for weight in select(model, include, exclude)]
+    given = getattr(parametrization, "keywords", {})  # of a partial: they win
+    options = {name: value for name, value in options.items() if name not in given}
+    tensors = _reads_tensors(parametrization, options)
     for entry in found:
         if entry.weight.excluded:
             entry.reason = "excluded"
@@ -136,7 +143,7 @@ def candidates(
         else:
             entry.reason = entry.reason or shared
         if entry.reason is None:
-            _fit(entry, parametrization, options)
+            _fit(entry, parametrization, options, tensors)
         if entry.reason is not None and (entry.weight.named or (shared and on_tied == "error")):
             raise ValueError(f"{entry.weight.name} cannot be factorized: {entry.reason}")
     _count_copies(model, found)
@@ -155,9 +162,12 @@ def _unknown(weight: Weight) -> str:
 
 def _count_copies(model: nn.Module, found: list[Entry]) -> None:
     """Note what the copies add: the last of those that share a parameter adds nothing."""
-    left = Counter(id(weight.tensor) for weight in weights(model))
     for entry in found:
         entry.untied = entry.untied if entry.open else ()
+    if not any(entry.untied for entry in found):
+        return
+    left = Counter(id(weight.tensor) for weight in weights(model))
+    for entry in found:
         if entry.untied:
             left[id(entry.weight.tensor)] -= 1
             entry.copied = entry.dense if left[id(entry.weight.tensor)] else 0
@@ -171,15 +181,16 @@ def check_any(model: nn.Module, found: list[Entry], taken: list[bool]) -> None:
 
 
 def _fit(
-    entry: Entry, parametrization: Callable[..., nn.Module], options: Mapping[str, Any]
+    entry: Entry,
+    parametrization: Callable[..., nn.Module],
+    options: Mapping[str, Any],
+    tensors: bool,
 ) -> None:
     """Fill in how the weight is read and parametrized, or the reason why it cannot be."""
     tensor = entry.weight.tensor
     assert tensor is not None
-    given = dict(getattr(parametrization, "keywords", {}))
-    own = {name: value for name, value in options.items() if name not in given}
+    given = getattr(parametrization, "keywords", {})
     pattern, axes = given.get("pattern"), given.get("axes")
-    tensors = _reads_tensors(parametrization, own)
     # Those that read tensors have a default of their own.
     fits = pattern in ((None, FLAT) if tensors else ()) or (
         pattern not in (None, FLAT, *NAMED_PATTERNS) and dimensions(pattern) == tensor.ndim
@@ -187,13 +198,14 @@ def _fit(
     try:
         if not fits:
             pattern, axes = (None, None) if tensors else _default(entry.weight, pattern)
-        settings = {"pattern": pattern, "axes": axes, **own}
+        settings = {"pattern": pattern, "axes": axes, **options}
         entry.make = functools.partial(_make, parametrization, settings)
-        entry.view = entry.make(1).matricize(tuple(tensor.shape))
+        made = entry.make(1)
+        entry.view = made.matricize(tuple(tensor.shape))
     except ValueError as error:
         entry.reason = str(error)
         return
-    _check_numbers(entry)
+    _check_numbers(entry, getattr(made, "derives", False))
 
 
 def _default(weight: Weight, pattern: str | None) -> tuple[str, Mapping[str, int]]:
@@ -234,18 +246,17 @@ def _make(parametrization: Callable[..., nn.Module], options: Mapping[str, Any],
     return made
 
 
-def _check_numbers(entry: Entry) -> None:
+def _check_numbers(entry: Entry, derives: bool) -> None:
     """Refuse NaN; leave zeros dense, whose factors would be zero and never train."""
     tensor = entry.weight.tensor
     assert tensor is not None
-    assert entry.make is not None
     if tensor.is_meta:
         return
     check_values(entry.weight)
     view, batch = entry.view, 0
     if isinstance(view, Matricization) and view.batch:
         tensor, batch = view.matrix(tensor), len(view.batch)
-    if getattr(entry.make(1), "derives", False) and is_zero(tensor, batch):
+    if derives and is_zero(tensor, batch):
         part = "zero in one of its matrices" if batch else "zero"
         entry.reason = f"{part}, and its factors would be zero and never train; initialize it first"
 

@@ -34,6 +34,7 @@ from frobdecay.modules.layouts import Layout, layouts
 from frobdecay.product import Product
 
 __all__ = [
+    "Index",
     "One",
     "ProductSelector",
     "Selector",
@@ -173,18 +174,17 @@ def select(
     """
     tree = modules(model)
     found = weights(model)
-    where = _Index(found)
+    where = Index(found)
     taken = {i: False for i, weight in enumerate(found) if weight.known}
     met: set[int] = set(range(len(found)))
     if include is not None:
         each = _each(include, "include")
-        taken = _union(_included(tree, found, where, one) for one in each)
-        met = {i for one in each for i in _met(tree, found, where, one)}
+        taken = _union(_included(tree, where, one) for one in each)
+        met = {i for one in each for i in _met(tree, where, one)}
     out = _each(exclude, "exclude") if exclude is not None else []
     for one in out:
-        if not (_is_plain(one) and where.near(one)):  # looked up: that is fast
-            check_met(tree, found, one, "exclude")
-    left = {i for one in out for i in where.near(one) if matches(tree, found[i], one, loose=True)}
+        check_met(tree, where, one, "exclude")
+    left = {i for one in out for i in where.matching(tree, one, loose=True)}
     return [
         replace(weight, named=taken.get(i, False), met=i not in taken, excluded=i in left)
         for i, weight in enumerate(found)
@@ -196,7 +196,7 @@ def _is_plain(one: One) -> bool:
     return isinstance(one, str) and not _GLOB.search(one)
 
 
-class _Index:
+class Index:
     """Where a selector can match: a plain name is looked up, so that many of them take no longer.
 
     Args:
@@ -204,15 +204,21 @@ class _Index:
     """
 
     def __init__(self, found: Sequence[Weight]) -> None:
+        self.found = found
         self._every = range(len(found))
         self._named: dict[str, list[int]] = {}
         for i, weight in enumerate(found):
             for name in {*weight.names, *weight.above}:
                 self._named.setdefault(name, []).append(i)
 
-    def near(self, one: One) -> Sequence[int]:
-        """Positions of weights that a selector may take, in order."""
-        return self._named.get(str(one), []) if _is_plain(one) else self._every
+    def holds(self, one: One) -> bool:
+        """Whether a selector is a plain name, of a weight or of a module around one."""
+        return _is_plain(one) and one in self._named
+
+    def matching(self, tree: dict[str, nn.Module], one: One, loose: bool = False) -> Iterator[int]:
+        """Positions of the weights that a selector takes (see ``matches``), in order."""
+        near = self._named.get(str(one), ()) if _is_plain(one) else self._every
+        return (i for i in near if matches(tree, self.found[i], one, loose))
 
 
 def pick(
@@ -277,19 +283,17 @@ def _union(parts: Iterable[dict[int, bool]]) -> dict[int, bool]:
     return named
 
 
-def _met(tree: dict[str, nn.Module], found: list[Weight], where: _Index, one: One) -> Iterator[int]:
+def _met(tree: dict[str, nn.Module], where: Index, one: One) -> Iterator[int]:
     """Indices of what a name, a pattern or a type comes across, of unknown types too."""
     if isinstance(one, str | re.Pattern | type):
-        yield from (i for i in where.near(one) if matches(tree, found[i], one, loose=True))
+        yield from where.matching(tree, one, loose=True)
 
 
-def _included(
-    tree: dict[str, nn.Module], found: list[Weight], where: _Index, one: One
-) -> dict[int, bool]:
+def _included(tree: dict[str, nn.Module], where: Index, one: One) -> dict[int, bool]:
     """Index of every weight that one selector takes -> whether it was named exactly."""
-    met = {i: names_exactly(found[i], one) for i in where.near(one) if matches(tree, found[i], one)}
+    met = {i: names_exactly(where.found[i], one) for i in where.matching(tree, one)}
     if not met:
-        check_met(tree, found, one, "include")
+        check_met(tree, where, one, "include")
         raise ValueError(
             f"include={_show(one)} matches no weight that can be factorized: what it matches has "
             "only vectors, or is of a module type without a known layout; name a parameter with "
@@ -341,8 +345,11 @@ def _spells(one: str | re.Pattern[str], weight: Weight, i: int) -> bool:
     return _is_matrix(weight) and _fits(one, weight.names[i]) and not _fits(one, nonsense)
 
 
-def check_met(tree: dict[str, nn.Module], found: list[Weight], one: One, what: str) -> None:
+def check_met(tree: dict[str, nn.Module], where: Index, one: One, what: str) -> None:
     """Refuse a selector that matches neither a module nor a parameter."""
+    if where.holds(one):
+        return
+    found = where.found
     names = [*filter(None, tree), *(name for weight in found for name in weight.names)]
     if isinstance(one, type):
         if not any(isinstance(module, one) for module in tree.values()):
