@@ -77,7 +77,7 @@ class Factor:
             if is_sharded(param)
             else param
         )
-        return self.view(known.to(param.dtype))
+        return self.view(known)
 
 
 def is_sharded(tensor: Tensor) -> bool:

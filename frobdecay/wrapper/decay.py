@@ -148,6 +148,9 @@ class Decay:
             None if rate is None else param.grad
             for param, rate in zip(self._params, due, strict=True)
         ]
+        layouts = {grad.layout for grad in grads if grad is not None}
+        if layouts <= {torch.strided} and not any(rate is not None and rate.scaled for rate in due):
+            return grads
         for k, (rate, grad) in enumerate(zip(due, grads, strict=True)):
             if rate is None or grad is None:
                 continue
