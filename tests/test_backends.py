@@ -282,6 +282,7 @@ CHANGES = {
         "_parameters",
         {name: nn.Parameter(p.detach() * 2) for name, p in pair._parameters.items()},
     ),
+    "a new one in the same memory": lambda pair: setattr(pair, "U", nn.Parameter(pair.U.data)),
     "new memory": lambda pair: setattr(pair.U, "data", torch.randn(4, 4)),
     "new memory of the wide one": lambda pair: setattr(pair.V, "data", torch.randn(4, 4)),
     "other strides": lambda pair: setattr(pair.V, "data", pair.V.data.T),
