@@ -101,6 +101,7 @@ class Accumulator:
         self._unscaled = all(scale == 1 for scale in self._squared_scales)
         self._places = [_place_of(factor) for factor in factors]
         self._params = [factor.param for factor in factors]
+        self._names = [(p.name, factor.attribute) for p in self.products for factor in p.factors]
         self._seen_params = _look(self._params)
         stops = list(itertools.accumulate(len(product.factors) for product in self.products))
         self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
@@ -179,8 +180,7 @@ class Accumulator:
             if target is not None and not (
                 target.is_contiguous() and target.shape == shape and not target.is_inference()
             ):
-                product, factor = [(p, f) for p in self.products for f in p.factors][k]
-                _check_target(product.name, factor.attribute, target, shape)
+                _check_target(*self._names[k], target, shape)
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:
