@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -126,6 +127,11 @@ def _vjp(w):
     return out + pull(out)[0]
 
 
+def _nested_checkpoint(inner, outer, w):
+    within = lambda v: checkpoint(lambda u: u.exp() * u, v, use_reentrant=inner)  # noqa: E731
+    return checkpoint(within, w, use_reentrant=outer)
+
+
 two = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 WAYS = {
     "old style": lambda w: OldStyle.apply(two, w),
@@ -138,9 +144,11 @@ WAYS = {
     "scripted": _scripted,
     "checkpoint": lambda w: checkpoint(lambda v: v.exp() * v, w, use_reentrant=False),
     "reentrant checkpoint": lambda w: checkpoint(lambda v: v.exp() * v, w, use_reentrant=True),
-    "nested checkpoint": lambda w: checkpoint(
-        lambda v: checkpoint(lambda u: u.exp() * u, v, use_reentrant=True), w, use_reentrant=True
-    ),
+    **{
+        f"nested checkpoint {inner} {outer}": partial(_nested_checkpoint, inner, outer)
+        for inner in (True, False)
+        for outer in (True, False)
+    },
     "vjp": _vjp,
     "func.grad": lambda w: torch.func.grad(lambda v: v.pow(3).sum())(w),
     "vmap": lambda w: torch.func.vmap(lambda row: row.square())(w),
@@ -211,6 +219,21 @@ def test_gradients_of_gradients(product):
             grads = torch.autograd.grad(value, parameters, create_graph=True)
             value = sum(g.square().sum() for g in grads)
         found.append([value.detach(), *(g.detach() for g in grads)])
+    assert_same(*found)
+
+
+def test_a_weight_that_torch_keeps_detached_stays_in_the_graph():
+    """What hooks keep of a saved weight is put back into the graph, and is used from there."""
+    layer, found = _linear(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
+    for w in (layer.weight, _dense(layer)):
+        with hooks:
+            out = OldStyle.apply(two, w)
+        kept = out.grad_fn.saved_tensors[1]
+        assert kept.requires_grad
+        assert not kept.is_leaf
+        value = F.linear(kept[:, :5], kept).square().sum() + out.sum()
+        found.append(torch.autograd.grad(value, list(layer.parameters()), create_graph=True))
     assert_same(*found)
 
 

@@ -97,7 +97,7 @@ def formless(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, ProductTensor):
-            if value.detached and value.own_leaf:
+            if value.detached and value.apart:
                 return func not in _FLAGS
         elif isinstance(value, Tensor) and value.is_nested:
             return True

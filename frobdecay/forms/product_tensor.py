@@ -27,6 +27,8 @@ __all__ = ["ProductTensor", "folded", "keep_dense", "transforms_active", "untrac
 _TRACED = ("FakeTensor", "FunctionalTensor")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+_scripting: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
 # Without the keys of a backend that has memory, torch refuses to put the tensor in another's place.
 _NOWHERE = torch.device("meta")
 
@@ -156,16 +158,15 @@ class ProductTensor(Tensor):
         factors: U, M.., V, as part of the graph that they belong to.
         matricization: how their product is read.
         constant: whether it was made under ``no_grad``.
-        tracked: whether autograd knows the tensor itself, as the result of ``_Multiplied``.
-        detached: whether it came from ``detach``; with ``tracked`` it is a leaf, whose gradient is
-            dense and its own.
+        detached: whether it came from ``detach``. Autograd may know it nevertheless: as a leaf, or
+            because torch detached it to keep it for a backward pass and put it back into the graph.
     """
 
     factors: tuple[Tensor, ...]
     matricization: Matricization
     constant: bool
-    tracked: bool
     detached: bool
+    _made_tracked: bool
     # A convolution's weight as three, which is no chain of matrices: a hint that copies lose.
     stages: tuple[Tensor, Tensor, Tensor] | None = None
     _memo: tuple[tuple[Any, ...], Tensor] | None
@@ -197,8 +198,8 @@ class ProductTensor(Tensor):
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
         unknown = constant or transformed or _scripting()
-        self.tracked = not unknown and any(f.requires_grad for f in factors)
-        return _multiplied((self,), *factors) if self.tracked else self
+        self._made_tracked = not unknown and any(f.requires_grad for f in factors)
+        return _multiplied((self,), *factors) if self._made_tracked else self
 
     def like(
         self, factors: Sequence[Tensor], matricization: Matricization | None = None
@@ -235,8 +236,14 @@ class ProductTensor(Tensor):
         return any(f.requires_grad and type(f).__name__ != "FunctionalTensor" for f in self.factors)
 
     @property
-    def own_leaf(self) -> bool:
-        """Whether its gradient is to be gathered in the tensor itself, not in its factors."""
+    def tracked(self) -> bool:
+        """Whether autograd knows the tensor itself, as the result of ``_Multiplied`` or a leaf."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad if self.detached else self._made_tracked
+
+    @property
+    def apart(self) -> bool:
+        """Whether autograd knows it apart from its factors, which are cut off."""
         return self.detached and self.tracked
 
     def cut(self) -> ProductTensor:
@@ -305,7 +312,7 @@ class ProductTensor(Tensor):
         if id(self) not in memo:
             memo[id(self)] = made = self.like([copy.deepcopy(f, memo) for f in self.factors])
             made.detached = self.detached
-            if self.own_leaf:
+            if self.apart:
                 made.requires_grad_()
         return memo[id(self)]  # type: ignore[no-any-return]
 
@@ -351,10 +358,6 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         for M in reversed(inner):
             V = V @ M.mT
     return U, V
-
-
-def _scripting() -> bool:
-    return torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call,no-any-return]
 
 
 def _tracing() -> bool:

@@ -79,11 +79,14 @@ def _detach(input: ProductTensor) -> ProductTensor:
 
 
 def _requires_grad(self: ProductTensor) -> bool:
-    return self.needs_grad or self.own_leaf
+    return self.needs_grad or self.apart
 
 
 def _is_leaf(self: ProductTensor) -> bool:
     """No: an optimizer must not take it. But a compiler expects it of the inputs of a graph."""
+    if self.apart:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.is_leaf
     return not self.needs_grad or self.compiling
 
 
@@ -94,8 +97,7 @@ def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:
     """
     if self.detached and not self.compiling:
         with torch._C.DisableTorchFunctionSubclass():
-            self.tracked = Tensor.requires_grad_(self, requires_grad).requires_grad
-        return self
+            return Tensor.requires_grad_(self, requires_grad)
     same = bool(requires_grad) == self.needs_grad and not self.constant
     return self if same else NotImplemented
 
