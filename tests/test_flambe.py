@@ -316,6 +316,26 @@ def test_factors_that_it_does_not_hold_are_refused():
         optimizer.step()
 
 
+def test_weights_that_are_factorized_later_decay_as_products():
+    """Once their factors are added, the next step is that of a new optimizer."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    frobdecay.factorize(model, rank=2, include="0")
+    optimizer = Flambe(model.parameters(), model, lr=0.1, weight_decay=0.5)
+    frobdecay.factorize(model, rank=2, include="1")
+    optimizer.add_param_group({"params": list(model[1].parametrizations.parameters())})
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    for net, steps in (
+        (model, optimizer),
+        (twin, Flambe(twin.parameters(), twin, lr=0.1, weight_decay=0.5)),
+    ):
+        net(x).square().sum().backward()
+        steps.step()
+    assert [product.name for product in optimizer.products] == ["0.weight", "1.weight"]
+    for found, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-10)
+
+
 def test_products_that_are_gone_are_refused():
     """A merged layer has no factors that could decay."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
