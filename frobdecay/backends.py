@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.chain import Coefficient, plan_of
+from frobdecay.chain import Coefficient, plan_of, times_rows
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
 from frobdecay.product import BUCKET_BYTES, Product
@@ -147,7 +147,7 @@ def _gram(view: Tensor) -> Tensor:
     stacks = 2 * torch.get_num_threads()
     tall = view.device.type == "cpu" and view.ndim == 2 and view.shape[0] >= TALL and stacks > 2
     if not tall or view.shape[0] % stacks or not NARROW[0] <= view.shape[1] <= NARROW[1]:
-        return view.mT @ view
+        return times_rows(view, view)
     rows = view.view(stacks, -1, view.shape[1])
     return (rows.mT @ rows).sum(0)
 

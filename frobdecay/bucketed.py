@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, chain_gradients, common_dtype, plan_of
+from frobdecay.chain import Coefficient, chain_gradients, common_dtype, is_long, plan_of
 from frobdecay.structures import CHAIN, Structure
 
 __all__ = ["Coefs", "Job", "Targets", "prepare_bucketed"]
@@ -60,7 +60,7 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
     """
     pairs, others = defaultdict(list), defaultdict(list)
     for k, job in enumerate(jobs):
-        if job.is_gram_pair:
+        if job.is_gram_pair and not any(map(is_long, job.views)):
             pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
         else:
             others[job.dtype, tuple(view.shape for view in job.views), job.batch].append(k)

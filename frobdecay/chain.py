@@ -44,14 +44,18 @@ __all__ = [
     "end_gram",
     "full_precision",
     "gram_gradient",
+    "is_long",
     "left_grams",
     "plan_of",
     "right_grams",
+    "times_rows",
 ]
 
 Coefficient = float | Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+
+STACK, LONG = 1 << 12, 1 << 15  # rows
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,28 @@ def _sum(gram: Tensor, batch: int) -> Tensor:
     return gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
 
 
+def is_long(view: Tensor) -> bool:
+    """Whether a sum over its rows, one after the other, loses digits of float32."""
+    return view.shape[-2] > LONG and view.device.type == "cpu"
+
+
+def times_rows(left: Tensor, right: Tensor) -> Tensor:
+    """LᵀR, summed over the rows of both; those of long ones stack by stack.
+
+    On a CPU one narrow product adds up its rows one after the other: UᵀU of 10⁶×3 was off by 6e-4
+    in float32. In stacks it is by 2e-7, and takes no longer.
+    """
+    if not is_long(left):
+        return left.mT @ right
+    even = left.shape[-2] // STACK * STACK
+    stacks = [torch.unflatten(view[..., :even, :], -2, (-1, STACK)) for view in (left, right)]
+    rest: Tensor = left[..., even:, :].mT @ right[..., even:, :]
+    return rest + (stacks[0].mT @ stacks[1]).sum(-3)
+
+
 def end_gram(view: Tensor, batch: int) -> Tensor:
     """UᵀU (*batch, r, r) of an end of a chain."""
-    return _sum(view.mT @ view, batch)
+    return _sum(times_rows(view, view), batch)
 
 
 def left_grams(first: Tensor, inner: Sequence[Tensor], batch: int) -> list[Tensor]:
@@ -211,7 +234,8 @@ def chain_materialize(views: Sequence[Tensor], batch: int) -> Tensor:
 def chain_squared_norm(views: Sequence[Tensor], batch: int) -> Tensor:
     """‖U M Vᵀ‖_F² summed over the batch; by the cheaper route; differentiable."""
     views = accumulable(views)
-    if plan_of(views, batch).value == "gram":
+    # Of long factors, autograd would sum over the rows of W in its own way.
+    if plan_of(views, batch).value == "gram" or any(map(is_long, views)):
         left = left_grams(end_gram(views[0], batch), views[1:-1], batch)[-1]
         return (left * end_gram(views[-1], batch)).sum()
     dense = views[0]
@@ -290,9 +314,9 @@ def _dense_gradients(
         if coef is None:
             out.append(None)
         elif k == len(views) - 1:
-            out.append(dense.mT @ prefixes[-1] * coef)
+            out.append(times_rows(dense, prefixes[-1]) * coef)
         elif k == 0:
             out.append(dense @ suffixes[0] * coef)
         else:
-            out.append(prefixes[k - 1].mT @ (dense @ suffixes[k]) * coef)
+            out.append(times_rows(prefixes[k - 1], dense @ suffixes[k]) * coef)
     return out

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.chain import Coefficient, common_dtype
+from frobdecay.chain import Coefficient, common_dtype, times_rows
 from frobdecay.scaling import shortened
 from frobdecay.structures import Views
 
@@ -90,7 +90,7 @@ class Shifted:
         short = [shortened(block, u.dtype) for block in _blocks(base)]
         norms = [torch.linalg.vector_norm(block, dtype=u.dtype) for block in short]
         own = torch.stack(norms).square().sum()
-        return own + 2 * (_times(base, v) * u).sum() + ((u.mT @ u) * (v.mT @ v)).sum()
+        return own + 2 * (_times(base, v) * u).sum() + (times_rows(u, u) * times_rows(v, v)).sum()
 
     def gradients(
         self, views: Views, batch: int, coefs: Sequence[Coefficient | None]
@@ -102,9 +102,9 @@ class Shifted:
         lefts: Sequence[Tensor] = ()
         rights: Sequence[Tensor] = ()
         if any(coef is not None for coef in coefs[1::2]):
-            lefts = torch.split(_times(base, v) + u @ (v.mT @ v), ranks, dim=-1)
+            lefts = torch.split(_times(base, v) + u @ times_rows(v, v), ranks, dim=-1)
         if any(coef is not None for coef in coefs[2::2]):
-            rights = torch.split(_times(base.mT, u) + v @ (u.mT @ u), ranks, dim=-1)
+            rights = torch.split(_times(base.mT, u) + v @ times_rows(u, u), ranks, dim=-1)
         for k, scale in enumerate(self.scales):
             left, right = coefs[1 + 2 * k], coefs[2 + 2 * k]
             found.append(None if left is None else lefts[k] * scale * left)

@@ -23,7 +23,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, accumulable
+from frobdecay.chain import Coefficient, accumulable, times_rows
 from frobdecay.structures import Views
 
 __all__ = [
@@ -115,7 +115,7 @@ class Tucker:
         core, *factors = accumulable(views)
         through = core
         for mode, U in zip(self.modes(core.ndim), factors, strict=True):
-            through = mode_product(through, U.mT @ U, mode)
+            through = mode_product(through, times_rows(U, U), mode)
         return (core * through).sum()
 
     def gradients(
@@ -123,7 +123,7 @@ class Tucker:
     ) -> list[Tensor | None]:
         """The core from all Grams, U_k from those of the other modes."""
         core, *factors = accumulable(views)
-        modes, grams = self.modes(core.ndim), [U.mT @ U for U in factors]
+        modes, grams = self.modes(core.ndim), [times_rows(U, U) for U in factors]
         before = [core]
         for mode, gram in zip(modes, grams, strict=True):
             before.append(mode_product(before[-1], gram, mode))
@@ -223,14 +223,14 @@ class Polyadic:
 
     def squared_norm(self, views: Views, batch: int) -> Tensor:
         """The sum of the Grams' entrywise product."""
-        return reduce(torch.mul, [U.mT @ U for U in accumulable(views)]).sum()
+        return reduce(torch.mul, [times_rows(U, U) for U in accumulable(views)]).sum()
 
     def gradients(
         self, views: Views, batch: int, coefs: Sequence[Coefficient | None]
     ) -> list[Tensor | None]:
         """U_k times the entrywise product of the others' Grams."""
         factors = accumulable(views)
-        grams = [U.mT @ U for U in factors]
+        grams = [times_rows(U, U) for U in factors]
         before = [torch.ones_like(grams[0])]
         for gram in grams[:-1]:
             before.append(before[-1] * gram)

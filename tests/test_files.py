@@ -162,6 +162,13 @@ def test_every_name_that_the_system_has_is_written(tmp_path, write, name):
     assert _names(tmp_path) == [name]
 
 
+def test_names_may_be_bytes(tmp_path):
+    """As everywhere in Python."""
+    name = os.fsencode(tmp_path / "model")
+    write_safetensors(name, {"w": torch.ones(3)})
+    assert torch.equal(read_safetensors(name)[0]["w"], torch.ones(3))
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "none/model", "", "a\0b"])
 def test_names_that_the_system_has_not_are_its_errors(tmp_path, monkeypatch, name):
     """With the name that was given, not that of something temporary."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.chain import contraction_plan
 from frobdecay.product import Factor, Product, gradients, grams, penalty, product_norm, squared_norm
 
@@ -350,3 +351,32 @@ def test_the_rank_is_the_smallest_bond():
     """Of a batch, too, and of a chain whose bonds differ."""
     assert Product.of(torch.ones(2, 9, 3), torch.ones(2, 7, 3), batch=1).rank == 3
     assert Product.of(torch.ones(9, 4), torch.ones(4, 3), torch.ones(7, 3)).rank == 3
+
+
+ROWS = 2**17
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_product", "bucketed"])
+@pytest.mark.parametrize(
+    "shapes", [[(ROWS, 3), (8, 3)], [(ROWS, 3), (2, 3)], [(2, ROWS, 1), (2, 8, 1)]]
+)
+def test_sums_over_many_rows_keep_their_digits(shapes, backend):
+    """Of long factors, in float32: norm, penalty and gradients, by Grams and by the product."""
+    torch.set_num_threads(1)  # the fixture of all tests takes it back
+    U, V = (nn.Parameter(0.1 * torch.randn(shape)) for shape in shapes)
+    product = Product.of(U, V)
+    u, v = (factor.detach().double() for factor in (U, V))
+    expected = u @ (v.mT @ v), v @ (u.mT @ u)
+    square = (expected[0] * u).sum()
+    assert close(product_norm(product), square.sqrt(), 1e-6)
+    assert close(penalty(product, 1.0), square / 2, 1e-6)
+    for grads in (torch.autograd.grad(penalty(product, 1.0), (U, V)), _added(product, backend)):
+        for grad, gradient in zip(grads, expected, strict=True):
+            assert close(grad, gradient, 2e-6)
+
+
+def _added(product, backend):
+    for param in product.params:
+        param.grad = torch.zeros_like(param)
+    add_penalty_grad_(product, 1.0, backend=backend)
+    return [param.grad for param in product.params]

@@ -56,7 +56,7 @@ def replacing(path: FilePath) -> Iterator[Path]:
             folder or a device. What was there is there still.
     """
     try:
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(os.fsdecode(path)))
         old = _writable(target)
         with _own_folder(target.parent) as (folder, mode):
             temporary = folder / target.name
@@ -113,7 +113,7 @@ def readable(path: FilePath) -> Iterator[str]:
     """
     check_regular(path)
     with open(path, "rb") as file:
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         yield name if _is_utf8(name) else f"/dev/fd/{file.fileno()}"
 
 
