@@ -25,6 +25,7 @@ from frobdecay.modules.selection import (
     Selector,
     Weight,
     check_met,
+    each,
     modules,
     names_exactly,
     weights,
@@ -121,17 +122,19 @@ def plan_entries(
         The weights looked at, in module order, each with a rank or a reason.
     """
     given = {"ratio": ratio, "rank": rank, "energy": energy}
-    if sum(value is not None for value in given.values()) != 1:
-        names = [name for name, value in given.items() if value is not None]
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if len(names) != 1:
         raise ValueError(
-            f"expected exactly one of rank=, ratio= and energy=, got {names or 'none'}"
+            "expected exactly one of rank=, ratio= and, of plan_ranks alone, energy=, got "
+            f"{' and '.join(names) or 'none'}; factorize(model, rank=plan) executes a plan"
         )
     _check_share("ratio", ratio, below=True)
     _check_share("energy", energy, below=False)
     rule = rank.ranks if isinstance(rank, RankPlan) else rank
     check_initialized(model)
-    if isinstance(rule, Mapping) and include is None:
-        include = list(rule)
+    if isinstance(rule, Mapping):
+        rule = _checked(model, rule)
+        include = list(rule) if include is None else include
     found = candidates(model, include, exclude, parametrization, options, on_tied)
     if rule is not None:
         _explicit(model, found, rule)
@@ -154,11 +157,9 @@ def _check_share(name: str, value: float | None, below: bool) -> None:
         raise ValueError(f"expected {name} above 0 and {bound}, got {value}{hint}")
 
 
-def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
-    """The ranks that were asked for."""
-    if not isinstance(rule, Mapping):
-        _check_rank(rule)
-        rule = {nn.Module: rule}
+def _checked(model: nn.Module, rule: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A dict of ranks by selectors that match something; names without wrappers' segments."""
+    rule = dict(zip(each(list(rule), "the keys of rank"), rule.values(), strict=True))
     tree, every = modules(model), Index(weights(model))
     for key, value in rule.items():
         check_met(tree, every, key, "rank")
@@ -166,7 +167,15 @@ def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
             _check_rank(value)
         except (TypeError, ValueError) as error:
             raise type(error)(f"rank[{key!r}]: {error}") from None
-    keys = _keys(tree, [entry.weight for entry in found], rule)
+    return rule
+
+
+def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
+    """The ranks that were asked for."""
+    if not isinstance(rule, Mapping):
+        _check_rank(rule)
+        rule = {nn.Module: rule}
+    keys = _keys(modules(model), [entry.weight for entry in found], rule)
     for i, entry in enumerate(found):
         if entry.open and i in keys:
             entry.rank = entry.rank_at(rule[keys[i]])
@@ -183,14 +192,16 @@ def _check_rank(value: Any) -> None:
 def _keys(
     tree: dict[str, nn.Module], found: list[Weight], rule: Mapping[Any, Any]
 ) -> dict[int, One]:
-    """Each weight's key: its exact name before any pattern, then the first that matches."""
+    """Each weight's key: its own name, then its module's, then the first that matches."""
     where = Index(found)
-    exact: dict[int, One] = {}
+    own: dict[int, One] = {}
+    holders: dict[int, One] = {}
     first: dict[int, One] = {}
     for key in rule:
         for i in where.matching(tree, key):
+            exact = own if key in found[i].names else holders
             (exact if names_exactly(found[i], key) else first).setdefault(i, key)
-    return first | exact
+    return first | holders | own
 
 
 def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:

@@ -78,9 +78,9 @@ def factorize(
     Args:
         model: any module.
         rank: r for all, an int or a float fraction of min(m, n), which may exceed 1; or a dict
-            from selectors to ranks, where the exact name of a weight wins, then the first match;
-            or a plan of ``plan_ranks``. Obeyed also where it does not pay. Parametrizations of
-            tensors also take a list, one for each mode or bond.
+            from selectors to ranks, where the exact name of a weight wins, then that of its module,
+            then the first match; or a plan of ``plan_ranks``. Obeyed also where it does not pay.
+            Parametrizations of tensors also take a list, one for each mode or bond.
         ratio: parameters to keep ÷ all parameters of the model; see ``plan_ranks``.
         include: selectors: exact names of modules or parameters, globs, compiled regular
             expressions, module types, predicates(name, module), or a list of those. Other

@@ -136,8 +136,8 @@ FATAL = {
 
 # Wrong arguments -> (keyword arguments, error, message).
 ARGUMENTS = {
-    "no rank": ({}, ValueError, "exactly one of"),
-    "rank and ratio": ({"rank": 2, "ratio": 0.5}, ValueError, "exactly one of"),
+    "no rank": ({}, ValueError, "exactly one of.* of plan_ranks alone, energy=, got none"),
+    "rank and ratio": ({"rank": 2, "ratio": 0.5}, ValueError, "got ratio= and rank=;"),
     "rank 0": ({"rank": 0}, ValueError, "rank above 0, got 0"),
     "rank negative": ({"rank": -3}, ValueError, "rank above 0, got -3"),
     "rank NaN": ({"rank": float("nan")}, ValueError, "rank above 0, got nan"),
@@ -145,7 +145,10 @@ ARGUMENTS = {
     "rank bool": ({"rank": True}, TypeError, "rank as int"),
     "rank text": ({"rank": "8"}, TypeError, "rank as int"),
     "rank of a layer 0": ({"rank": {"bad": 0}}, ValueError, r"rank\['bad'\].*above 0"),
-    "rank of no layer": ({"rank": {"bda": 2}}, ValueError, "'bda' matches nothing.*bad"),
+    "rank of no layer": ({"rank": {"bda": 2}}, ValueError, "rank='bda' matches nothing.*bad"),
+    "rank of no glob": ({"rank": {"zz*": 2}}, ValueError, r"rank='zz\*' matches nothing"),
+    "rank of no type": ({"rank": {nn.LSTM: 2}}, ValueError, "rank=LSTM matches no module"),
+    "rank of a number": ({"rank": {3: 2}}, TypeError, "expected the keys of rank to be a name"),
     "rank of no included layer": (
         {"rank": {"bda": 2}, "include": "bad"}, ValueError, "rank='bda' matches nothing"),
     "rank for another layer": (

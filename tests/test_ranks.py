@@ -316,6 +316,15 @@ def test_per_layer_ranks_take_the_exact_name_first():
     plan = plan_ranks(model, rank={"a*": 3, "a": 2, "?b": 5}, include=nn.Linear)
     assert plan.ranks == {"a.weight": 2, "ab.weight": 3}
     assert plan.rows[2].reason == "no rank given for it"
+    plan = plan_ranks(model, rank={"*": 4, "a": 3, "a.weight": 2, "b": 3, "b.weight": 5})
+    assert plan.ranks == {"a.weight": 2, "ab.weight": 4, "b.weight": 5}
+
+
+def test_per_layer_ranks_take_the_names_of_a_compiled_model():
+    """Its own names, and those of the model inside."""
+    model = torch.compile(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), backend="eager")
+    plan = plan_ranks(model, rank={"_orig_mod.0": 3, "1": 2})
+    assert list(plan.ranks.values()) == [3, 2]
 
 
 def test_per_layer_ranks_select_by_themselves():

@@ -40,6 +40,7 @@ __all__ = [
     "Selector",
     "Weight",
     "check_met",
+    "each",
     "matches",
     "modules",
     "names_exactly",
@@ -178,10 +179,10 @@ def select(
     taken = {i: False for i, weight in enumerate(found) if weight.known}
     met: set[int] = set(range(len(found)))
     if include is not None:
-        each = _each(include, "include")
-        taken = _union(_included(tree, where, one) for one in each)
-        met = {i for one in each for i in _met(tree, where, one)}
-    out = _each(exclude, "exclude") if exclude is not None else []
+        those = each(include, "include")
+        taken = _union(_included(tree, where, one) for one in those)
+        met = {i for one in those for i in _met(tree, where, one)}
+    out = each(exclude, "exclude") if exclude is not None else []
     for one in out:
         check_met(tree, where, one, "exclude")
     left = {i for one in out for i in where.matching(tree, one, loose=True)}
@@ -247,7 +248,7 @@ def _picked(found: Sequence[Product], selector: ProductSelector, what: str) -> s
     """Positions of the products that any of the selectors takes."""
     taken: set[int] = set()
     names = [product.name for product in found]
-    for one in _each(selector, what):  # type: ignore[arg-type]
+    for one in each(selector, what):  # type: ignore[arg-type]
         if isinstance(one, type):
             raise TypeError(f"expected {what} to choose products by name, got the type {one!r}")
         if isinstance(one, str | re.Pattern):
@@ -262,8 +263,8 @@ def _picked(found: Sequence[Product], selector: ProductSelector, what: str) -> s
     return taken
 
 
-def _each(selector: Selector, what: str) -> list[One]:
-    """The selectors as a list, each of a known kind."""
+def each(selector: Selector, what: str) -> list[One]:
+    """The selectors as a list, each of a known kind, names without wrappers' segments."""
     several = isinstance(selector, list | tuple | set | frozenset)
     listed: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
     for one in listed:
