@@ -38,7 +38,10 @@ def torchrun(processes: int, folder: pathlib.Path) -> str:
     file.write_text(script, encoding="utf-8")
     options = ["--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(filter(None, (str(README.parent), os.environ.get("PYTHONPATH"))))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path
+    }  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=240, check=False
     )
