@@ -288,6 +288,29 @@ def test_a_factor_without_gradient_does_not_decay(set_to_none):
         torch.testing.assert_close(net.U.detach(), expected)
 
 
+@pytest.mark.parametrize("make", [COUPLED["SGD"], DECOUPLED["AdamW"]], ids=["coupled", "decoupled"])
+@pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
+def test_a_factor_without_gradient_does_not_move_beside_one_that_has(make, closure):
+    """By no kind of decay, added at once or after a closure."""
+    net = Net()
+    wrapped = FrobeniusDecay(make(net.parameters()), net.products(), decay=LAMBDA)
+    V, U = net.V.detach().clone(), net.U.detach().clone()
+
+    def evaluate():
+        loss = net.loss()
+        loss.backward()
+        net.V.grad = None
+        return loss
+
+    if closure:
+        wrapped.step(evaluate)
+    else:
+        evaluate()
+        wrapped.step()
+    assert torch.equal(net.V, V)
+    assert not torch.equal(net.U, U)
+
+
 @pytest.mark.covers("D12")
 @pytest.mark.parametrize("make", [COUPLED["SGD"], DECOUPLED["AdamW"]], ids=["coupled", "decoupled"])
 @pytest.mark.parametrize("closure", [False, True], ids=["plain", "closure"])
