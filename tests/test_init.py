@@ -263,6 +263,13 @@ def test_kaiming_is_the_papers_non_spectral_baseline():
     assert (U @ V.T).var().item() == pytest.approx(4 / 500, rel=0.1)
 
 
+def test_kaiming_draws_each_factor_as_a_layer():
+    """U ~ N(0, 2/r) and V ~ N(0, 2/n)."""
+    U, V = kaiming_init(torch.ones(2000, 500), 20)
+    assert U.var() == pytest.approx(2 / 20, rel=0.1)
+    assert V.var() == pytest.approx(2 / 500, rel=0.1)
+
+
 @pytest.mark.covers("C10", "D7")
 def test_matched_keeps_the_weights_mean_square():
     """Entries of the product have the dense weight's mean square."""
@@ -324,7 +331,15 @@ def test_wrong_init_and_depth_are_refused():
 
 @pytest.mark.parametrize(
     ("rank", "m", "n", "expected"),
-    [(3, 8, 4, 3), (9, 8, 4, 9), (0.5, 8, 4, 2), (1.0, 8, 4, 4), (3.0, 8, 4, 12), (0.01, 8, 4, 1)],
+    [
+        (3, 8, 4, 3),
+        (9, 8, 4, 9),
+        (0.5, 8, 4, 2),
+        (1.0, 8, 4, 4),
+        (3.0, 8, 4, 12),
+        (0.01, 8, 4, 1),
+        (0.2, 9, 20, 2),
+    ],
 )
 def test_ranks_are_numbers_or_fractions_of_the_smaller_side(rank, m, n, expected):
     """A float is a fraction of min(m, n), never below 1 (D27: of the same side for all layers)."""

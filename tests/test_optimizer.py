@@ -219,6 +219,29 @@ def test_the_caller_gets_his_own_loss(make, kind):
     assert result is returned[0]
 
 
+def test_a_base_that_reads_the_loss_reads_the_penalty():
+    """Loss + ½λΣ‖W‖², the value whose gradient it gets."""
+
+    class Reading(optim.SGD):
+        """Keeps what its closure returned."""
+
+        def step(self, closure):
+            self.read = closure()
+
+    net = Net()
+    base = Reading(net.parameters(), 0.1)
+    wrapped = FrobeniusDecay(base, net.products(), decay=LAMBDA, mode="coupled")
+    expected = net.loss() + penalty(net.products(), LAMBDA)
+
+    def evaluate():
+        loss = net.loss()
+        loss.backward()
+        return loss
+
+    wrapped.step(evaluate)
+    torch.testing.assert_close(base.read, expected.detach(), check_dtype=False)
+
+
 @pytest.mark.covers("P37")
 def test_a_closure_may_return_nothing():
     """Lightning's closures may return None."""

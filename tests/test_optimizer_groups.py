@@ -299,6 +299,17 @@ def test_an_added_group_takes_the_given_decay():
     assert options(wrapped, "frobenius_decay", "weight_decay") == [(2, 0.2, 0.0), (1, 0.0, LAMBDA)]
 
 
+def test_an_added_groups_own_coefficient_goes_first():
+    """Before the decay that the constructor was given."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    factorize(model, rank=2, include="0")
+    wrapped = FrobeniusDecay(optim.SGD(model.parameters(), 0.1), model, decay=0.2)
+    factorize(model, rank=2, include="1")
+    late = list(model[1].parametrizations.parameters())
+    wrapped.add_param_group({"params": late, "frobenius_decay": 0.4})
+    assert [group["frobenius_decay"] for group in wrapped.param_groups] == [0.2, 0.4]
+
+
 @pytest.mark.covers("P20")
 def test_factors_of_a_later_factorization_can_be_added():
     """Factorize more of the model, add the new factors, go on."""
