@@ -18,7 +18,7 @@ from benchmarks.communication import (
     sharded_step,
 )
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 FACTORS = [(16, 12, 3), (7, 16, 2), (3, 5, 4)]  # 7 and 3 rows are uneven, or too few
 

@@ -25,7 +25,7 @@ from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.registry import factorize
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 
 def in_background(state, checkpoint_id):

@@ -9,7 +9,7 @@ import distributed_workers as workers
 import pytest
 from gloo import run
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 ONE = {"c10d.allreduce_": 1}
 

@@ -23,7 +23,7 @@ from benchmarks.experiments.images import (
 from benchmarks.experiments.vision import VISION
 from benchmarks.models import DENSE, MODELS, resnet
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 
 def arms():

@@ -109,6 +109,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's, of a view
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", OUTSIDE)

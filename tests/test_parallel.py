@@ -30,7 +30,7 @@ from frobdecay.parallel import ColwiseFactored, RowwiseFactored
 from frobdecay.parametrizations import LowRank
 from frobdecay.registry import factorize
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 

@@ -77,6 +77,7 @@ def zero1(rank, world):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.covers("C14")
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_zero1_is_the_optimizer_it_shards(mode):

@@ -18,6 +18,7 @@ def test_readme_examples_run(k):
     run(k)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names the network interface as Linux does")
 def test_the_script_for_several_processes_runs(tmp_path):
     """As it is printed, with torchrun and two processes; factors stay alike."""

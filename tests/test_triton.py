@@ -685,6 +685,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path):
     """Without a GPU: the kernels fit its shared memory, and access memory 16 bytes at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -12,7 +12,7 @@ from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.experiment import Claim
 from benchmarks.experiments.verdicts import Judged, judge, markdown
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 BETTER = Claim("it is better", "new", "old")
 
