@@ -17,7 +17,10 @@ from optim_cases import assert_identical, values  # noqa: E402
 
 import frobdecay  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
+    pytest.mark.filterwarnings("ignore:.*a step of decay is"),  # of any size
+]
 
 
 @pytest.fixture(autouse=True)

@@ -355,7 +355,8 @@ def test_experts_stored_transposed_have_the_right_orientation():
     model, ids = GptOssForCausalLM(config).eval(), torch.arange(3, 13).reshape(2, 5)
     expected = model(ids).logits
     plan = factorize(model, rank=1.0, include="*.experts")
-    assert {row.matrix for row in plan.rows} == {(4, 48, 32), (4, 32, 24)}
+    taken = {row.matrix for row in plan.rows if row.rank is not None}
+    assert taken == {(4, 48, 32), (4, 32, 24)}
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -230,6 +230,7 @@ def test_bf16_parameters_decay_and_resume(tmp_path):
 
 
 @cell("load_best_model_at_end")
+@pytest.mark.filterwarnings("ignore:.*a step of decay is")
 def test_the_best_model_comes_back(tmp_path):
     """Its factors are loaded, whichever step they are of."""
     more = {
