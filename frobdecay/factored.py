@@ -6,8 +6,8 @@ dense tensor, formed at most once for each access of the weight.
 
 What asks no ``__torch_function__``, such as a ``torch.autograd.Function``, a reentrant checkpoint
 or torch's C++ code, meets a tensor that autograd knows as the result of its factors: the operators
-get the dense numbers, and a dense gradient G goes on to the factors as G V and Gᵀ U. To record this
-makes an access with gradients 1.6 times as long (49 µs and not 31, on one core of a busy machine).
+get the dense numbers, and a dense gradient G goes on to the factors as G V and Gᵀ U. This
+is one more node of the graph for each access with gradients; ``benchmarks.forward`` times it.
 The tensor has no memory: torch's C++ code refuses its pointer, and to put it in the place of
 another tensor's data.
 """
