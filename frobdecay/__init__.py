@@ -16,6 +16,7 @@ from frobdecay import diagnostics
 from frobdecay.accumulate import add_penalty_grad_, explain
 from frobdecay.balancing import balance_
 from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
+from frobdecay.factor import Factor
 from frobdecay.factored import FactoredTensor
 from frobdecay.factory import FrobeniusDecayFactory
 from frobdecay.flambe import Flambe
@@ -24,7 +25,7 @@ from frobdecay.init import spectral_init
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
-from frobdecay.product import Factor, Product, penalty, product_norm
+from frobdecay.product import Product, penalty, product_norm
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
 from frobdecay.tensorized.kinds import CP, TensorTrain, Tucker

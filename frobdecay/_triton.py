@@ -52,8 +52,6 @@ from torch import Tensor
 
 from frobdecay.grouped.tiles import Tile
 
-__all__ = ["INTERPRETED", "launch_grams", "launch_norms", "launch_updates"]
-
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels of this module run in the interpreter, on tensors of the CPU."""
 

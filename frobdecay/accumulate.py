@@ -26,20 +26,17 @@ from frobdecay.backends import BACKENDS, Choice, select
 from frobdecay.bucketed import Job
 from frobdecay.chain import Coefficient, full_precision
 from frobdecay.distributed import Exchange, exchanges, localized
+from frobdecay.factor import Factor, is_sharded
 from frobdecay.placement import check_targets, part_of
 from frobdecay.product import (
-    Factor,
     Product,
     as_products,
     check_coefficient,
     check_product,
-    is_sharded,
     listed,
     squared_norm,
 )
 from frobdecay.structures import CHAIN
-
-__all__ = ["Accumulator", "add_penalty_grad_", "explain"]
 
 _MAX_PLANS = 4  # for lists that begin with one product
 _TABLE = "_parameters"  # in a module's attributes

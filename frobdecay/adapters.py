@@ -17,8 +17,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["FactorList", "Parametrizations", "adaptable"]
-
 
 def adaptable(module: nn.Module, attribute: str) -> None:
     """Have a module that was just parametrized meet PEFT's expectations."""

@@ -31,8 +31,6 @@ from frobdecay.grouped.refusals import refusals
 from frobdecay.product import BUCKET_BYTES, Product
 from frobdecay.structures import CHAIN
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Runner", "select"]
-
 TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""
 

@@ -19,14 +19,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from frobdecay.factor import Factor, is_sharded
 from frobdecay.holding import lists_of
 from frobdecay.init import split_evenly, with_inner
-from frobdecay.product import Factor, Product, as_products, is_sharded
+from frobdecay.product import Product, as_products
 from frobdecay.scaling import work_dtype
 from frobdecay.structures import CHAIN
 from frobdecay.svd import resolution
-
-__all__ = ["balance_"]
 
 
 @torch.no_grad()

@@ -22,8 +22,6 @@ from torch import Tensor
 from frobdecay.chain import Coefficient, chain_gradients, common_dtype, is_long, plan_of
 from frobdecay.structures import CHAIN, Structure
 
-__all__ = ["Coefs", "Job", "Targets", "prepare_bucketed"]
-
 Targets = Sequence[Sequence[Tensor | None]]
 Coefs = Sequence[Sequence[Coefficient]]
 Runner = Callable[[Targets, Coefs], None]

@@ -29,28 +29,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = [
-    "HALF",
-    "Coefficient",
-    "ContractionPlan",
-    "accumulable",
-    "chain_gradients",
-    "chain_grams",
-    "chain_materialize",
-    "chain_sharpness",
-    "chain_squared_norm",
-    "common_dtype",
-    "contraction_plan",
-    "end_gram",
-    "full_precision",
-    "gram_gradient",
-    "is_long",
-    "left_grams",
-    "plan_of",
-    "right_grams",
-    "times_rows",
-]
-
 Coefficient = float | Tensor
 
 HALF = (torch.float16, torch.bfloat16)

@@ -62,8 +62,6 @@ from frobdecay.plan import PlanRow, RankPlan
 from frobdecay.registry import parameter_order, relative_error
 from frobdecay.tensorize import Tensorization
 
-__all__ = ["load_dense_", "load_factorized", "save_factorized"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -26,8 +26,6 @@ from frobdecay.stars import by_growth, mode_product, tucker_dense, unfold
 from frobdecay.svd import resolution
 from frobdecay.tensorize import cp_rank, train_ranks, tucker_ranks
 
-__all__ = ["cp_als", "hooi", "hosvd", "tt_svd"]
-
 SWEEPS, TOLERANCE = 200, 1e-4
 """An iteration ends when a sweep lowers the relative error by less than the tolerance. Gaussian
 tensors from 8×8×5 to 64×64×50, at ranks from 2 to 64, took ``cp_als`` 9 to 173 sweeps."""

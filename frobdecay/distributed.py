@@ -38,11 +38,10 @@ from frobdecay.chain import (
     left_grams,
     right_grams,
 )
+from frobdecay.factor import Factor, is_sharded
 from frobdecay.placement import Placed, part_of, place, refuse_unfit
-from frobdecay.product import Factor, Product, as_products, is_sharded
+from frobdecay.product import Product, as_products
 from frobdecay.structures import CHAIN
-
-__all__ = ["Exchange", "check_replicas", "exchanges", "localized", "shard_rows"]
 
 Targets = Sequence[Tensor | None]
 Coefs = Sequence[Coefficient]

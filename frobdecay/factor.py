@@ -9,8 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["Bare", "Factor", "is_sharded", "whole"]
-
 
 class Bare:
     """The owner of a tensor that no module owns."""

@@ -31,8 +31,6 @@ from frobdecay.forms.dense import (
 from frobdecay.forms.product_tensor import ProductTensor, untraced
 from frobdecay.forms.table import FORMS
 
-__all__ = ["FORMS", "FactoredTensor"]
-
 
 class FactoredTensor(ProductTensor):
     """Stand for the tensor that a chain of factors multiplies to.

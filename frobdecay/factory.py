@@ -13,8 +13,6 @@ from frobdecay.chain import Coefficient
 from frobdecay.groups import Pattern, split_param_groups
 from frobdecay.optimizer import FrobeniusDecay, Mode
 
-__all__ = ["FrobeniusDecayFactory"]
-
 _UNFIT = {"model", "optimizer_dict"}  # what Trainer passes to optimizers of the backward pass
 
 

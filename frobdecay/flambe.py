@@ -27,16 +27,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frobdecay.chain import HALF, Coefficient
+from frobdecay.factor import is_sharded
 from frobdecay.parametrizations import VERSION
-from frobdecay.product import Product, check_coefficient, is_sharded
+from frobdecay.product import Product, check_coefficient
 from frobdecay.registry import products as products_of
 from frobdecay.scaling import shortened
 from frobdecay.wrapper.checks import check_again, check_membership, find_products, plan_groups
 from frobdecay.wrapper.decay import Decay, Increments
 from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value
 from frobdecay.wrapper.rounding import StochasticRounder
-
-__all__ = ["Flambe"]
 
 _KEY = "frobdecay"  # ours in the state dict
 _MOMENTS = ("exp_avg", "exp_avg_sq")

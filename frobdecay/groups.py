@@ -14,8 +14,6 @@ from frobdecay.chain import Coefficient
 from frobdecay.product import check_coefficient
 from frobdecay.registry import products
 
-__all__ = ["split_param_groups"]
-
 Pattern = str | re.Pattern[str] | type[nn.Module]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)

@@ -18,9 +18,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from frobdecay.adapters import adaptable
 
-__all__ = ["check_module", "copied_class", "dense_type", "lists_of", "register_parametrization"]
-
-
 _LISTS = "parametrizations"
 
 

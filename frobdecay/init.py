@@ -30,21 +30,6 @@ from frobdecay.chain import full_precision
 from frobdecay.scaling import BLOCK, Unit, check_weight, root_mean_square
 from frobdecay.svd import Triples, resolution, sketched_svd, truncated_svd
 
-__all__ = [
-    "INITS",
-    "Init",
-    "kaiming_init",
-    "matched_init",
-    "orthonormal_rows",
-    "plain_rank",
-    "randomized_init",
-    "resolve_init",
-    "resolve_rank",
-    "spectral_init",
-    "split_evenly",
-    "with_inner",
-]
-
 Rank = int | float
 Init = Callable[..., tuple[Tensor, ...]]
 """``init(weight, rank, *, depth)`` -> (U, M₁ … M_depth, V) for weight (*batch, m, n)."""

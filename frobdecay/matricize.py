@@ -18,8 +18,6 @@ from numbers import Integral
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-__all__ = ["Matricization", "fit_pattern"]
-
 _ITEM = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 

@@ -33,8 +33,6 @@ from frobdecay.scaling import work_dtype
 from frobdecay.structures import CHAIN
 from frobdecay.wrapper.rates import DECAY
 
-__all__ = ["QUANTITIES", "LearningRate", "Measurement", "ProductMeasurement", "measure", "total"]
-
 LearningRate = float | Tensor | Optimizer
 
 

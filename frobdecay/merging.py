@@ -23,8 +23,6 @@ from frobdecay.modules.surgery import (
 from frobdecay.modules.unrolling import lacking, unrolled, why_not_unrolled
 from frobdecay.partitions import why_partitioned
 
-__all__ = ["merge", "unroll"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

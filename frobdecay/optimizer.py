@@ -39,8 +39,6 @@ from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value, ra
 from frobdecay.wrapper.rounding import StochasticRounder
 from frobdecay.wrapper.stability import Watch
 
-__all__ = ["FrobeniusDecay"]
-
 Mode = Literal["coupled", "decoupled", "auto"]
 
 _KEY = "frobdecay"  # ours in the state dict

@@ -38,8 +38,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from frobdecay.holding import lists_of
 from frobdecay.parametrizations import LowRank
 
-__all__ = ["ColwiseFactored", "RowwiseFactored"]
-
 
 class _Factored(ParallelStyle):
     """What the two styles share: layouts, checks, the sharding of the parameters."""

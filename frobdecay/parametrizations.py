@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.factor import Factor
 from frobdecay.factored import FactoredTensor
 from frobdecay.init import (
     INITS,
@@ -35,10 +36,8 @@ from frobdecay.init import (
 )
 from frobdecay.matricize import Matricization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
-from frobdecay.product import Factor, Product
+from frobdecay.product import Product
 from frobdecay.scaling import check_not_zero, check_weight
-
-__all__ = ["KINDS", "VERSION", "LowRank", "Recorded", "Version"]
 
 
 class Version:

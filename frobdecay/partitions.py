@@ -13,8 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["refusal_of_division", "refusal_of_optimizer", "why_partitioned"]
-
 _FULLY_SHARD = "shard with torch.distributed.fsdp.fully_shard, which keeps factors as they are"
 _FSDP1 = f"flattened by FullyShardedDataParallel (FSDP1); {_FULLY_SHARD}"
 _ZERO3 = f"partitioned by DeepSpeed ZeRO-3 (it has a ds_id); {_FULLY_SHARD}"

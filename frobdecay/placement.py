@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.product import Factor, Product, is_sharded
-
-__all__ = ["Placed", "check_targets", "part_number", "part_of", "place", "refuse_unfit"]
+from frobdecay.factor import Factor, is_sharded
+from frobdecay.product import Product
 
 Range = tuple[int, int]
 """Start and length along one dimension or axis."""

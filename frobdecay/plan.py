@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-__all__ = ["PlanRow", "RankPlan", "tabulated"]
-
 
 @dataclass(frozen=True)
 class PlanRow:

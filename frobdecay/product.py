@@ -18,31 +18,12 @@ from torch import Tensor
 
 from frobdecay.chain import (
     Coefficient,
-    accumulable,
-    chain_grams,
     common_dtype,
     full_precision,
 )
-from frobdecay.factor import Bare, Factor, is_sharded, whole
+from frobdecay.factor import Bare, Factor, whole
 from frobdecay.partitions import why_partitioned
 from frobdecay.structures import CHAIN, Structure
-
-__all__ = [
-    "BUCKET_BYTES",
-    "Factor",
-    "Product",
-    "as_products",
-    "check_coefficient",
-    "check_product",
-    "gradients",
-    "grams",
-    "is_sharded",
-    "listed",
-    "penalty",
-    "product_norm",
-    "squared_norm",
-    "whole",
-]
 
 BUCKET_BYTES = 1 << 17
 """Products whose factors take more bytes than this are not multiplied together on a CPU: copying
@@ -221,25 +202,6 @@ def _check_biases(product: Product, views: Sequence[Tensor]) -> None:
                 f"{product.name}: expected the bias {bias.attribute} to be a row beside a factor "
                 f"of shape {tuple(view.shape)}, got {tuple(seen.shape)}"
             )
-
-
-def grams(product: Product) -> tuple[list[Tensor], list[Tensor]]:
-    """Form the left and the right Grams at every bond of a chain, scale left out.
-
-    Returns:
-        Two lists of tensors (*batch, r, r); for a pair: [UᵀU], [VᵀV].
-
-    Raises:
-        ValueError: the structure is no chain and has no bonds.
-    """
-    if product.structure != CHAIN:
-        raise ValueError(
-            f"{product.name}: expected a chain of factors, got structure {product.structure.name}, "
-            "which has no bonds"
-        )
-    views = product.views()
-    with full_precision(views[0].device.type):
-        return chain_grams(accumulable(views), product.batch)
 
 
 def squared_norm(product: Product) -> Tensor:

@@ -37,16 +37,6 @@ from frobdecay.scaling import Unit, times_power, work_dtype
 from frobdecay.svd import gram
 from frobdecay.tensorize import Rank, Tensorization, plain_ranks
 
-__all__ = [
-    "RankRule",
-    "energy_rank",
-    "plan_entries",
-    "plan_ranks",
-    "planned",
-    "singular_values",
-    "size",
-]
-
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
 
 

@@ -38,15 +38,6 @@ from frobdecay.providers.lora import LORA
 from frobdecay.ranks import RankRule, plan_entries, planned, size
 from frobdecay.scaling import relative_distance
 
-__all__ = [
-    "Provider",
-    "factorize",
-    "parameter_order",
-    "products",
-    "register_products",
-    "relative_error",
-]
-
 Provider = Callable[[nn.Module, str], Iterable[Product]]
 
 _OWN: dict[type | str, Provider] = {**ATTENTION}
@@ -290,7 +281,8 @@ def register_products(type_or_qualified_name: type | str) -> Callable[[Provider]
 
     Example:
         >>> import torch
-        >>> from frobdecay.product import Factor, Product
+        >>> from frobdecay.factor import Factor
+        >>> from frobdecay.product import Product
         >>> class Pair(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -14,23 +14,6 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
-__all__ = [
-    "BLOCK",
-    "DTYPES",
-    "Unit",
-    "check_not_zero",
-    "check_weight",
-    "exponents",
-    "is_finite",
-    "is_zero",
-    "power_of_two",
-    "relative_distance",
-    "root_mean_square",
-    "shortened",
-    "times_power",
-    "work_dtype",
-]
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What torch multiplies matrices of on every device: factors of other dtypes could not train."""
 

@@ -27,8 +27,6 @@ from frobdecay.chain import Coefficient, common_dtype, times_rows
 from frobdecay.scaling import shortened
 from frobdecay.structures import Views
 
-__all__ = ["Shifted"]
-
 BLOCK = 1 << 22
 """Entries of W₀ that are cast at once: 16 MB of float32."""
 

@@ -26,20 +26,6 @@ from torch import Tensor
 from frobdecay.chain import Coefficient, accumulable, times_rows
 from frobdecay.structures import Views
 
-__all__ = [
-    "CP",
-    "TUCKER",
-    "Polyadic",
-    "Tucker",
-    "by_growth",
-    "cp_sides",
-    "mode_product",
-    "narrowest",
-    "tucker_dense",
-    "tucker_sides",
-    "unfold",
-]
-
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiply a tensor along one mode: (…, r, …) with (n, r) is (…, n, …)."""

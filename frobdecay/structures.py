@@ -21,8 +21,6 @@ from frobdecay.chain import (
     plan_of,
 )
 
-__all__ = ["CHAIN", "Chain", "Structure"]
-
 Views = Sequence[Tensor]
 
 

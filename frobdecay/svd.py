@@ -12,8 +12,6 @@ from torch import Tensor
 
 from frobdecay.scaling import Unit, work_dtype
 
-__all__ = ["Triples", "gram", "resolution", "sketched_svd", "truncated_svd"]
-
 Triples = tuple[Tensor, Tensor, Tensor]
 """P (*batch, m, k), the singular values (*batch, k) and Q (*batch, n, k)."""
 

@@ -27,9 +27,6 @@ from torch import Tensor
 from frobdecay.init import plain_rank, resolve_rank
 from frobdecay.matricize import Matricization, fit_pattern
 
-__all__ = ["FLAT", "Rank", "Tensorization", "cp_rank", "flat_modes"]
-__all__ += ["plain_ranks", "train_ranks", "tucker_ranks"]
-
 FLAT = "flat"
 
 Rank = int | float | Sequence[int | float | None]

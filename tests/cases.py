@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frobdecay.product import Factor, Product
+from frobdecay.factor import Factor
+from frobdecay.product import Product
 from frobdecay.stars import CP, TUCKER, Tucker
 from frobdecay.structures import CHAIN, Structure
 

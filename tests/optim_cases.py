@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frobdecay.product import Factor, Product, penalty
+from frobdecay.factor import Factor
+from frobdecay.product import Product, penalty
 
 Make = Callable[[Iterable], Optimizer]
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.backends import BACKENDS
-from frobdecay.product import Factor, Product, gradients, penalty
+from frobdecay.factor import Factor
+from frobdecay.product import Product, gradients, penalty
 from frobdecay.shifted import Shifted
 from frobdecay.stars import CP, TUCKER
 from frobdecay.structures import CHAIN

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from frobdecay import registry
+from frobdecay.factor import Factor
 from frobdecay.merging import merge, unroll
 from frobdecay.modules.surgery import transaction
 from frobdecay.parametrizations import VERSION, LowRank
-from frobdecay.product import Factor, Product
+from frobdecay.product import Product
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize, products, register_products
 

@@ -250,7 +250,7 @@ class Convolutions:
     """Counts the calls of F.conv2d below a factored weight, by the weights' shapes."""
 
     def __init__(self, monkeypatch):
-        from frobdecay.factored import FORMS
+        from frobdecay.forms.table import FORMS
 
         self.shapes = []
         form = FORMS[nn.functional.conv2d]

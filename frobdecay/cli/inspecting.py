@@ -29,8 +29,6 @@ from frobdecay.product import Product
 from frobdecay.ranks import energy_rank, plan_ranks, singular_values
 from frobdecay.scaling import root_mean_square
 
-__all__ = ["run"]
-
 
 @dataclass
 class Row:

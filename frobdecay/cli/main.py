@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from frobdecay.cli import inspecting, merging
 from frobdecay.cli.reading import printable
 
-__all__ = ["main"]
-
 
 def _share(text: str) -> float:
     value = float(text)

@@ -13,8 +13,6 @@ from frobdecay.modules.files import write_safetensors, write_torch
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, rebuild, weight_of
 
-__all__ = ["run"]
-
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 

@@ -21,8 +21,6 @@ from frobdecay.modules.files import read_safetensors, readable
 from frobdecay.modules.formats import PICKLE, SAFETENSORS, ZIP, recognized
 from frobdecay.modules.records import HEADER, parse_records, weight_of
 
-__all__ = ["Checkpoint", "check_memory", "printable", "read"]
-
 _DEPTH = 4
 
 

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
-__all__ = ["ATTENTION_FORMS"]
-
-
 _QUESTION = "has_torch_function"
 
 

@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Cost", "cheaper", "factors_cheaper", "force"]
-
 # A function call takes the time of this many multiply-adds: 3 µs at 3e10 a second, one core.
 CALL = 100_000
 

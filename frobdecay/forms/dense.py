@@ -22,16 +22,6 @@ from frobdecay.forms.product_tensor import (
     untraced,
 )
 
-__all__ = [
-    "METADATA",
-    "ReadOnlyView",
-    "below_autograd",
-    "formless",
-    "inert_hook",
-    "on_dense",
-    "refuse_writes",
-]
-
 _PROPERTIES = """
     shape dtype device layout ndim itemsize nbytes names requires_grad retains_grad output_nr grad
     grad_dtype grad_fn is_cpu is_cuda is_hpu is_ipu is_leaf is_maia is_meta is_mkldnn is_mps is_mtia

@@ -11,8 +11,6 @@ from torch import Tensor
 from frobdecay.forms.cost import Cost, cheaper, factors_cheaper
 from frobdecay.forms.product_tensor import ProductTensor, folded
 
-__all__ = ["Matrix", "matrix"]
-
 
 class Matrix(NamedTuple):
     """W = U M Vᵀ with U along dimension -2 of the weight and V along dimension -1.

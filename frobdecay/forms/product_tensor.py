@@ -21,8 +21,6 @@ from torch import Tensor
 from frobdecay.chain import full_precision
 from frobdecay.matricize import Matricization
 
-__all__ = ["ProductTensor", "folded", "keep_dense", "transforms_active", "untraced"]
-
 # Classes of the tensors that a compiler traces with.
 _TRACED = ("FakeTensor", "FunctionalTensor")
 _PLAIN = (Tensor, torch.nn.Parameter)

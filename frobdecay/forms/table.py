@@ -25,8 +25,6 @@ from frobdecay.forms.product_tensor import ProductTensor, folded
 from frobdecay.forms.shapes import SHAPE_FORMS
 from frobdecay.forms.tensors import TENSOR_FORMS
 
-__all__ = ["FORMS"]
-
 
 def _rows(x: Tensor) -> Callable[[], Any]:
     return lambda: x.numel() // max(x.shape[-1], 1) if x.ndim else 1

@@ -29,8 +29,6 @@ from frobdecay.forms.cost import Cost, factors_cheaper
 from frobdecay.forms.product_tensor import ProductTensor, folded
 from frobdecay.matricize import Matricization
 
-__all__ = ["TENSOR_FORMS"]
-
 # A multiply-add in one of two thin convolutions takes as long as this many in the dense one:
 # 256 channels, 3×3, 2 cores, 97 ms dense against 27 ms at r = 85 (a count ratio of 0.22) and
 # 102 ms at r = 253 (0.66).

@@ -36,8 +36,6 @@ from frobdecay.grouped.tables import Slot, gram_table, update_table
 from frobdecay.grouped.tiles import WAVES, Tile, tile_for
 from frobdecay.product import Product, listed
 
-__all__ = ["Grouped", "squared_norms"]
-
 _INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
 
 

@@ -14,8 +14,6 @@ import torch
 
 from frobdecay.grouped.tables import Slot
 
-__all__ = ["Seen", "Sheet", "overlapping", "sheets"]
-
 Seen = tuple[int, torch.dtype, tuple[int, ...]]
 """Of a target: address, dtype, strides."""
 

@@ -32,17 +32,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = [
-    "GRAM_WIDTH",
-    "UPDATE_WIDTH",
-    "GramTable",
-    "Piece",
-    "Slot",
-    "gram_table",
-    "pieces",
-    "update_table",
-]
-
 GRAM_WIDTH = 14
 UPDATE_WIDTH = 12
 

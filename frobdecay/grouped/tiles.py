@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_RANK", "TILES", "WAVES", "Tile", "tile_for"]
-
 MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-__all__ = ["Load", "loads"]
-
 _METHOD_FLAG = sys.version_info >= (3, 12)  # of LOAD_ATTR; before, there is LOAD_METHOD
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _NO_USE = ("STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")  # of a variable before them

@@ -25,8 +25,6 @@ from frobdecay.plan import PlanRow
 from frobdecay.scaling import is_zero
 from frobdecay.tensorize import FLAT, Rank, Tensorization
 
-__all__ = ["Entry", "OnTied", "candidates", "check_any"]
-
 OnTied = Literal["skip", "untie", "error"]
 
 _PROTOCOL = (

@@ -22,17 +22,6 @@ try:
 except ImportError:  # no locks as POSIX has them; what a killed save leaves then stays
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "FilePath",
-    "check_regular",
-    "read_safetensors",
-    "readable",
-    "replacing",
-    "write_figure",
-    "write_safetensors",
-    "write_torch",
-]
-
 FilePath = str | os.PathLike[str]
 
 # Note [a folder for each save]

@@ -8,8 +8,6 @@ import zipfile
 
 from frobdecay.modules.files import FilePath, check_regular
 
-__all__ = ["PICKLE", "SAFETENSORS", "ZIP", "recognized"]
-
 SAFETENSORS = "a safetensors file"
 ZIP = "a file of torch.save"
 PICKLE = "a pickle, as torch.save wrote them before it wrote archives"

@@ -33,16 +33,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frobdecay.matricize import Matricization
 
-__all__ = [
-    "NAMED_PATTERNS",
-    "Layout",
-    "default_layout",
-    "dimensions",
-    "is_kind",
-    "layouts",
-    "refusal",
-]
-
 NAMED_PATTERNS = ("spatial", "channel")
 
 _KERNEL = {1: ("k",), 2: ("kh", "kw"), 3: ("kd", "kh", "kw")}

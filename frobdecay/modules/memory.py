@@ -13,8 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-__all__ = ["overlaps"]
-
 
 class _Place:
     """Where a tensor lies, in bytes.

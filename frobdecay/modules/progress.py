@@ -8,8 +8,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Progress"]
-
 PATIENCE = 1.0
 """Seconds of work before a bar is shown unasked."""
 

@@ -30,8 +30,6 @@ from torch.nn.utils import parametrize
 
 from frobdecay.modules.bytecode import Load, loads
 
-__all__ = ["Readers"]
-
 # Ways of a module to those inside that are no attributes of it.
 _INSIDE = {"children", "modules", "named_children", "named_modules", "get_submodule"}
 _INSIDE |= {"get_parameter", "_modules", "__dict__", "apply", "__getattr__"}

@@ -27,19 +27,6 @@ from frobdecay.modules.selection import Weight, weights
 from frobdecay.modules.surgery import factorized
 from frobdecay.parametrizations import KINDS
 
-__all__ = [
-    "HEADER",
-    "RECORDS_VERSION",
-    "dense_weight",
-    "factor_key",
-    "factorized_weights",
-    "factors_of",
-    "parse_records",
-    "rebuild",
-    "record_of",
-    "weight_of",
-]
-
 HEADER = "frobdecay"
 RECORDS_VERSION = 1
 

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.factor import is_sharded
 from frobdecay.holding import dense_type, lists_of
 from frobdecay.modules.surgery import factorized, ordinary, own_class, release, reorder
 from frobdecay.parametrizations import VERSION
-from frobdecay.product import is_sharded
-
-__all__ = ["dense_to_factors", "restorable"]
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
 

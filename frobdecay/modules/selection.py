@@ -33,23 +33,6 @@ from frobdecay.holding import lists_of
 from frobdecay.modules.layouts import Layout, layouts
 from frobdecay.product import Product
 
-__all__ = [
-    "Index",
-    "One",
-    "ProductSelector",
-    "Selector",
-    "Weight",
-    "check_met",
-    "each",
-    "matches",
-    "modules",
-    "names_exactly",
-    "pick",
-    "select",
-    "strip_wrappers",
-    "weights",
-]
-
 One = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
 Selector = One | Sequence[One]
 OneProduct = str | re.Pattern[str] | Callable[[str, Product], bool]

@@ -10,10 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from frobdecay.factor import is_sharded
 from frobdecay.modules.selection import strip_wrappers
-from frobdecay.product import is_sharded
-
-__all__ = ["Slot", "check_buffers", "check_same", "check_ties", "fill", "like", "slots_of"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from frobdecay.init import spectral_init
 from frobdecay.modules.candidates import Entry
 from frobdecay.parametrizations import LowRank
 
-__all__ = ["Stacks"]
-
 # Entries of a stack, unless one weight alone has more: 8 MB, and a few times that while the
 # decomposition works in float64.
 STACKED = 2**20

@@ -8,7 +8,7 @@ What makes the whole model unfit (lazy parameters, weights without numbers) is a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,6 @@ from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, modules, weights
 from frobdecay.partitions import why_partitioned
 from frobdecay.scaling import DTYPES, is_finite
-
-__all__ = [
-    "adapter_against",
-    "check_initialized",
-    "check_unwrapped",
-    "check_values",
-    "reason_against",
-    "reasons_against",
-    "tie_against",
-    "ties",
-]
 
 
 def check_unwrapped(model: nn.Module, act: str) -> None:
@@ -86,16 +75,6 @@ def check_values(weight: Weight) -> None:
         raise ValueError(
             f"{weight.name} holds NaN or infinity; initialize or repair it before factorizing"
         )
-
-
-def reasons_against(model: nn.Module) -> Callable[[Weight], str | None]:
-    """Prepare the question why a weight cannot be factorized, for all weights of a model.
-
-    Returns:
-        A function from a weight to the reason with the remedy, or to None where it can be.
-    """
-    tied = ties(model)
-    return lambda weight: reason_against(weight) or tie_against(weight, tied)
 
 
 def tie_against(weight: Weight, tied: Mapping[int, Sequence[str]]) -> str | None:

@@ -18,17 +18,6 @@ from frobdecay.forms.product_tensor import transforms_active
 from frobdecay.holding import copied_class, lists_of
 from frobdecay.parametrizations import VERSION
 
-__all__ = [
-    "factorized",
-    "ordinary",
-    "own_class",
-    "release",
-    "reorder",
-    "settle_encoders",
-    "settle_recurrent",
-    "transaction",
-]
-
 
 @contextmanager
 def ordinary(act: str) -> Iterator[None]:

@@ -24,8 +24,6 @@ from frobdecay.holding import dense_type, lists_of
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import LowRank
 
-__all__ = ["lacking", "unrolled", "why_not_unrolled"]
-
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

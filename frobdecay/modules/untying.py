@@ -17,8 +17,6 @@ from torch import nn
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.selection import modules
 
-__all__ = ["forget_ties", "other_ties", "untie"]
-
 Ties = dict[str, str]
 
 

@@ -35,9 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from frobdecay.product import Factor, Product, is_sharded
-
-__all__ = ["ATTENTION", "Attention", "Place", "Projection", "linear", "provider"]
+from frobdecay.factor import Factor, is_sharded
+from frobdecay.product import Product
 
 
 class Place(NamedTuple):

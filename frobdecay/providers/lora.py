@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from frobdecay.product import Factor, Product
+from frobdecay.factor import Factor
+from frobdecay.product import Product
 from frobdecay.shifted import Shifted
-
-__all__ = ["LORA"]
 
 _PEFT = "peft.tuners"
 _LORA = f"{_PEFT}.lora.layer"

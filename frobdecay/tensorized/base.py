@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.chain import full_precision
+from frobdecay.factor import Factor
 from frobdecay.factored import FactoredTensor
 from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import VERSION, Recorded
-from frobdecay.product import Factor, Product
+from frobdecay.product import Product
 from frobdecay.scaling import check_not_zero, check_weight, root_mean_square
 from frobdecay.stars import narrowest
 from frobdecay.structures import Structure
 from frobdecay.tensorize import FLAT, Rank, Tensorization, plain_ranks
-
-__all__ = ["Init", "Shapes", "Stages", "Tensorized"]
 
 Shapes = tuple[tuple[int, ...], ...]
 Stages = tuple[Tensor, Tensor, Tensor]

@@ -15,8 +15,6 @@ from frobdecay.structures import CHAIN, Structure
 from frobdecay.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.tensorized.base import Init, Shapes, Stages, Tensorized
 
-__all__ = ["CP", "TensorTrain", "Tucker"]
-
 
 class Tucker(Tensorized):
     """Parametrize a weight as a core times one factor a mode, W = G ×₁ U₁ … ×_d U_d.

@@ -19,15 +19,6 @@ from frobdecay.wrapper.param_groups import Division, plan_division
 from frobdecay.wrapper.proxy import OptimizerProxy
 from frobdecay.wrapper.rates import Group, has_weight_decay, is_zero, known_value
 
-__all__ = [
-    "check_again",
-    "check_arguments",
-    "check_membership",
-    "find_products",
-    "plan_groups",
-    "plan_wrapping",
-]
-
 
 def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:
     """Refuse what no optimizer could be wrapped with.

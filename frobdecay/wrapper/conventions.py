@@ -15,16 +15,6 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-__all__ = [
-    "Convention",
-    "convention",
-    "ignores_the_loss",
-    "is_plain_descent",
-    "reads_the_parameter",
-    "refusal",
-    "refusal_of_decoupled",
-]
-
 Convention = Literal["coupled", "decoupled"]
 
 # An option of the param group says which of the two lists is meant; without it the only one is.

@@ -25,8 +25,6 @@ from frobdecay.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder
 
-__all__ = ["Decay", "Increments", "PenalizedClosure", "factor_name"]
-
 Targets = list[list[Tensor | None]]
 Coefs = list[list[Coefficient]]
 

@@ -24,14 +24,6 @@ from frobdecay.chain import Coefficient
 from frobdecay.product import check_coefficient
 from frobdecay.wrapper.rates import DECAY, Group, has_weight_decay, known_value
 
-__all__ = [
-    "Division",
-    "Halves",
-    "adapt_plain",
-    "is_plain",
-    "plan_division",
-]
-
 _PER_PARAMETER = ("params", "param_names")
 
 

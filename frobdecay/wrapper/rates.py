@@ -17,8 +17,6 @@ from torch import Tensor
 from frobdecay.chain import Coefficient
 from frobdecay.product import check_coefficient
 
-__all__ = ["DECAY", "Group", "Rate", "has_weight_decay", "is_zero", "known_value", "rate_of"]
-
 DECAY = "frobenius_decay"
 """The option of a param group that holds λ."""
 

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.factor import is_sharded
 from frobdecay.placement import part_number, part_of
-from frobdecay.product import is_sharded
 from frobdecay.scaling import power_of_two
-
-__all__ = ["StochasticRounder", "round_stochastically"]
 
 _SEED = 2105_01029  # any constant does: the arXiv number of the paper
 _VERSION = 1  # of the state dict

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from frobdecay.chain import Coefficient, accumulable, chain_sharpness, common_dtype, full_precision
-from frobdecay.product import Product, is_sharded
+from frobdecay.factor import is_sharded
+from frobdecay.product import Product
 from frobdecay.structures import CHAIN
-
-__all__ = ["Watch"]
 
 _Known = tuple[Product, Coefficient]
 

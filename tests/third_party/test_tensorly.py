@@ -13,7 +13,8 @@ from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, products, registry  # noqa: E402
 from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd  # noqa: E402
-from frobdecay.product import Factor, Product, product_norm  # noqa: E402
+from frobdecay.factor import Factor  # noqa: E402
+from frobdecay.product import Product, product_norm  # noqa: E402
 from frobdecay.stars import CP, TUCKER, Tucker  # noqa: E402
 from frobdecay.tensorize import tucker_ranks  # noqa: E402
 
