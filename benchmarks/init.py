@@ -5,9 +5,9 @@
 
 Every row factorizes all matrices of a model, from random (flat) spectra, to balanced factors:
 
-    one by one        frobdecay.init.spectral_init on each weight
+    one by one        spectral_init on each weight
     equal together    the same on stacks of equal shapes
-    randomized        frobdecay.init.randomized_init on each weight: a choice, never the default
+    randomized        randomized_init on each weight: a choice, never the default
     SVD               torch.linalg.svd of each weight, cut off, its square root on both sides
     factorize         frobdecay.factorize on the module: with registration and the plan's errors
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.cases import CASES, Case, Shape, choose
 from benchmarks.measure import Report, Target
-from frobdecay.init import randomized_init, spectral_init
+from frobdecay.algebra.spectral import randomized_init, spectral_init
 from frobdecay.registry import factorize
 
 __all__ = ["main"]

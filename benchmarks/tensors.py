@@ -31,11 +31,11 @@ from benchmarks.cases import CONVS, Conv
 from benchmarks.measure import Report, Target, Timing
 from frobdecay import CP, TensorTrain, Tucker, factorize, products
 from frobdecay.accumulate import Accumulator
-from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra.stars import CP as POLYADIC
+from frobdecay.algebra.stars import TUCKER
 from frobdecay.forms.cost import force
 from frobdecay.product import Product
-from frobdecay.stars import CP as POLYADIC
-from frobdecay.stars import TUCKER
 
 __all__ = ["main"]
 

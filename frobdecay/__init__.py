@@ -14,6 +14,7 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 
 from frobdecay import diagnostics
 from frobdecay.accumulate import add_penalty_grad_, explain
+from frobdecay.algebra.spectral import spectral_init
 from frobdecay.balancing import balance_
 from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.factor import Factor
@@ -21,7 +22,6 @@ from frobdecay.factored import FactoredTensor
 from frobdecay.factory import FrobeniusDecayFactory
 from frobdecay.flambe import Flambe
 from frobdecay.groups import split_param_groups
-from frobdecay.init import spectral_init
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from frobdecay.algebra.precision import Coefficient, full_precision
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.backends import BACKENDS, Choice, select
 from frobdecay.bucketed import Job
-from frobdecay.chain import Coefficient, full_precision
 from frobdecay.distributed import Exchange, exchanges, localized
 from frobdecay.factor import Factor, is_sharded
 from frobdecay.placement import check_targets, part_of
@@ -36,7 +37,6 @@ from frobdecay.product import (
     listed,
     squared_norm,
 )
-from frobdecay.structures import CHAIN
 
 _MAX_PLANS = 4  # for lists that begin with one product
 _TABLE = "_parameters"  # in a module's attributes

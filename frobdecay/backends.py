@@ -24,12 +24,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.chain import plan_of
+from frobdecay.algebra.precision import Coefficient, times_rows
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.chain import Coefficient, plan_of, times_rows
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
 from frobdecay.product import BUCKET_BYTES, Product
-from frobdecay.structures import CHAIN
 
 TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""

@@ -19,13 +19,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.scaling import work_dtype
+from frobdecay.algebra.spectral import split_evenly, with_inner
+from frobdecay.algebra.structures import CHAIN
+from frobdecay.algebra.svd import resolution
 from frobdecay.factor import Factor, is_sharded
 from frobdecay.holding import lists_of
-from frobdecay.init import split_evenly, with_inner
 from frobdecay.product import Product, as_products
-from frobdecay.scaling import work_dtype
-from frobdecay.structures import CHAIN
-from frobdecay.svd import resolution
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, chain_gradients, common_dtype, is_long, plan_of
-from frobdecay.structures import CHAIN, Structure
+from frobdecay.algebra.chain import chain_gradients, plan_of
+from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
+from frobdecay.algebra.structures import CHAIN, Structure
 
 Targets = Sequence[Sequence[Tensor | None]]
 Coefs = Sequence[Sequence[Coefficient]]

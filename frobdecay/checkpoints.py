@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.tensorize import Tensorization
 from frobdecay.holding import check_module, register_parametrization
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
@@ -60,7 +61,6 @@ from frobdecay.modules.surgery import (
 from frobdecay.modules.untying import forget_ties, other_ties
 from frobdecay.plan import PlanRow, RankPlan
 from frobdecay.registry import parameter_order, relative_error
-from frobdecay.tensorize import Tensorization
 
 M = TypeVar("M", bound=nn.Module)
 

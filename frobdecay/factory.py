@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from frobdecay.chain import Coefficient
+from frobdecay.algebra.precision import Coefficient
 from frobdecay.groups import Pattern, split_param_groups
 from frobdecay.optimizer import FrobeniusDecay, Mode
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from frobdecay.chain import Coefficient
+from frobdecay.algebra.precision import Coefficient
 from frobdecay.product import check_coefficient
 from frobdecay.registry import products
 

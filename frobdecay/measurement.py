@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from frobdecay.chain import chain_sharpness
+from frobdecay.algebra.chain import chain_sharpness
+from frobdecay.algebra.scaling import work_dtype
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.product import Product, as_products, product_norm
-from frobdecay.scaling import work_dtype
-from frobdecay.structures import CHAIN
 from frobdecay.wrapper.rates import DECAY
 
 LearningRate = float | Tensor | Optimizer

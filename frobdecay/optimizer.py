@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from frobdecay.chain import Coefficient
+from frobdecay.algebra.precision import Coefficient
 from frobdecay.parametrizations import VERSION
 from frobdecay.product import Product
 from frobdecay.registry import products as products_of

@@ -6,11 +6,11 @@ and ``forward`` turns them into a ``FactoredTensor``, the weight that is never f
 factors can be applied one after the other.
 
 Any parametrization that ``factorize`` takes has, besides these two methods, ``matricize`` (how the
-weight is read: a ``Matricization``, or a ``Tensorization`` of ``tensorize.py``), ``resolve`` and
-``factor_shapes`` (what the planner counts), ``product`` (the record that decay and diagnostics
-read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be saved and
-loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines, and is
-listed in ``KINDS``.
+weight is read: a ``Matricization``, or a ``Tensorization`` of ``algebra/tensorize.py``),
+``resolve`` and ``factor_shapes`` (what the planner counts), ``product`` (the record that decay and
+diagnostics read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be
+saved and loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines,
+and is listed in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.factor import Factor
-from frobdecay.factored import FactoredTensor
-from frobdecay.init import (
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.scaling import check_not_zero, check_weight
+from frobdecay.algebra.spectral import (
     INITS,
     Init,
     kaiming_init,
@@ -34,10 +34,10 @@ from frobdecay.init import (
     resolve_rank,
     spectral_init,
 )
-from frobdecay.matricize import Matricization
+from frobdecay.factor import Factor
+from frobdecay.factored import FactoredTensor
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.product import Product
-from frobdecay.scaling import check_not_zero, check_weight
 
 
 class Version:
@@ -154,7 +154,7 @@ class LowRank(Recorded):
             whether it can pay or not.
         axes: lengths that the pattern needs, such as ``{"g": 4}`` for ``"(g o) i -> g o i"``.
         depth: number d of inner factors M (r×r), the identity at first.
-        init: "spectral", or another initialization of ``frobdecay.init``, or a callable.
+        init: "spectral", or another of ``INITS`` in ``algebra/spectral.py``, or a callable.
 
     Raises:
         TypeError, ValueError: a rank, depth or initialization that is none.

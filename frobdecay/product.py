@@ -16,14 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.chain import (
-    Coefficient,
-    common_dtype,
-    full_precision,
-)
+from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
+from frobdecay.algebra.structures import CHAIN, Structure
 from frobdecay.factor import Bare, Factor, whole
 from frobdecay.partitions import why_partitioned
-from frobdecay.structures import CHAIN, Structure
 
 BUCKET_BYTES = 1 << 17
 """Products whose factors take more bytes than this are not multiplied together on a CPU: copying

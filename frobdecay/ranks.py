@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.scaling import Unit, times_power, work_dtype
+from frobdecay.algebra.svd import gram
+from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
 from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.modules.selection import (
     Index,
@@ -33,9 +36,6 @@ from frobdecay.modules.selection import (
 from frobdecay.modules.support import check_initialized, check_values
 from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
-from frobdecay.scaling import Unit, times_power, work_dtype
-from frobdecay.svd import gram
-from frobdecay.tensorize import Rank, Tensorization, plain_ranks
 
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
 

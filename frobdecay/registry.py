@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.scaling import relative_distance
+from frobdecay.algebra.spectral import Init
 from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.holding import check_module, lists_of, register_parametrization
-from frobdecay.init import Init
 from frobdecay.modules.candidates import Entry, OnTied
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.restoring import restorable
@@ -36,7 +37,6 @@ from frobdecay.product import Product, as_products
 from frobdecay.providers.attention import ATTENTION
 from frobdecay.providers.lora import LORA
 from frobdecay.ranks import RankRule, plan_entries, planned, size
-from frobdecay.scaling import relative_distance
 
 Provider = Callable[[nn.Module, str], Iterable[Product]]
 

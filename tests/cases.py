@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frobdecay.algebra.stars import CP, TUCKER, Tucker
+from frobdecay.algebra.structures import CHAIN, Structure
 from frobdecay.factor import Factor
 from frobdecay.product import Product
-from frobdecay.stars import CP, TUCKER, Tucker
-from frobdecay.structures import CHAIN, Structure
 
 Maker = Callable[[torch.dtype], Product]
 

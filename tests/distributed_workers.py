@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import frobdecay
 from frobdecay.accumulate import Accumulator
+from frobdecay.algebra.stars import TUCKER
 from frobdecay.distributed import check_replicas
 from frobdecay.product import Product, gradients, squared_norm
-from frobdecay.stars import TUCKER
 
 PLACEMENTS = {
     "R": Replicate(),

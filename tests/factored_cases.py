@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from frobdecay.algebra.matricize import Matricization
 from frobdecay.factored import FactoredTensor
 from frobdecay.forms.cost import force
 from frobdecay.forms.product_tensor import ProductTensor
-from frobdecay.matricize import Matricization
 
 
 class Factored(nn.Module):

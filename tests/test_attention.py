@@ -16,14 +16,14 @@ from torch.nn.utils import parametrize
 
 from frobdecay import diagnostics, registry
 from frobdecay.accumulate import add_penalty_grad_, explain
+from frobdecay.algebra.stars import CP
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.balancing import balance_
 from frobdecay.factor import Factor
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import Product, penalty, product_norm, squared_norm
 from frobdecay.providers.attention import Attention, linear, provider
 from frobdecay.registry import factorize, products, register_products
-from frobdecay.stars import CP
-from frobdecay.structures import CHAIN
 
 
 class Grouped(nn.Module):

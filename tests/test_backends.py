@@ -18,12 +18,12 @@ from test_product import close, exact
 from torch import nn
 
 from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.algebra.shifted import Shifted
+from frobdecay.algebra.stars import CP, TUCKER
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.backends import BACKENDS
 from frobdecay.factor import Factor
 from frobdecay.product import Product, gradients, penalty
-from frobdecay.shifted import Shifted
-from frobdecay.stars import CP, TUCKER
-from frobdecay.structures import CHAIN
 
 CHAINS = {name for name, make in PRODUCTS.items() if make(torch.float64).structure == CHAIN}
 # The backends that refuse no chain in the table; kernels that do have tests of their own.

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from frobdecay import CP, TensorTrain, Tucker
+from frobdecay.algebra.spectral import spectral_init
 from frobdecay.checkpoints import load_factorized, save_factorized
 from frobdecay.cli import reading
 from frobdecay.cli.main import main
-from frobdecay.init import spectral_init
 from frobdecay.modules import progress
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize

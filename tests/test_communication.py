@@ -8,15 +8,7 @@ from gloo import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
-from benchmarks.communication import (
-    LLAMAS,
-    Traffic,
-    cost,
-    counted,
-    main,
-    pretended,
-    sharded_step,
-)
+from benchmarks.communication import LLAMAS, Traffic, cost, counted, main, pretended, sharded_step
 
 pytestmark = pytest.mark.slow
 

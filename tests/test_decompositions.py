@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_stars import normal
 
-from frobdecay.chain import chain_grams
-from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd
-from frobdecay.init import spectral_init
+from frobdecay.algebra.chain import chain_grams
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra.spectral import spectral_init
+from frobdecay.algebra.stars import CP, Tucker, unfold
+from frobdecay.algebra.tensorize import train_ranks, tucker_ranks
 from frobdecay.product import Product
-from frobdecay.stars import CP, Tucker, unfold
-from frobdecay.tensorize import train_ranks, tucker_ranks
 
 sizes = st.lists(st.integers(1, 6), min_size=2, max_size=5)
 

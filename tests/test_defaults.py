@@ -12,8 +12,8 @@ from torch import nn
 
 import frobdecay
 from frobdecay import CP, Flambe, FrobeniusDecay, LowRank, TensorTrain, Tucker, factorize
+from frobdecay.algebra.spectral import INITS
 from frobdecay.diagnostics import measure
-from frobdecay.init import INITS
 
 PACKAGE = pathlib.Path(frobdecay.__file__).parent
 

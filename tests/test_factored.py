@@ -22,10 +22,10 @@ from factored_cases import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from frobdecay.algebra.matricize import Matricization
 from frobdecay.factored import FactoredTensor
 from frobdecay.forms.cost import Cost, factors_cheaper
 from frobdecay.forms.product_tensor import ProductTensor
-from frobdecay.matricize import Matricization
 
 # --------------------------------------------------------------------------- all other functions
 

@@ -5,15 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
-from factored_cases import (
-    assert_equal_dense,
-    dense_of,
-    factored,
-    forbidden,
-    leaf,
-    tensors,
-    weight,
-)
+from factored_cases import assert_equal_dense, dense_of, factored, forbidden, leaf, tensors, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -6,13 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
-from factored_cases import (
-    assert_same,
-    factored,
-    forbidden,
-    gradients_of,
-    network,
-)
+from factored_cases import assert_same, factored, forbidden, gradients_of, network
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from frobdecay import CP, LowRank, TensorTrain, Tucker, factorize, plan_ranks, svd
-from frobdecay.balancing import balance_
-from frobdecay.init import (
+from frobdecay import CP, LowRank, TensorTrain, Tucker, factorize, plan_ranks
+from frobdecay.algebra import svd
+from frobdecay.algebra.spectral import (
     INITS,
     kaiming_init,
     matched_init,
@@ -24,6 +24,7 @@ from frobdecay.init import (
     resolve_rank,
     spectral_init,
 )
+from frobdecay.balancing import balance_
 from frobdecay.product import Product, product_norm
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -15,8 +15,27 @@ PACKAGE = ROOT / "frobdecay"
 
 # From the bottom up. A module imports from its own layer or from those below.
 LAYERS = [
-    {"matricize", "chain", "structures", "shifted", "factor", "product", "scaling", "svd", "init"}
-    | {"adapters", "balancing", "holding", "partitions", "stars", "tensorize", "decompositions"},
+    {
+        "algebra.matricize",
+        "algebra.precision",
+        "algebra.chain",
+        "algebra.structures",
+        "algebra.shifted",
+        "factor",
+        "product",
+        "algebra.scaling",
+        "algebra.svd",
+        "algebra.spectral",
+    }
+    | {
+        "adapters",
+        "balancing",
+        "holding",
+        "partitions",
+        "algebra.stars",
+        "algebra.tensorize",
+        "algebra.decompositions",
+    },
     {"_triton", "grouped.tiles", "grouped.tables", "grouped.sheets", "grouped.refusals"}
     | {"grouped.executor", "bucketed", "backends", "placement", "distributed", "accumulate"},
     {"forms.product_tensor", "forms.cost", "forms.matrix", "forms.dense", "forms.shapes"}

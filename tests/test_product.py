@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.accumulate import add_penalty_grad_
-from frobdecay.chain import chain_grams, contraction_plan
+from frobdecay.algebra.chain import chain_grams, contraction_plan
 from frobdecay.factor import Factor
 from frobdecay.product import Product, gradients, penalty, product_norm, squared_norm
 

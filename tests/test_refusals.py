@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 import frobdecay
 from frobdecay import CP, LowRank, TensorTrain, Tucker, factorize, merge
-from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 
 KINDS = pytest.mark.parametrize("kind", [CP, TensorTrain, Tucker])
 ALL_KINDS = pytest.mark.parametrize("kind", [CP, LowRank, TensorTrain, Tucker])

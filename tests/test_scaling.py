@@ -13,17 +13,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frobdecay
-from frobdecay import CP, Flambe, LowRank, TensorTrain, Tucker, factorize, scaling
-from frobdecay.init import INITS
-from frobdecay.product import Product, product_norm
-from frobdecay.scaling import (
+from frobdecay import CP, Flambe, LowRank, TensorTrain, Tucker, factorize
+from frobdecay.algebra import scaling
+from frobdecay.algebra.scaling import (
     exponents,
     relative_distance,
     root_mean_square,
     shortened,
     times_power,
 )
-from frobdecay.shifted import Shifted
+from frobdecay.algebra.shifted import Shifted
+from frobdecay.algebra.spectral import INITS
+from frobdecay.product import Product, product_norm
 
 # --- powers of two --------------------------------------------------------------------------------
 

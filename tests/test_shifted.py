@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frobdecay
-from frobdecay import shifted
+from frobdecay.algebra import shifted
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.product import Product, gradients, penalty, squared_norm
-from frobdecay.shifted import Shifted
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -121,8 +121,8 @@ def test_every_mixture_of_dtypes(dtype, base, monkeypatch):
 
 def test_a_large_half_precision_base_is_summed_in_float32(monkeypatch):
     """The norms of its rows are, too: bfloat16 would leave three digits of each."""
-    monkeypatch.setattr("frobdecay.scaling.LONG", 16)
-    monkeypatch.setattr("frobdecay.scaling.ROW", 5)
+    monkeypatch.setattr("frobdecay.algebra.scaling.LONG", 16)
+    monkeypatch.setattr("frobdecay.algebra.scaling.ROW", 5)
     product = shifted_product(dtype=torch.float32, base=torch.bfloat16)
     with torch.no_grad():
         product.params[0].fill_(1)

@@ -10,7 +10,7 @@ import torch
 from conftest import TOLERANCE
 from torch import nn
 
-from frobdecay import init
+from frobdecay.algebra import spectral
 from frobdecay.modules import progress, stacking
 from frobdecay.parametrizations import LowRank
 from frobdecay.registry import factorize
@@ -31,13 +31,13 @@ def _model(dtype=torch.float32):
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes that are decomposed."""
-    shapes, original = [], init.truncated_svd
+    shapes, original = [], spectral.truncated_svd
 
     def counted(weight, r):
         shapes.append(tuple(weight.shape))
         return original(weight, r)
 
-    monkeypatch.setattr(init, "truncated_svd", counted)
+    monkeypatch.setattr(spectral, "truncated_svd", counted)
     return shapes
 
 
@@ -105,7 +105,7 @@ def test_the_initialization_of_a_stacked_weight_is_still_its_own():
     factorize(model, rank=8)
     W = torch.randn(12, 8)
     model[1].weight = W
-    assert model[1].parametrizations.weight[0].init is init.spectral_init
+    assert model[1].parametrizations.weight[0].init is spectral.spectral_init
     torch.testing.assert_close(model[1].weight.materialize(), W, rtol=1e-4, atol=1e-5)
 
 
@@ -113,14 +113,14 @@ def test_an_error_in_a_later_stack_leaves_everything_as_it_was(monkeypatch):
     """The first stack is registered already; the error names a weight of the second."""
     sizes = [(8, 12)] * 3 + [(9, 6)] * 2
     model = nn.Sequential(*(nn.Linear(*size) for size in sizes))
-    before, original = model.state_dict(), init.truncated_svd
+    before, original = model.state_dict(), spectral.truncated_svd
 
     def failing(weight, r):
         if weight.shape == (2, 6, 9):
             raise ValueError("does not converge")
         return original(weight, r)
 
-    monkeypatch.setattr(init, "truncated_svd", failing)
+    monkeypatch.setattr(spectral, "truncated_svd", failing)
     with pytest.raises(ValueError, match=r"3\.weight: does not converge"):
         factorize(model, rank=2)
     assert list(model.state_dict()) == list(before)

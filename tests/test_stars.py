@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from test_product import close, exact
 
 from frobdecay import FrobeniusDecay, balance_, penalty, product_norm
-from frobdecay.product import Product, gradients, squared_norm
-from frobdecay.stars import (
+from frobdecay.algebra.stars import (
     CP,
     TUCKER,
     Tucker,
@@ -25,6 +24,7 @@ from frobdecay.stars import (
     tucker_sides,
     unfold,
 )
+from frobdecay.product import Product, gradients, squared_norm
 
 STARS = [name for name in PRODUCTS if name.startswith(("tucker", "cp"))]
 sizes = st.integers(1, 5)

@@ -28,8 +28,8 @@ from frobdecay import (
     products,
     unroll,
 )
+from frobdecay.algebra.tensorize import Tensorization, flat_modes
 from frobdecay.forms.cost import force
-from frobdecay.tensorize import Tensorization, flat_modes
 
 KINDS = {"Tucker": Tucker, "TensorTrain": TensorTrain, "CP": CP}
 ALL = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

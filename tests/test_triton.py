@@ -18,6 +18,7 @@ from test_product import close, exact
 from torch import nn
 
 from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.bucketed import Job
 from frobdecay.grouped import executor
 from frobdecay.grouped.executor import Grouped, squared_norms
@@ -26,7 +27,6 @@ from frobdecay.grouped.sheets import overlapping, sheets
 from frobdecay.grouped.tables import Slot, gram_table, pieces
 from frobdecay.grouped.tiles import Tile
 from frobdecay.product import Product, gradients
-from frobdecay.structures import CHAIN
 
 kernels = pytest.importorskip("frobdecay._triton", exc_type=ImportError)
 

@@ -8,11 +8,7 @@ from dataclasses import replace
 from benchmarks.experiments.experiment import Claim, Experiment
 from benchmarks.experiments.language import LanguageArm, LanguageProtocol, LanguageTrial
 from benchmarks.experiments.lora import LoraArm, LoraProtocol, lora_trial
-from benchmarks.experiments.translation import (
-    TranslationArm,
-    TranslationProtocol,
-    TranslationTrial,
-)
+from benchmarks.experiments.translation import TranslationArm, TranslationProtocol, TranslationTrial
 
 __all__ = ["TEXT"]
 

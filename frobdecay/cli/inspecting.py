@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.scaling import root_mean_square
 from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
-from frobdecay.matricize import Matricization
 from frobdecay.measurement import measure
 from frobdecay.modules.files import write_figure
 from frobdecay.modules.progress import Progress
@@ -27,7 +28,6 @@ from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan, tabulated
 from frobdecay.product import Product
 from frobdecay.ranks import energy_rank, plan_ranks, singular_values
-from frobdecay.scaling import root_mean_square
 
 
 @dataclass

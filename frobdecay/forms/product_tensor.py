@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.chain import full_precision
-from frobdecay.matricize import Matricization
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.precision import full_precision
 
 # Classes of the tensors that a compiler traces with.
 _TRACED = ("FakeTensor", "FunctionalTensor")

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from frobdecay.matricize import Matricization
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.scaling import is_zero
+from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
 from frobdecay.modules.selection import Selector, Weight, modules, select, weights
 from frobdecay.modules.support import (
@@ -22,8 +24,6 @@ from frobdecay.modules.support import (
     ties,
 )
 from frobdecay.plan import PlanRow
-from frobdecay.scaling import is_zero
-from frobdecay.tensorize import FLAT, Rank, Tensorization
 
 OnTied = Literal["skip", "untie", "error"]
 

@@ -31,7 +31,7 @@ from types import MappingProxyType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from frobdecay.matricize import Matricization
+from frobdecay.algebra.matricize import Matricization
 
 NAMED_PATTERNS = ("spatial", "channel")
 

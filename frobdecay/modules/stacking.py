@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.init import spectral_init
+from frobdecay.algebra.spectral import spectral_init
 from frobdecay.modules.candidates import Entry
 from frobdecay.parametrizations import LowRank
 

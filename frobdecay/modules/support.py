@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from frobdecay.algebra.scaling import DTYPES, is_finite
 from frobdecay.holding import check_module, lists_of
 from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, modules, weights
 from frobdecay.partitions import why_partitioned
-from frobdecay.scaling import DTYPES, is_finite
 
 
 def check_unwrapped(model: nn.Module, act: str) -> None:

@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from frobdecay.algebra.matricize import Matricization
 from frobdecay.holding import dense_type, lists_of
-from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import LowRank
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

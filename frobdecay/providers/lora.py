@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.factor import Factor
 from frobdecay.product import Product
-from frobdecay.shifted import Shifted
 
 _PEFT = "peft.tuners"
 _LORA = f"{_PEFT}.lora.layer"

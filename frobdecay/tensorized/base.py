@@ -1,10 +1,10 @@
 """What parametrizations by a tensor decomposition have in common.
 
-A weight is read as a tensor with d modes (``tensorize.py``) and replaced by the factors of a
-spectral initialization (``decompositions.py``). Where the modes can be cut into the two sides of a
-layer, as those of ``"o i kh kw -> o i (kh kw)"``, the product is a matrix L Rᵀ, and the forward
-pass is that of a low-rank weight, a ``FactoredTensor``: two layers, or the dense weight where that
-is cheaper. Otherwise, as for "flat", each forward pass forms the dense weight.
+A weight is read as a tensor with d modes (``algebra/tensorize.py``) and replaced by the factors of
+a spectral initialization (``algebra/decompositions.py``). Where the modes can be cut into the two
+sides of a layer, as those of ``"o i kh kw -> o i (kh kw)"``, the product is a matrix L Rᵀ, and the
+forward pass is that of a low-rank weight, a ``FactoredTensor``: two layers, or the dense weight
+where that is cheaper. Otherwise, as for "flat", each forward pass forms the dense weight.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.chain import full_precision
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.scaling import check_not_zero, check_weight, root_mean_square
+from frobdecay.algebra.stars import narrowest
+from frobdecay.algebra.structures import Structure
+from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
 from frobdecay.factor import Factor
 from frobdecay.factored import FactoredTensor
-from frobdecay.matricize import Matricization
 from frobdecay.parametrizations import VERSION, Recorded
 from frobdecay.product import Product
-from frobdecay.scaling import check_not_zero, check_weight, root_mean_square
-from frobdecay.stars import narrowest
-from frobdecay.structures import Structure
-from frobdecay.tensorize import FLAT, Rank, Tensorization, plain_ranks
 
 Shapes = tuple[tuple[int, ...], ...]
 Stages = tuple[Tensor, Tensor, Tensor]

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from frobdecay import stars
-from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra import stars
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
+from frobdecay.algebra.structures import CHAIN, Structure
+from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.parametrizations import KINDS
-from frobdecay.structures import CHAIN, Structure
-from frobdecay.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.tensorized.base import Init, Shapes, Stages, Tensorized
 
 

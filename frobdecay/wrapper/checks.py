@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frobdecay.chain import Coefficient
+from frobdecay.algebra.precision import Coefficient
 from frobdecay.partitions import refusal_of_division, refusal_of_optimizer
 from frobdecay.product import Product, as_products, check_coefficient
 from frobdecay.registry import products as products_of

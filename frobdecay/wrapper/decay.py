@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.accumulate import Accumulator
-from frobdecay.chain import HALF, Coefficient
+from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder

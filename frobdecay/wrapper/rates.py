@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frobdecay.chain import Coefficient
+from frobdecay.algebra.precision import Coefficient
 from frobdecay.product import check_coefficient
 
 DECAY = "frobenius_decay"

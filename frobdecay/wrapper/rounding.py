@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.scaling import power_of_two
 from frobdecay.factor import is_sharded
 from frobdecay.placement import part_number, part_of
-from frobdecay.scaling import power_of_two
 
 _SEED = 2105_01029  # any constant does: the arXiv number of the paper
 _VERSION = 1  # of the state dict

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, accumulable, chain_sharpness, common_dtype, full_precision
+from frobdecay.algebra.chain import chain_sharpness
+from frobdecay.algebra.precision import Coefficient, accumulable, common_dtype, full_precision
+from frobdecay.algebra.structures import CHAIN
 from frobdecay.factor import is_sharded
 from frobdecay.product import Product
-from frobdecay.structures import CHAIN
 
 _Known = tuple[Product, Coefficient]
 

@@ -15,15 +15,7 @@ for package in ("tokenizers", "sacrebleu", "peft"):
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments.language import IGNORED, LanguageProtocol, LanguageTrial, mask
 from benchmarks.experiments.lora import LoraArm, LoraProtocol, lora_trial
-from benchmarks.experiments.text import (
-    BOS,
-    EOS,
-    MASK,
-    PAD,
-    SPECIAL,
-    load_parallel,
-    load_running,
-)
+from benchmarks.experiments.text import BOS, EOS, MASK, PAD, SPECIAL, load_parallel, load_running
 from benchmarks.experiments.translation import TranslationArm, TranslationProtocol, translate
 from benchmarks.experiments.writing import TEXT
 from benchmarks.models import TranslationTransformer

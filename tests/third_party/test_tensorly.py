@@ -12,11 +12,11 @@ from tensorly.tucker_tensor import tucker_to_tensor  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, products, registry  # noqa: E402
-from frobdecay.decompositions import cp_als, hooi, hosvd, tt_svd  # noqa: E402
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd  # noqa: E402
+from frobdecay.algebra.stars import CP, TUCKER, Tucker  # noqa: E402
+from frobdecay.algebra.tensorize import tucker_ranks  # noqa: E402
 from frobdecay.factor import Factor  # noqa: E402
 from frobdecay.product import Product, product_norm  # noqa: E402
-from frobdecay.stars import CP, TUCKER, Tucker  # noqa: E402
-from frobdecay.tensorize import tucker_ranks  # noqa: E402
 
 pytestmark = pytest.mark.integration(row="tensorly", column="decompositions")
 

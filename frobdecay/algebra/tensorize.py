@@ -24,8 +24,8 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from frobdecay.init import plain_rank, resolve_rank
-from frobdecay.matricize import Matricization, fit_pattern
+from frobdecay.algebra.matricize import Matricization, fit_pattern
+from frobdecay.algebra.spectral import plain_rank, resolve_rank
 
 FLAT = "flat"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frobdecay.scaling import Unit, work_dtype
+from frobdecay.algebra.scaling import Unit, work_dtype
 
 Triples = tuple[Tensor, Tensor, Tensor]
 """P (*batch, m, k), the singular values (*batch, k) and Q (*batch, n, k)."""

@@ -13,13 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from frobdecay.chain import (
-    Coefficient,
-    chain_gradients,
-    chain_materialize,
-    chain_squared_norm,
-    plan_of,
-)
+from frobdecay.algebra.chain import chain_gradients, chain_materialize, chain_squared_norm, plan_of
+from frobdecay.algebra.precision import Coefficient
 
 Views = Sequence[Tensor]
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.chain import full_precision
-from frobdecay.scaling import BLOCK, Unit, check_weight, root_mean_square
-from frobdecay.svd import Triples, resolution, sketched_svd, truncated_svd
+from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.scaling import BLOCK, Unit, check_weight, root_mean_square
+from frobdecay.algebra.svd import Triples, resolution, sketched_svd, truncated_svd
 
 Rank = int | float
 Init = Callable[..., tuple[Tensor, ...]]

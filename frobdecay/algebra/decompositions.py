@@ -20,11 +20,17 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from frobdecay.init import orthonormal_rows
-from frobdecay.scaling import check_not_zero, check_weight, exponents, times_power, work_dtype
-from frobdecay.stars import by_growth, mode_product, tucker_dense, unfold
-from frobdecay.svd import resolution
-from frobdecay.tensorize import cp_rank, train_ranks, tucker_ranks
+from frobdecay.algebra.scaling import (
+    check_not_zero,
+    check_weight,
+    exponents,
+    times_power,
+    work_dtype,
+)
+from frobdecay.algebra.spectral import orthonormal_rows
+from frobdecay.algebra.stars import by_growth, mode_product, tucker_dense, unfold
+from frobdecay.algebra.svd import resolution
+from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 
 SWEEPS, TOLERANCE = 200, 1e-4
 """An iteration ends when a sweep lowers the relative error by less than the tolerance. Gaussian

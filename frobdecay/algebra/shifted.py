@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.chain import Coefficient, common_dtype, times_rows
-from frobdecay.scaling import shortened
-from frobdecay.structures import Views
+from frobdecay.algebra.precision import Coefficient, common_dtype, times_rows
+from frobdecay.algebra.scaling import shortened
+from frobdecay.algebra.structures import Views
 
 BLOCK = 1 << 22
 """Entries of W₀ that are cast at once: 16 MB of float32."""

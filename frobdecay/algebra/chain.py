@@ -20,20 +20,15 @@ Grams are summed (grouped queries, cores of a train).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-Coefficient = float | Tensor
-
-HALF = (torch.float16, torch.bfloat16)
-
-STACK, LONG = 1 << 12, 1 << 15  # rows
+from frobdecay.algebra.precision import Coefficient, accumulable, is_long, times_rows
 
 
 @dataclass(frozen=True)
@@ -103,35 +98,6 @@ def plan_of(views: Sequence[Tensor], batch: int) -> ContractionPlan:
     return contraction_plan(tuple(tuple(view.shape) for view in views), batch)
 
 
-# Asked once: compiled functions cannot ask in every torch.
-_WITH_AUTOCAST = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
-    if torch.amp.is_autocast_available(kind)
-)
-
-
-def full_precision(device: str) -> AbstractContextManager[object]:
-    """Switch autocast off on a device type: it would compute the Grams in half precision."""
-    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """What tensors are multiplied in: the widest of their dtypes, float32 at least.
-
-    A sum of squares of half-precision numbers loses float16's digits.
-    """
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-
-
-def accumulable(views: Sequence[Tensor]) -> list[Tensor]:
-    """The factors of one product in the dtype that they are multiplied in."""
-    dtype = common_dtype(views)
-    return [view.to(dtype) for view in views]
-
-
 def _lift(matrix: Tensor, view: Tensor) -> Tensor:
     """Give a matrix (*batch, ·, ·) the summed axes of a view to broadcast over."""
     for _ in range(view.ndim - matrix.ndim):
@@ -142,25 +108,6 @@ def _lift(matrix: Tensor, view: Tensor) -> Tensor:
 def _sum(gram: Tensor, batch: int) -> Tensor:
     """Sum a Gram over the axes between the batch and the matrix."""
     return gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
-
-
-def is_long(view: Tensor) -> bool:
-    """Whether a sum over its rows, one after the other, loses digits of float32."""
-    return view.shape[-2] > LONG and view.device.type == "cpu"
-
-
-def times_rows(left: Tensor, right: Tensor) -> Tensor:
-    """LᵀR, summed over the rows of both; those of long ones stack by stack.
-
-    On a CPU one narrow product adds up its rows one after the other: UᵀU of 10⁶×3 was off by 6e-4
-    in float32. In stacks it is by 2e-7, and takes no longer.
-    """
-    if not is_long(left):
-        return left.mT @ right
-    even = left.shape[-2] // STACK * STACK
-    stacks = [torch.unflatten(view[..., :even, :], -2, (-1, STACK)) for view in (left, right)]
-    rest: Tensor = left[..., even:, :].mT @ right[..., even:, :]
-    return rest + (stacks[0].mT @ stacks[1]).sum(-3)
 
 
 def end_gram(view: Tensor, batch: int) -> Tensor:

@@ -23,8 +23,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from frobdecay.chain import Coefficient, accumulable, times_rows
-from frobdecay.structures import Views
+from frobdecay.algebra.precision import Coefficient, accumulable, times_rows
+from frobdecay.algebra.structures import Views
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
