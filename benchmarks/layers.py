@@ -31,8 +31,9 @@ from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.cli.main import main as command
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.product.find import products
 from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize, products
+from frobdecay.registry import factorize
 
 __all__ = ["main"]
 

@@ -37,7 +37,7 @@ from benchmarks.models import resnet
 from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.backends import BACKENDS
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product, penalty
+from frobdecay.product.product import Product, penalty
 from frobdecay.registry import factorize
 
 __all__ = ["main"]

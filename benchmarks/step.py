@@ -35,8 +35,9 @@ from benchmarks.cases import FRACTION
 from benchmarks.measure import Report, Target
 from benchmarks.models import resnet
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import penalty
-from frobdecay.registry import factorize, products
+from frobdecay.product.find import products
+from frobdecay.product.product import penalty
+from frobdecay.registry import factorize
 
 __all__ = ["CASES", "main"]
 

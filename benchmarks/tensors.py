@@ -35,7 +35,7 @@ from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 from frobdecay.algebra.stars import CP as POLYADIC
 from frobdecay.algebra.stars import TUCKER
 from frobdecay.forms.cost import force
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 
 __all__ = ["main"]
 

@@ -27,9 +27,9 @@ from frobdecay.algebra.structures import CHAIN
 from frobdecay.backends import BACKENDS, Choice, select
 from frobdecay.bucketed import Job
 from frobdecay.distributed import Exchange, exchanges, localized
-from frobdecay.factor import Factor, is_sharded
 from frobdecay.placement import check_targets, part_of
-from frobdecay.product import (
+from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.product import (
     Product,
     as_products,
     check_coefficient,

@@ -1,7 +1,8 @@
-"""What PEFT needs to put its adapters on factorized weights.
+"""Put a parametrization on a module, so that who comes later finds what he expects.
 
-PEFT finds its way in a model by the names of parameters, and puts the update of a single parameter
-(``target_parameters``, the experts of a mixture) on it as a parametrization. Both expect that the
+Wrappers answer for the module inside of them, where torch has to see the wrapper itself. PEFT finds
+its way in a model by the names of parameters, and puts the update of a single parameter
+(``target_parameters``, the experts of a mixture) on it as a parametrization; both expect that the
 parameter is its module's own. The package is never imported.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -16,6 +19,40 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
+
+from frobdecay.product.holding import copied_class, lists_of
+
+
+def register_parametrization(
+    module: nn.Module, attribute: str, parametrization: nn.Module, unsafe: bool = False
+) -> None:
+    """As torch's; also on modules that forward attributes, which torch takes for the one inside."""
+    with _not_forwarding(module):
+        parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
+    adaptable(module, attribute)
+
+
+_FORWARDING = ("__getattr__", "__setattr__", "__delattr__")
+
+
+@contextmanager
+def _not_forwarding(module: nn.Module) -> Iterator[None]:
+    """Have a module answer for itself only; what its class gains is kept."""
+    kind: Any = type(module)
+    plain = {name: getattr(nn.Module, name) for name in _FORWARDING}
+    if all(getattr(kind, name) is method for name, method in plain.items()):
+        yield
+        return
+    blind: Any = type(kind.__name__, (kind,), plain)
+    module.__class__ = blind
+    try:
+        yield
+    finally:
+        made: Any = type(module)
+        if made is blind:  # it has a class of its own already, which takes what was added
+            for name in set(vars(blind)).intersection(lists_of(module)):
+                setattr(kind, name, vars(blind)[name])
+        module.__class__ = kind if made is blind else copied_class(made, kind)
 
 
 def adaptable(module: nn.Module, attribute: str) -> None:

@@ -30,7 +30,7 @@ from frobdecay.algebra.structures import CHAIN
 from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
-from frobdecay.product import BUCKET_BYTES, Product
+from frobdecay.product.product import BUCKET_BYTES, Product
 
 TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from frobdecay.adapters import register_parametrization
 from frobdecay.algebra.tensorize import Tensorization
-from frobdecay.holding import check_module, register_parametrization
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
 from frobdecay.modules.formats import SAFETENSORS, recognized
@@ -51,15 +51,10 @@ from frobdecay.modules.slots import (
     slots_of,
 )
 from frobdecay.modules.support import check_unwrapped, reason_against, ties
-from frobdecay.modules.surgery import (
-    factorized,
-    ordinary,
-    settle_encoders,
-    settle_recurrent,
-    transaction,
-)
+from frobdecay.modules.surgery import ordinary, settle_encoders, settle_recurrent, transaction
 from frobdecay.modules.untying import forget_ties, other_ties
 from frobdecay.plan import PlanRow, RankPlan
+from frobdecay.product.holding import check_module, factorized
 from frobdecay.registry import parameter_order, relative_error
 
 M = TypeVar("M", bound=nn.Module)

@@ -32,7 +32,7 @@ from frobdecay.measurement import (
     total,
 )
 from frobdecay.modules.files import FilePath, replacing, write_figure
-from frobdecay.product import Product, as_products, product_norm
+from frobdecay.product.product import Product, as_products, product_norm
 
 __all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]
 

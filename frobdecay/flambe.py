@@ -28,10 +28,10 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.algebra.scaling import shortened
-from frobdecay.factor import is_sharded
-from frobdecay.parametrizations import VERSION
-from frobdecay.product import Product, check_coefficient
-from frobdecay.registry import products as products_of
+from frobdecay.product.factor import is_sharded
+from frobdecay.product.find import VERSION
+from frobdecay.product.find import products as products_of
+from frobdecay.product.product import Product, check_coefficient
 from frobdecay.wrapper.checks import check_again, check_membership, find_products, plan_groups
 from frobdecay.wrapper.decay import Decay, Increments
 from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value

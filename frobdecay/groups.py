@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.product import check_coefficient
-from frobdecay.registry import products
+from frobdecay.product.find import products
+from frobdecay.product.product import check_coefficient
 
 Pattern = str | re.Pattern[str] | type[nn.Module]
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from frobdecay.modules.layouts import layouts
 from frobdecay.modules.readers import Readers
-from frobdecay.modules.selection import Selector, Weight, select, weights
+from frobdecay.modules.selection import Weight, select, weights
 from frobdecay.modules.support import check_unwrapped
 from frobdecay.modules.surgery import (
-    factorized,
     ordinary,
     release,
     reorder,
@@ -21,7 +20,9 @@ from frobdecay.modules.surgery import (
     transaction,
 )
 from frobdecay.modules.unrolling import lacking, unrolled, why_not_unrolled
-from frobdecay.partitions import why_partitioned
+from frobdecay.product.holding import factorized
+from frobdecay.product.names import Selector
+from frobdecay.product.partitions import why_partitioned
 
 M = TypeVar("M", bound=nn.Module)
 

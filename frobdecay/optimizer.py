@@ -16,9 +16,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.parametrizations import VERSION
-from frobdecay.product import Product
-from frobdecay.registry import products as products_of
+from frobdecay.product.find import VERSION
+from frobdecay.product.find import products as products_of
+from frobdecay.product.product import Product
 from frobdecay.wrapper.checks import (
     check_again,
     check_arguments,

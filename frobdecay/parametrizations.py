@@ -34,27 +34,11 @@ from frobdecay.algebra.spectral import (
     resolve_rank,
     spectral_init,
 )
-from frobdecay.factor import Factor
 from frobdecay.factored import FactoredTensor
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
-from frobdecay.product import Product
-
-
-class Version:
-    """A counter that moves whenever a weight is factorized, merged or unrolled.
-
-    It lets an optimizer that was built earlier notice cheaply that it may hold stale parameters.
-    """
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def bump(self) -> None:
-        """Count one change."""
-        self.value += 1
-
-
-VERSION = Version()
+from frobdecay.product.factor import Factor
+from frobdecay.product.find import VERSION
+from frobdecay.product.product import Product
 
 
 class Recorded(nn.Module):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.factor import Factor, is_sharded
-from frobdecay.product import Product
+from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.product import Product
 
 Range = tuple[int, int]
 """Start and length along one dimension or axis."""

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.algebra.stars import CP, TUCKER, Tucker
 from frobdecay.algebra.structures import CHAIN, Structure
-from frobdecay.factor import Factor
-from frobdecay.product import Product
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product
 
 Maker = Callable[[torch.dtype], Product]
 

@@ -21,7 +21,7 @@ def interpret_kernels() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         from frobdecay.grouped.executor import squared_norms
-        from frobdecay.product import Product
+        from frobdecay.product.product import Product
 
         squared_norms(Product.of(torch.ones(1, 1), torch.ones(1, 1)))
     finally:

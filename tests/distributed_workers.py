@@ -22,7 +22,7 @@ import frobdecay
 from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.stars import TUCKER
 from frobdecay.distributed import check_replicas
-from frobdecay.product import Product, gradients, squared_norm
+from frobdecay.product.product import Product, gradients, squared_norm
 
 PLACEMENTS = {
     "R": Replicate(),

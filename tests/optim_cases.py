@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frobdecay.factor import Factor
-from frobdecay.product import Product, penalty
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product, penalty
 
 Make = Callable[[Iterable], Optimizer]
 

@@ -14,16 +14,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
-from frobdecay import diagnostics, registry
+from frobdecay import diagnostics
 from frobdecay.accumulate import add_penalty_grad_, explain
 from frobdecay.algebra.stars import CP
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.balancing import balance_
-from frobdecay.factor import Factor
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product, penalty, product_norm, squared_norm
-from frobdecay.providers.attention import Attention, linear, provider
-from frobdecay.registry import factorize, products, register_products
+from frobdecay.product import find
+from frobdecay.product.attention import Attention, linear, provider
+from frobdecay.product.balance import balance_
+from frobdecay.product.factor import Factor
+from frobdecay.product.find import products, register_products
+from frobdecay.product.product import Product, penalty, product_norm, squared_norm
+from frobdecay.registry import factorize
 
 
 class Grouped(nn.Module):
@@ -253,7 +255,7 @@ def test_subclasses_inherit_and_a_users_provider_wins(monkeypatch, key):
     class Mine(nn.MultiheadAttention):
         pass
 
-    monkeypatch.setattr(registry, "_USERS", {})
+    monkeypatch.setattr(find, "_USERS", {})
     model = nn.Sequential(Mine(8, 2))
     assert [p.name for p in products(model)] == ["0.query_key", "0.output_value"]
     register_products(key)(lambda module, name: ())

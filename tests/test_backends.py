@@ -22,8 +22,8 @@ from frobdecay.algebra.shifted import Shifted
 from frobdecay.algebra.stars import CP, TUCKER
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.backends import BACKENDS
-from frobdecay.factor import Factor
-from frobdecay.product import Product, gradients, penalty
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product, gradients, penalty
 
 CHAINS = {name for name, make in PRODUCTS.items() if make(torch.float64).structure == CHAIN}
 # The backends that refuse no chain in the table; kernels that do have tests of their own.

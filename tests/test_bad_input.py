@@ -13,8 +13,9 @@ import frobdecay
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
+from frobdecay.product.find import products, register_products
 from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize, products, register_products
+from frobdecay.registry import factorize
 
 
 class Net(nn.Module):

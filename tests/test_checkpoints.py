@@ -18,7 +18,8 @@ from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.parametrizations import LowRank
-from frobdecay.registry import factorize, products
+from frobdecay.product.find import products
+from frobdecay.registry import factorize
 
 needs_safetensors = pytest.mark.skipif(
     find_spec("safetensors") is None, reason="safetensors is not installed"

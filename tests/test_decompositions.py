@@ -15,7 +15,7 @@ from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.algebra.stars import CP, Tucker, unfold
 from frobdecay.algebra.tensorize import train_ranks, tucker_ranks
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 
 sizes = st.lists(st.integers(1, 6), min_size=2, max_size=5)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frobdecay.diagnostics import QUANTITIES, Measurement, Recorder, measure
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 
 # batch, m, n, ranks along the chain
 CHAINS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import frobdecay
 from frobdecay import Flambe, FrobeniusDecay
-from frobdecay.product import Product, gradients
+from frobdecay.product.product import Product, gradients
 
 OPTIONS = {
     "defaults": {},

@@ -24,8 +24,8 @@ from frobdecay.algebra.spectral import (
     resolve_rank,
     spectral_init,
 )
-from frobdecay.balancing import balance_
-from frobdecay.product import Product, product_norm
+from frobdecay.product.balance import balance_
+from frobdecay.product.product import Product, product_norm
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

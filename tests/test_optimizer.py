@@ -13,9 +13,9 @@ from optim_cases import Net, assert_identical, torch_table, train, values
 from torch import nn, optim
 
 from frobdecay.diagnostics import measure
-from frobdecay.factor import Factor
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product, gradients, penalty
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product, gradients, penalty
 
 LAMBDA = 0.05
 

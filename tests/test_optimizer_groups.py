@@ -8,10 +8,10 @@ from optim_cases import Net, assert_identical, train, values
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from frobdecay.factor import Factor
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product, gradients
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product, gradients
 from frobdecay.registry import factorize
 
 LAMBDA = 0.05

@@ -11,9 +11,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from frobdecay.factor import Factor
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product, gradients
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product, gradients
 
 LAMBDA = 0.05
 

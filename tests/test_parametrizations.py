@@ -15,8 +15,9 @@ import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.factored import FactoredTensor
 from frobdecay.merging import merge, unroll
-from frobdecay.parametrizations import VERSION, LowRank
-from frobdecay.registry import factorize, products
+from frobdecay.parametrizations import LowRank
+from frobdecay.product.find import VERSION, products
+from frobdecay.registry import factorize
 
 # torch's own remark, on dense convolutions too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -14,8 +14,9 @@ from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.diagnostics import measure
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import penalty
-from frobdecay.registry import factorize, products
+from frobdecay.product.find import products
+from frobdecay.product.product import penalty
+from frobdecay.registry import factorize
 
 
 def factored():

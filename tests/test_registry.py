@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from frobdecay import registry
-from frobdecay.factor import Factor
 from frobdecay.merging import merge, unroll
 from frobdecay.modules.surgery import transaction
-from frobdecay.parametrizations import VERSION, LowRank
-from frobdecay.product import Product
+from frobdecay.parametrizations import LowRank
+from frobdecay.product import find
+from frobdecay.product.factor import Factor
+from frobdecay.product.find import VERSION, products, register_products
+from frobdecay.product.product import Product
 from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize, products, register_products
+from frobdecay.registry import factorize
 
 
 class Block(nn.Module):
@@ -590,7 +591,7 @@ def _pair(module, name, label="pair"):
 def providers(monkeypatch):
     """Registrations of one test do not reach the next."""
     for table in ("_USERS", "_OWN"):
-        monkeypatch.setattr(registry, table, {})
+        monkeypatch.setattr(find, table, {})
 
 
 @pytest.mark.parametrize("key", [Pair, f"{Pair.__module__}.Pair"], ids=["type", "name"])
@@ -604,7 +605,7 @@ def test_providers_are_found_by_type_or_name_and_inherited(providers, key, kind)
 
 def test_a_users_provider_wins_over_ours(providers):
     """Also where ours is for a nearer class."""
-    registry._OWN[Heir] = functools.partial(_pair, label="ours")
+    find._OWN[Heir] = functools.partial(_pair, label="ours")
     register_products(Pair)(functools.partial(_pair, label="theirs"))
     assert [p.name for p in products(nn.Sequential(Heir()))] == ["0.theirs"]
 

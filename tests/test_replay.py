@@ -9,7 +9,7 @@ from torch import nn
 
 import frobdecay
 from frobdecay.diagnostics import Recorder
-from frobdecay.product import Product, product_norm
+from frobdecay.product.product import Product, product_norm
 
 SCALABLE = sorted(set(PRODUCTS) - {"symmetric"})
 

@@ -24,7 +24,7 @@ from frobdecay.algebra.scaling import (
 )
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.algebra.spectral import INITS
-from frobdecay.product import Product, product_norm
+from frobdecay.product.product import Product, product_norm
 
 # --- powers of two --------------------------------------------------------------------------------
 

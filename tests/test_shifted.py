@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import frobdecay
 from frobdecay.algebra import shifted
 from frobdecay.algebra.shifted import Shifted
-from frobdecay.product import Product, gradients, penalty, squared_norm
+from frobdecay.product.product import Product, gradients, penalty, squared_norm
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 

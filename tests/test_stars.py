@@ -24,7 +24,7 @@ from frobdecay.algebra.stars import (
     tucker_sides,
     unfold,
 )
-from frobdecay.product import Product, gradients, squared_norm
+from frobdecay.product.product import Product, gradients, squared_norm
 
 STARS = [name for name in PRODUCTS if name.startswith(("tucker", "cp"))]
 sizes = st.integers(1, 5)

@@ -13,7 +13,7 @@ from torch import nn
 from frobdecay.diagnostics import measure
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 from frobdecay.registry import factorize
 
 ETA, LAMBDA = 1e-4, 0.3

@@ -26,7 +26,7 @@ from frobdecay.grouped.refusals import refusals
 from frobdecay.grouped.sheets import overlapping, sheets
 from frobdecay.grouped.tables import Slot, gram_table, pieces
 from frobdecay.grouped.tiles import Tile
-from frobdecay.product import Product, gradients
+from frobdecay.product.product import Product, gradients
 
 kernels = pytest.importorskip("frobdecay._triton", exc_type=ImportError)
 

@@ -43,7 +43,7 @@ class Shifted:
 
     Example:
         >>> import torch
-        >>> from frobdecay.product import Product, product_norm
+        >>> from frobdecay.product.product import Product, product_norm
         >>> W0, B, A = torch.eye(4), torch.ones(4, 1), torch.ones(4, 1)
         >>> product = Product.of(W0, B, A, structure=Shifted((0.5,)))
         >>> torch.allclose(product_norm(product), torch.linalg.norm(W0 + 0.5 * B @ A.T))

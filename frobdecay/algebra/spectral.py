@@ -11,7 +11,7 @@ U = P √S R and V = Q √S R, where R has orthonormal rows: still exact and bal
 zero, as padding with zeros would leave columns that never receive a gradient.
 
 Tensors in, tensors out: nothing here knows modules. What already is factored is balanced in
-``balancing.py``.
+``product/balance.py``.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from frobdecay.grouped.refusals import load_kernels, refusals
 from frobdecay.grouped.sheets import Seen, overlapping, sheets
 from frobdecay.grouped.tables import Slot, gram_table, update_table
 from frobdecay.grouped.tiles import WAVES, Tile, tile_for
-from frobdecay.product import Product, listed
+from frobdecay.product.product import Product, listed
 
 _INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frobdecay.grouped.tables import pieces
 from frobdecay.grouped.tiles import MAX_RANK
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_PIECES = 64  # of a factor's row axes: more are many small launches' work

@@ -15,7 +15,7 @@ from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import is_zero
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization
 from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
-from frobdecay.modules.selection import Selector, Weight, modules, select, weights
+from frobdecay.modules.selection import Weight, select, weights
 from frobdecay.modules.support import (
     adapter_against,
     check_values,
@@ -24,6 +24,7 @@ from frobdecay.modules.support import (
     ties,
 )
 from frobdecay.plan import PlanRow
+from frobdecay.product.names import Selector, modules
 
 OnTied = Literal["skip", "untie", "error"]
 

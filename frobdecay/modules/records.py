@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.modules.selection import Weight, weights
-from frobdecay.modules.surgery import factorized
 from frobdecay.parametrizations import KINDS
+from frobdecay.product.holding import factorized
 
 HEADER = "frobdecay"
 RECORDS_VERSION = 1

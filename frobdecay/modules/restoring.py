@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.factor import is_sharded
-from frobdecay.holding import dense_type, lists_of
-from frobdecay.modules.surgery import factorized, ordinary, own_class, release, reorder
-from frobdecay.parametrizations import VERSION
+from frobdecay.modules.surgery import ordinary, own_class, release, reorder
+from frobdecay.product.factor import is_sharded
+from frobdecay.product.find import VERSION
+from frobdecay.product.holding import dense_type, factorized, lists_of
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
 

@@ -13,33 +13,31 @@ asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"`
 or by the exact name or the type of the very module that holds it. Others that a selector comes
 across are listed, so that nothing of two dimensions or more is passed over in silence.
 
-Products are chosen likewise, by their names (``pick``).
+Names are matched in ``product/names.py``, which chooses products likewise.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from frobdecay.holding import lists_of
 from frobdecay.modules.layouts import Layout, layouts
-from frobdecay.product import Product
+from frobdecay.product.holding import lists_of
+from frobdecay.product.names import (
+    One,
+    Selector,
+    each,
+    fits,
+    is_plain,
+    modules,
+    near_names,
+    shown,
+)
 
-One = str | re.Pattern[str] | type | Callable[[str, nn.Module], bool]
-Selector = One | Sequence[One]
-OneProduct = str | re.Pattern[str] | Callable[[str, Product], bool]
-ProductSelector = OneProduct | Sequence[OneProduct]
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_GLOB = re.compile(r"[*?\[]")
 _NONSENSE = "\0"  # an attribute that no pattern spells
 
 
@@ -91,26 +89,6 @@ class Weight:
     def layout(self) -> Layout | None:
         """How its module type's weight is read as a matrix, if the type is known."""
         return layouts(self.module).get(self.attribute)
-
-
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List all modules by qualified name, shared ones under every name.
-
-    The segments that wrappers add (``torch.compile``, checkpointing, data parallel) are left out,
-    and so are the modules inside parametrizations.
-    """
-    return dict(_walk(model, ""))
-
-
-def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    yield path, module
-    parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    for name, child in module._modules.items():
-        fixed = isinstance(child, torch.jit.ScriptModule)  # its weights are part of its code
-        if child is None or fixed or (name == "parametrizations" and lists_of(module)):
-            continue
-        transparent = name in _WRAPPERS or (parallel and name == "module")
-        yield from _walk(child, path if transparent else f"{path}.{name}".lstrip("."))
 
 
 def weights(model: nn.Module) -> list[Weight]:
@@ -176,10 +154,6 @@ def select(
     ]
 
 
-def _is_plain(one: One) -> bool:
-    return isinstance(one, str) and not _GLOB.search(one)
-
-
 class Index:
     """Where a selector can match: a plain name is looked up, so that many of them take no longer.
 
@@ -197,66 +171,12 @@ class Index:
 
     def holds(self, one: One) -> bool:
         """Whether a selector is a plain name, of a weight or of a module around one."""
-        return _is_plain(one) and one in self._named
+        return is_plain(one) and one in self._named
 
     def matching(self, tree: dict[str, nn.Module], one: One, loose: bool = False) -> Iterator[int]:
         """Positions of the weights that a selector takes (see ``matches``), in order."""
-        near = self._named.get(str(one), ()) if _is_plain(one) else self._every
+        near = self._named.get(str(one), ()) if is_plain(one) else self._every
         return (i for i in near if matches(tree, self.found[i], one, loose))
-
-
-def pick(
-    found: Sequence[Product],
-    include: ProductSelector | None = None,
-    exclude: ProductSelector | None = None,
-) -> list[Product]:
-    """Choose products by name.
-
-    Args:
-        found: all products.
-        include: exact names, globs, compiled regular expressions, predicates(name, product), or
-            a list of those; by default everything.
-        exclude: what to leave out of that.
-
-    Raises:
-        TypeError: a selector of an unknown kind.
-        ValueError: a selector that matches nothing.
-    """
-    taken = set(range(len(found))) if include is None else _picked(found, include, "include")
-    left = set() if exclude is None else _picked(found, exclude, "exclude")
-    return [product for k, product in enumerate(found) if k in taken - left]
-
-
-def _picked(found: Sequence[Product], selector: ProductSelector, what: str) -> set[int]:
-    """Positions of the products that any of the selectors takes."""
-    taken: set[int] = set()
-    names = [product.name for product in found]
-    for one in each(selector, what):  # type: ignore[arg-type]
-        if isinstance(one, type):
-            raise TypeError(f"expected {what} to choose products by name, got the type {one!r}")
-        if isinstance(one, str | re.Pattern):
-            met = {k for k, name in enumerate(names) if _fits(one, name)}
-            near = f"; {_near(one, names)}"
-        else:
-            met = {k for k, product in enumerate(found) if one(product.name, product)}  # type: ignore[arg-type]
-            near = f"; it is called with names such as {names[:5]} and the product"
-        if not met:
-            raise ValueError(f"{what}={_show(one)} takes no product{near}")
-        taken |= met
-    return taken
-
-
-def each(selector: Selector, what: str) -> list[One]:
-    """The selectors as a list, each of a known kind, names without wrappers' segments."""
-    several = isinstance(selector, list | tuple | set | frozenset)
-    listed: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
-    for one in listed:
-        if not (isinstance(one, str | re.Pattern | type) or callable(one)):
-            raise TypeError(
-                f"expected {what} to be a name, a glob, a compiled regular expression, a module "
-                f"type, a predicate(name, module), or a list of those, got {one!r}"
-            )
-    return [strip_wrappers(one) if isinstance(one, str) else one for one in listed]
 
 
 def _union(parts: Iterable[dict[int, bool]]) -> dict[int, bool]:
@@ -279,7 +199,7 @@ def _included(tree: dict[str, nn.Module], where: Index, one: One) -> dict[int, b
     if not met:
         check_met(tree, where, one, "include")
         raise ValueError(
-            f"include={_show(one)} matches no weight that can be factorized: what it matches has "
+            f"include={shown(one)} matches no weight that can be factorized: what it matches has "
             "only vectors, or is of a module type without a known layout; name a parameter with "
             "two or more dimensions"
         )
@@ -291,11 +211,6 @@ def names_exactly(weight: Weight, one: One) -> bool:
     return isinstance(one, str) and one in (*weight.names, *weight.paths)
 
 
-def strip_wrappers(name: str) -> str:
-    """Leave out the segments of a qualified name that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def matches(tree: dict[str, nn.Module], weight: Weight, one: One, loose: bool = False) -> bool:
     """Whether a selector takes a weight; loosely (to exclude), unknown types as known ones."""
     known = loose or weight.known
@@ -305,7 +220,7 @@ def matches(tree: dict[str, nn.Module], weight: Weight, one: One, loose: bool = 
         return isinstance(weight.module, one) and _is_matrix(weight)
     if isinstance(one, str | re.Pattern):
         if known:
-            return any(_fits(one, name) for name in (*weight.names, *weight.above[1:]))
+            return any(fits(one, name) for name in (*weight.names, *weight.above[1:]))
         if names_exactly(weight, one):
             return one in weight.names or _is_matrix(weight)
         return any(_spells(one, weight, i) for i in range(len(weight.paths)))
@@ -316,17 +231,11 @@ def _is_matrix(weight: Weight) -> bool:
     return weight.tensor is not None and weight.tensor.ndim >= 2
 
 
-def _fits(one: str | re.Pattern[str], name: str) -> bool:
-    if isinstance(one, re.Pattern):
-        return one.fullmatch(name) is not None
-    return one == name or (bool(_GLOB.search(one)) and fnmatchcase(name, one))
-
-
 def _spells(one: str | re.Pattern[str], weight: Weight, i: int) -> bool:
     """Whether a pattern matches this parameter, but not just anything in its module."""
     path = weight.paths[i]
     nonsense = f"{path}.{_NONSENSE}" if path else _NONSENSE
-    return _is_matrix(weight) and _fits(one, weight.names[i]) and not _fits(one, nonsense)
+    return _is_matrix(weight) and fits(one, weight.names[i]) and not fits(one, nonsense)
 
 
 def check_met(tree: dict[str, nn.Module], where: Index, one: One, what: str) -> None:
@@ -338,24 +247,12 @@ def check_met(tree: dict[str, nn.Module], where: Index, one: One, what: str) -> 
     if isinstance(one, type):
         if not any(isinstance(module, one) for module in tree.values()):
             kinds = sorted({type(module).__name__ for module in tree.values()})
-            raise ValueError(f"{what}={_show(one)} matches no module; the model has {kinds}")
+            raise ValueError(f"{what}={shown(one)} matches no module; the model has {kinds}")
     elif isinstance(one, str | re.Pattern):
-        if not any(_fits(one, name) for name in names):
-            raise ValueError(f"{what}={_show(one)} matches nothing; {_near(one, names)}")
+        if not any(fits(one, name) for name in names):
+            raise ValueError(f"{what}={shown(one)} matches nothing; {near_names(one, names)}")
     elif not any(matches(tree, weight, one, loose=True) for weight in found):
         raise ValueError(
-            f"{what}={_show(one)} is true for no weight; it is called with names such as "
+            f"{what}={shown(one)} is true for no weight; it is called with names such as "
             f"{[weight.name for weight in found if weight.known][:5]} and the module"
         )
-
-
-def _show(one: One) -> str:
-    return one.__name__ if isinstance(one, type) else repr(one)
-
-
-def _near(one: str | re.Pattern[str], names: list[str]) -> str:
-    text = one if isinstance(one, str) else one.pattern
-    near = get_close_matches(text, names, n=3, cutoff=0.5)
-    if near:
-        return f"near matches: {', '.join(near)}"
-    return f"the model's names are {names[:8]}{' …' if len(names) > 8 else ''}"

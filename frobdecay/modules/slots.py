@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from frobdecay.factor import is_sharded
-from frobdecay.modules.selection import strip_wrappers
+from frobdecay.product.factor import is_sharded
+from frobdecay.product.names import strip_wrappers
 
 
 @dataclass(frozen=True)

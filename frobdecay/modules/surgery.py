@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from frobdecay.factored import FactoredTensor
 from frobdecay.forms.product_tensor import transforms_active
-from frobdecay.holding import copied_class, lists_of
-from frobdecay.parametrizations import VERSION
+from frobdecay.product.find import VERSION
+from frobdecay.product.holding import copied_class, lists_of
 
 
 @contextmanager
@@ -69,12 +69,6 @@ def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:
     tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
     return dict(module.__dict__), [(table, dict(table)) for table in tables]
-
-
-def factorized(module: nn.Module) -> dict[str, Any]:
-    """Attribute -> ``ParametrizationList`` of the weights of a module that are products."""
-    held = lists_of(module).items()
-    return {name: one for name, one in held if hasattr(one[0], "factor_shapes")}
 
 
 def own_class(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from frobdecay.modules.candidates import Entry
-from frobdecay.modules.selection import modules
+from frobdecay.product.names import modules
 
 Ties = dict[str, str]
 

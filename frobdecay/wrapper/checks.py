@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.partitions import refusal_of_division, refusal_of_optimizer
-from frobdecay.product import Product, as_products, check_coefficient
-from frobdecay.registry import products as products_of
+from frobdecay.product.find import products as products_of
+from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
+from frobdecay.product.product import Product, as_products, check_coefficient
 from frobdecay.wrapper.conventions import convention, refusal, refusal_of_decoupled
 from frobdecay.wrapper.decay import factor_name
 from frobdecay.wrapper.param_groups import Division, plan_division

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.precision import HALF, Coefficient
-from frobdecay.product import Product
+from frobdecay.product.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder
 

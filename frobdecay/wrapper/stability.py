@@ -23,8 +23,8 @@ from torch import Tensor
 from frobdecay.algebra.chain import chain_sharpness
 from frobdecay.algebra.precision import Coefficient, accumulable, common_dtype, full_precision
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.factor import is_sharded
-from frobdecay.product import Product
+from frobdecay.product.factor import is_sharded
+from frobdecay.product.product import Product
 
 _Known = tuple[Product, Coefficient]
 

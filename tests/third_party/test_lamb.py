@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay import Flambe, FrobeniusDecay
-from frobdecay.product import Product, gradients
+from frobdecay.product.product import Product, gradients
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import frobdecay
-from frobdecay.product import Product, gradients, product_norm
+from frobdecay.product.product import Product, gradients, product_norm
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -339,9 +339,9 @@ def test_tuners_that_add_no_product_are_left_out(name):
 
 def test_the_remedy_for_refused_tuners_works(monkeypatch):
     """A provider that yields nothing leaves the layers out."""
-    from frobdecay import registry
+    from frobdecay.product import find
 
-    monkeypatch.setattr(registry, "_USERS", {})
+    monkeypatch.setattr(find, "_USERS", {})
     model = tuned(REFUSED["LoHa"][0]())
     frobdecay.register_products("peft.tuners.loha.layer.Linear")(lambda module, name: ())
     assert frobdecay.products(model) == []

@@ -11,12 +11,13 @@ from tensorly.tt_tensor import tt_to_tensor  # noqa: E402
 from tensorly.tucker_tensor import tucker_to_tensor  # noqa: E402
 from torch import nn  # noqa: E402
 
-from frobdecay import FrobeniusDecay, products, registry  # noqa: E402
+from frobdecay import FrobeniusDecay, products  # noqa: E402
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd  # noqa: E402
 from frobdecay.algebra.stars import CP, TUCKER, Tucker  # noqa: E402
 from frobdecay.algebra.tensorize import tucker_ranks  # noqa: E402
-from frobdecay.factor import Factor  # noqa: E402
-from frobdecay.product import Product, product_norm  # noqa: E402
+from frobdecay.product import find  # noqa: E402
+from frobdecay.product.factor import Factor  # noqa: E402
+from frobdecay.product.product import Product, product_norm  # noqa: E402
 
 pytestmark = pytest.mark.integration(row="tensorly", column="decompositions")
 
@@ -165,8 +166,8 @@ def in_train(weight, name):
 def test_layers_of_tensorly_torch(factorization, kind, make, monkeypatch):
     """A provider of one line: products, norm and decay are those of the weight the layer forms."""
     tltorch = pytest.importorskip("tltorch")
-    monkeypatch.setattr(registry, "_USERS", dict(registry._USERS))
-    registry.register_products(getattr(tltorch, kind))(lambda module, name: [make(module, name)])
+    monkeypatch.setattr(find, "_USERS", dict(find._USERS))
+    find.register_products(getattr(tltorch, kind))(lambda module, name: [make(module, name)])
     layer = tltorch.FactorizedConv.from_conv(
         nn.Conv2d(8, 12, 3), rank=0.5, factorization=factorization, implementation="reconstructed"
     )

@@ -12,8 +12,8 @@ import zoo  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, balance_, diagnostics, products  # noqa: E402
-from frobdecay.product import product_norm  # noqa: E402
-from frobdecay.providers.attention import ATTENTION  # noqa: E402
+from frobdecay.product.attention import ATTENTION  # noqa: E402
+from frobdecay.product.product import product_norm  # noqa: E402
 
 
 def qwen(version):

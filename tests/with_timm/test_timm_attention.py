@@ -10,7 +10,7 @@ timm = pytest.importorskip("timm")
 import torch  # noqa: E402
 
 from frobdecay import FrobeniusDecay, balance_, products  # noqa: E402
-from frobdecay.product import product_norm  # noqa: E402
+from frobdecay.product.product import product_norm  # noqa: E402
 
 KINDS = {
     "plain": {},

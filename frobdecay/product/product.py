@@ -18,8 +18,8 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
 from frobdecay.algebra.structures import CHAIN, Structure
-from frobdecay.factor import Bare, Factor, whole
-from frobdecay.partitions import why_partitioned
+from frobdecay.product.factor import Bare, Factor, whole
+from frobdecay.product.partitions import why_partitioned
 
 BUCKET_BYTES = 1 << 17
 """Products whose factors take more bytes than this are not multiplied together on a CPU: copying

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from frobdecay.factor import Factor, is_sharded
-from frobdecay.product import Product
+from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.product import Product
 
 
 class Place(NamedTuple):

@@ -23,9 +23,9 @@ from frobdecay.algebra.scaling import work_dtype
 from frobdecay.algebra.spectral import split_evenly, with_inner
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.algebra.svd import resolution
-from frobdecay.factor import Factor, is_sharded
-from frobdecay.holding import lists_of
-from frobdecay.product import Product, as_products
+from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.holding import lists_of
+from frobdecay.product.product import Product, as_products
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def balance_(products: Product | Iterable[Product]) -> None:
     """Spectrally initialize products that already are factored, in place, W unchanged.
 
     Biases between the factors (``Product.biases``) go along, so that the model computes what it
-    did before. The decomposition is of r×r matrices; see ``balancing.py`` for the formulas.
+    did before. The decomposition is of r×r matrices; see ``balance.py`` for the formulas.
 
     Args:
         products: one product or several. For attention this is the spectral initialization of

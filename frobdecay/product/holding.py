@@ -7,16 +7,12 @@ wrapper has the weights and the parametrizations of another module. Here it has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
-
-from frobdecay.adapters import adaptable
 
 _LISTS = "parametrizations"
 
@@ -45,6 +41,12 @@ def lists_of(module: nn.Module) -> Mapping[str, Any]:
     return {name: one for name, one in held.items() if isinstance(one, ParametrizationList)}
 
 
+def factorized(module: nn.Module) -> dict[str, Any]:
+    """Attribute -> ``ParametrizationList`` of the weights of a module that are products."""
+    held = lists_of(module).items()
+    return {name: one for name, one in held if hasattr(one[0], "factor_shapes")}
+
+
 def dense_type(module: nn.Module) -> type[nn.Module]:
     """The type that the module has without its parametrizations."""
     kind: type[Any] = type(module)
@@ -55,35 +57,3 @@ def copied_class(kind: type[nn.Module], *bases: type[nn.Module]) -> Any:
     """A class with the content of another, and its bases unless others are given."""
     content = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     return type(kind.__name__, bases or kind.__bases__, content)
-
-
-def register_parametrization(
-    module: nn.Module, attribute: str, parametrization: nn.Module, unsafe: bool = False
-) -> None:
-    """As torch's; also on modules that forward attributes, which torch takes for the one inside."""
-    with _not_forwarding(module):
-        parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
-    adaptable(module, attribute)
-
-
-_FORWARDING = ("__getattr__", "__setattr__", "__delattr__")
-
-
-@contextmanager
-def _not_forwarding(module: nn.Module) -> Iterator[None]:
-    """Have a module answer for itself only; what its class gains is kept."""
-    kind: Any = type(module)
-    plain = {name: getattr(nn.Module, name) for name in _FORWARDING}
-    if all(getattr(kind, name) is method for name, method in plain.items()):
-        yield
-        return
-    blind: Any = type(kind.__name__, (kind,), plain)
-    module.__class__ = blind
-    try:
-        yield
-    finally:
-        made: Any = type(module)
-        if made is blind:  # it has a class of its own already, which takes what was added
-            for name in set(vars(blind)).intersection(lists_of(module)):
-                setattr(kind, name, vars(blind)[name])
-        module.__class__ = kind if made is blind else copied_class(made, kind)

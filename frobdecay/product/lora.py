@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from frobdecay.algebra.shifted import Shifted
-from frobdecay.factor import Factor
-from frobdecay.product import Product
+from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product
 
 _PEFT = "peft.tuners"
 _LORA = f"{_PEFT}.lora.layer"
