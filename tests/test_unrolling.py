@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from frobdecay import factorize, unroll
+from frobdecay.modules import bytecode
 
 ATTRIBUTE, ATTRIBUTES = "weight", ("weight", "bias")
 WEIGHT_OF = operator.attrgetter("weight")
@@ -80,6 +81,10 @@ class Net(nn.Module):
     def forward_of(self, x):
         """Reads its layer."""
         return functional.linear(x, self.fc.weight)
+
+    def name(self):
+        """The name of what is read."""
+        return "weight"
 
 
 def _loop(self, x):
@@ -179,6 +184,8 @@ READS = {
     "static method": lambda self, x: self.static(self.fc, x),
     "method": lambda self, x: self.method(self.fc, x),
     "named method": lambda self, x: getattr(self, "forward_of")(x),  # noqa: B009
+    "method of super": lambda self, x: super(type(self), self).forward_of(x),
+    "returned string": lambda self, x: x @ getattr(self.fc, self.name()),
     "property": lambda self, x: self.fc(x.to(self.dtype)),
     "cached property": lambda self, x: x @ self.matrix,
     "layer by property": lambda self, x: x @ self.first.weight,
@@ -253,6 +260,33 @@ def test_other_parametrizations_read_no_layer_of_ours():
     model.block.append(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     expected = model(x)
     torch.testing.assert_close(unroll(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+# Instructions as Python 3.12 compiles them, where others take several; and what they load.
+OF_PYTHON_3_12 = {
+    "super().of(x)": (
+        [("LOAD_GLOBAL", 0, "super"), ("LOAD_DEREF", 2, "__class__"), ("LOAD_FAST", 0, "self"),
+         ("LOAD_SUPER_ATTR", 5, "of"), ("LOAD_FAST", 1, "x"), ("CALL", 1, 1),
+         ("RETURN_VALUE", None, None)],
+        [("super",), ("__class__",), ("", "of"), ("x",)]),
+    "'weight'": (
+        [("RETURN_CONST", 1, "weight")],
+        [("", "weight")]),
+    "call(a=1, b=x, weight=3)": (
+        [("LOAD_GLOBAL", 1, "call"), ("LOAD_CONST", 1, 1), ("LOAD_FAST", 1, "x"),
+         ("LOAD_CONST", 2, 3), ("KW_NAMES", 3, ("a", "b", "weight")), ("CALL", 3, 3),
+         ("RETURN_VALUE", None, None)],
+        [("call",), ("x",)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_PYTHON_3_12)
+def test_instructions_of_other_pythons(case, monkeypatch):
+    """Names of keywords are no variables; methods of super() and returned strings are found."""
+    instructions, expected = OF_PYTHON_3_12[case]
+    made = [types.SimpleNamespace(opname=o, arg=n, argval=v) for o, n, v in instructions]
+    monkeypatch.setattr(bytecode.dis, "get_instructions", lambda code: made)
+    assert [load.names for load in bytecode.loads(helper.__code__)] == expected
 
 
 @pytest.mark.parametrize("case", HARMLESS)

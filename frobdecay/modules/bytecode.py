@@ -14,7 +14,10 @@ from typing import Any
 
 _METHOD_FLAG = sys.version_info >= (3, 12)  # of LOAD_ATTR; before, there is LOAD_METHOD
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
-_NO_USE = ("STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")  # of a variable before them
+_SUPER = "LOAD_SUPER_ATTR"  # of what super() gives, of which self before it is a part
+_NO_USE = ("STORE_ATTR", "DELETE_ATTR")  # of a variable before them
+_CONSTANT = ("LOAD_CONST", "RETURN_CONST")
+_SKIPPED = ("CACHE", "EXTENDED_ARG", "KW_NAMES")  # the last holds a call's keywords
 _KEYWORDS = ("CALL_KW", "CALL_FUNCTION_KW")  # of calls, which a tuple of strings before them names
 
 
@@ -42,21 +45,20 @@ def loads(code: CodeType, outer: tuple[str, ...] | None = None) -> Iterator[Load
     where = f"{getattr(code, 'co_qualname', code.co_name)} ({code.co_filename.rpartition('/')[2]})"
     names: tuple[str, ...] = ()
     local = called = False
-    instructions = [
-        i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")
-    ]
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
     for i, instruction in enumerate(instructions):
         op, argument = instruction.opname, instruction.argval
-        if op in ("LOAD_ATTR", "LOAD_METHOD"):
+        if op in ("LOAD_ATTR", "LOAD_METHOD", _SUPER):
             if len(names) > 1:
                 yield Load(names, local, False, where)
+            names = () if op == _SUPER else names
             names, local = (*(names or ("",)), argument), local or not names
             called = op == "LOAD_METHOD" or (_METHOD_FLAG and bool((instruction.arg or 0) & 1))
             continue
         if len(names) > 1 or (names and op not in _NO_USE):
             yield Load(names, local, not called, where)
         names, local, called = (), False, False
-        if op == "LOAD_CONST":
+        if op in _CONSTANT:
             following = instructions[i + 1].opname if i + 1 < len(instructions) else ""
             yield from _strings(argument, following, where)
             if isinstance(argument, CodeType):
