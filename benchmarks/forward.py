@@ -37,9 +37,9 @@ from torch.nn.utils import parametrize
 from benchmarks import measure
 from benchmarks.cases import CONVS, LINEARS, Conv
 from benchmarks.measure import Report, Target, Timing
-from frobdecay.forms.cost import force
-from frobdecay.parametrizations import LowRank
 from frobdecay.registry import factorize
+from frobdecay.weights.forms.cost import force
+from frobdecay.weights.lowrank import LowRank
 
 __all__ = ["main"]
 

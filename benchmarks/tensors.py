@@ -34,8 +34,8 @@ from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 from frobdecay.algebra.stars import CP as POLYADIC
 from frobdecay.algebra.stars import TUCKER
-from frobdecay.forms.cost import force
 from frobdecay.product.product import Product
+from frobdecay.weights.forms.cost import force
 
 __all__ = ["main"]
 

@@ -16,20 +16,20 @@ from frobdecay import diagnostics
 from frobdecay.accumulate import add_penalty_grad_, explain
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
-from frobdecay.factored import FactoredTensor
 from frobdecay.factory import FrobeniusDecayFactory
 from frobdecay.flambe import Flambe
 from frobdecay.groups import split_param_groups
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import products, register_products
 from frobdecay.product.product import Product, penalty, product_norm
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
-from frobdecay.tensorized.kinds import CP, TensorTrain, Tucker
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.lowrank import LowRank
+from frobdecay.weights.tensors import CP, TensorTrain, Tucker
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.adapters import register_parametrization
 from frobdecay.algebra.tensorize import Tensorization
 from frobdecay.modules.candidates import Entry
 from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
@@ -56,6 +55,7 @@ from frobdecay.modules.untying import forget_ties, other_ties
 from frobdecay.plan import PlanRow, RankPlan
 from frobdecay.product.holding import check_module, factorized
 from frobdecay.registry import parameter_order, relative_error
+from frobdecay.weights.registration import register_parametrization
 
 M = TypeVar("M", bound=nn.Module)
 

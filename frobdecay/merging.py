@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.modules.layouts import layouts
 from frobdecay.modules.readers import Readers
 from frobdecay.modules.selection import Weight, select, weights
 from frobdecay.modules.support import check_unwrapped
@@ -23,6 +22,7 @@ from frobdecay.modules.unrolling import lacking, unrolled, why_not_unrolled
 from frobdecay.product.holding import factorized
 from frobdecay.product.names import Selector
 from frobdecay.product.partitions import why_partitioned
+from frobdecay.weights.layouts import layouts
 
 M = TypeVar("M", bound=nn.Module)
 

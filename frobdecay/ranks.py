@@ -24,9 +24,9 @@ from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
 from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.modules.selection import Index, Weight, check_met, names_exactly, weights
 from frobdecay.modules.support import check_initialized, check_values
-from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product.names import One, Selector, each, modules
+from frobdecay.weights.lowrank import LowRank
 
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
 

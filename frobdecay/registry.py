@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.adapters import register_parametrization
 from frobdecay.algebra.scaling import relative_distance
 from frobdecay.algebra.spectral import Init
-from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.modules.candidates import Entry, OnTied
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.restoring import restorable
@@ -23,11 +21,13 @@ from frobdecay.modules.stacking import Stacks
 from frobdecay.modules.support import check_unwrapped, check_values
 from frobdecay.modules.surgery import ordinary, settle_encoders, settle_recurrent, transaction
 from frobdecay.modules.untying import forget_ties, other_ties, untie
-from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan
 from frobdecay.product.holding import lists_of
 from frobdecay.product.names import Selector
 from frobdecay.ranks import RankRule, plan_entries, planned, size
+from frobdecay.weights.lowrank import LowRank
+from frobdecay.weights.product_tensor import ProductTensor
+from frobdecay.weights.registration import register_parametrization
 
 
 @ordinary("factorize")

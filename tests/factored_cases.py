@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.factored import FactoredTensor
-from frobdecay.forms.cost import force
-from frobdecay.forms.product_tensor import ProductTensor
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.forms.cost import force
+from frobdecay.weights.product_tensor import ProductTensor
 
 
 class Factored(nn.Module):

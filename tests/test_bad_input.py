@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize, prune
 import frobdecay
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.find import products, register_products
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 
 class Net(nn.Module):

@@ -17,9 +17,9 @@ from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.find import products
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 needs_safetensors = pytest.mark.skipif(
     find_spec("safetensors") is None, reason="safetensors is not installed"

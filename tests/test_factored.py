@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.factored import FactoredTensor
-from frobdecay.forms.cost import Cost, factors_cheaper
-from frobdecay.forms.product_tensor import ProductTensor
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.product_tensor import ProductTensor
 
 # --------------------------------------------------------------------------- all other functions
 

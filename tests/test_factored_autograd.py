@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from frobdecay.factored import FactoredTensor
-from frobdecay.parametrizations import LowRank
-from frobdecay.tensorized.kinds import CP, TensorTrain, Tucker
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.lowrank import LowRank
+from frobdecay.weights.tensors import CP, TensorTrain, Tucker
 
 
 def _linear(**options):

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from frobdecay.factored import FactoredTensor
-from frobdecay.forms.cost import force
-from frobdecay.forms.product_tensor import ProductTensor
-from frobdecay.forms.table import FORMS
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.forms.cost import force
+from frobdecay.weights.forms.table import FORMS
+from frobdecay.weights.product_tensor import ProductTensor
 
 # --------------------------------------------------------------------------- forms
 

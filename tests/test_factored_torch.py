@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from frobdecay.forms.cost import force
-from frobdecay.forms.product_tensor import ProductTensor
 from frobdecay.merging import merge
 from frobdecay.registry import factorize
+from frobdecay.weights.forms.cost import force
+from frobdecay.weights.product_tensor import ProductTensor
 
 # --------------------------------------------------------------------------- with the rest of torch
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.parametrizations import LowRank
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 RANKS = pytest.mark.parametrize("rank", [1.0, 3.0, 9.0])
 DEPTHS = pytest.mark.parametrize("depth", [0, 1, 3])

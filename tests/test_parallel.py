@@ -26,9 +26,9 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.communication import Traffic
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.parallel import ColwiseFactored, RowwiseFactored
-from frobdecay.parametrizations import LowRank
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
+from frobdecay.weights.parallel import ColwiseFactored, RowwiseFactored
 
 pytestmark = pytest.mark.slow
 
@@ -413,7 +413,7 @@ def test_refusals(style, case):
 
 def test_not_imported_with_the_package():
     """``import frobdecay`` does not bring in ``torch.distributed.tensor``'s parallel styles."""
-    code = "import sys, frobdecay; print('frobdecay.parallel' in sys.modules)"
+    code = "import sys, frobdecay; print('frobdecay.weights.parallel' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 

@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize
 
 import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
-from frobdecay.factored import FactoredTensor
 from frobdecay.merging import merge, unroll
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.find import VERSION, products
 from frobdecay.registry import factorize
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.lowrank import LowRank
 
 # torch's own remark, on dense convolutions too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -16,13 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.algebra.chain import chain_grams, contraction_plan
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import (
-    Product,
-    gradients,
-    penalty,
-    product_norm,
-    squared_norm,
-)
+from frobdecay.product.product import Product, gradients, penalty, product_norm, squared_norm
 
 sizes = st.integers(1, 8)
 ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)

@@ -12,9 +12,9 @@ from torch import nn
 
 from frobdecay.merging import merge
 from frobdecay.modules import selection
-from frobdecay.parametrizations import LowRank
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 
 def _small():

@@ -13,13 +13,13 @@ from torch.nn.utils import parametrize
 
 from frobdecay.merging import merge, unroll
 from frobdecay.modules.surgery import transaction
-from frobdecay.parametrizations import LowRank
 from frobdecay.product import find
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION, products, register_products
 from frobdecay.product.product import Product
 from frobdecay.ranks import plan_ranks
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 
 class Block(nn.Module):

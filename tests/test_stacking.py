@@ -12,8 +12,8 @@ from torch import nn
 
 from frobdecay.algebra import spectral
 from frobdecay.modules import progress, stacking
-from frobdecay.parametrizations import LowRank
 from frobdecay.registry import factorize
+from frobdecay.weights.lowrank import LowRank
 
 
 def _model(dtype=torch.float32):

@@ -29,7 +29,7 @@ from frobdecay import (
     unroll,
 )
 from frobdecay.algebra.tensorize import Tensorization, flat_modes
-from frobdecay.forms.cost import force
+from frobdecay.weights.forms.cost import force
 
 KINDS = {"Tucker": Tucker, "TensorTrain": TensorTrain, "CP": CP}
 ALL = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -250,7 +250,7 @@ class Convolutions:
     """Counts the calls of F.conv2d below a factored weight, by the weights' shapes."""
 
     def __init__(self, monkeypatch):
-        from frobdecay.forms.table import FORMS
+        from frobdecay.weights.forms.table import FORMS
 
         self.shapes = []
         form = FORMS[nn.functional.conv2d]

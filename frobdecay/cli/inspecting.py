@@ -24,10 +24,10 @@ from frobdecay.measurement import measure
 from frobdecay.modules.files import write_figure
 from frobdecay.modules.progress import Progress
 from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild, weight_of
-from frobdecay.parametrizations import LowRank
 from frobdecay.plan import RankPlan, tabulated
 from frobdecay.product.product import Product
 from frobdecay.ranks import energy_rank, plan_ranks, singular_values
+from frobdecay.weights.lowrank import LowRank
 
 
 @dataclass

@@ -154,7 +154,7 @@ def _tables(table: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _records(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The records in the metadata of a ``state_dict``; see ``parametrizations.Recorded``."""
+    """The records in the metadata of a ``state_dict``; see ``weights/parametrization.py``."""
     metadata = getattr(table, "_metadata", None)
     found: dict[str, Mapping[str, Any]] = {}
     for place, entry in metadata.items() if isinstance(metadata, Mapping) else ():

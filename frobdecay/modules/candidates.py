@@ -14,7 +14,6 @@ from torch import nn
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import is_zero
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization
-from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout, dimensions
 from frobdecay.modules.selection import Weight, select, weights
 from frobdecay.modules.support import (
     adapter_against,
@@ -25,6 +24,7 @@ from frobdecay.modules.support import (
 )
 from frobdecay.plan import PlanRow
 from frobdecay.product.names import Selector, modules
+from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
 
 OnTied = Literal["skip", "untie", "error"]
 

@@ -7,7 +7,7 @@
          "config": {"rank": 2, "pattern": "o i kh kw -> (o kh) (i kw)", …}}},
      "tied": {"decoder.weight": "encoder.weight"}}
 
-A kind is a name in ``parametrizations.KINDS`` and is called with its ``config``: nothing is
+A kind is a name in ``KINDS`` and is called with its ``config``: nothing is
 imported, unpickled or evaluated. The factors are ``conv.parametrizations.weight.original0``, ….
 """
 
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.modules.selection import Weight, weights
-from frobdecay.parametrizations import KINDS
 from frobdecay.product.holding import factorized
+from frobdecay.weights.parametrization import KINDS
 
 HEADER = "frobdecay"
 RECORDS_VERSION = 1
@@ -70,8 +70,8 @@ def record_of(weight: Weight) -> dict[str, Any]:
     if KINDS.get(kind.__name__) is not kind:
         raise ValueError(
             f"{weight.name} is parametrized by {kind.__module__}.{kind.__qualname__}, which is not "
-            f"among the known kinds {sorted(KINDS)}; add it to frobdecay.parametrizations.KINDS "
-            "here and where the file is to be loaded"
+            f"among the known kinds {sorted(KINDS)}; add it to frobdecay.weights.parametrization."
+            "KINDS here and where the file is to be loaded"
         )
     record: dict[str, Any] = json.loads(json.dumps(held[0].record()))  # as it comes back
     return record
@@ -88,7 +88,7 @@ def rebuild(name: str, record: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"{name} is of kind {_short(kind)}, but known are {sorted(KINDS)}; upgrade frobdecay, "
-            "or add a kind of your own to frobdecay.parametrizations.KINDS"
+            "or add a kind of your own to frobdecay.weights.parametrization.KINDS"
         )
     if not isinstance(config, Mapping) or not _is_shape(shape) or _many(config):
         raise ValueError(

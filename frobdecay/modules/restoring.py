@@ -75,7 +75,7 @@ def _extend(kind: Any) -> None:
             raise TypeError(  # to pruning, and to tensor parallelism
                 f"expected a parameter {name!r} of a {base.__name__} in its own right, but its "
                 "weight is a product of factors; merge or unroll the model first, and for tensor "
-                "parallelism take frobdecay.parallel.ColwiseFactored and RowwiseFactored"
+                "parallelism take frobdecay.weights.parallel.ColwiseFactored and RowwiseFactored"
             )
         else:
             base.register_parameter(self, name, param)

@@ -8,8 +8,8 @@ r"""Which weights of a model are meant, and which of those can be factorized.
     nn.Conv2d                 a module type (with all below it)
     lambda name, module: …    a predicate on a weight's name and the module that holds it
 
-A weight of a module type that is not in the table of ``layouts.py`` is taken only where it is
-asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"``, not ``"*"``),
+A weight of a module type that is not in the table of ``weights/layouts.py`` is taken only where it
+is asked for: by its own exact name, by a pattern that spells it (``"*.experts.up"``, not ``"*"``),
 or by the exact name or the type of the very module that holds it. Others that a selector comes
 across are listed, so that nothing of two dimensions or more is passed over in silence.
 
@@ -25,18 +25,9 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from frobdecay.modules.layouts import Layout, layouts
 from frobdecay.product.holding import lists_of
-from frobdecay.product.names import (
-    One,
-    Selector,
-    each,
-    fits,
-    is_plain,
-    modules,
-    near_names,
-    shown,
-)
+from frobdecay.product.names import One, Selector, each, fits, is_plain, modules, near_names, shown
+from frobdecay.weights.layouts import Layout, layouts
 
 _NONSENSE = "\0"  # an attribute that no pattern spells
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from frobdecay.algebra.scaling import DTYPES, is_finite
-from frobdecay.modules.layouts import is_kind, refusal
 from frobdecay.modules.memory import overlaps
 from frobdecay.modules.selection import Weight, weights
 from frobdecay.product.holding import check_module, lists_of
 from frobdecay.product.names import modules
 from frobdecay.product.partitions import why_partitioned
+from frobdecay.weights.layouts import is_kind, refusal
 
 
 def check_unwrapped(model: nn.Module, act: str) -> None:

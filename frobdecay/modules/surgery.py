@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.factored import FactoredTensor
-from frobdecay.forms.product_tensor import transforms_active
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import copied_class, lists_of
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.product_tensor import transforms_active
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.holding import dense_type, lists_of
+from frobdecay.weights.lowrank import LowRank
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -13,8 +13,8 @@ from zoo import EXPERTS, GENERATES, MODELS, TIED, families, gpt2, logits
 
 import frobdecay
 from frobdecay import factorize, merge, unroll
-from frobdecay.factored import FactoredTensor
-from frobdecay.forms.product_tensor import ProductTensor
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.product_tensor import ProductTensor
 
 
 def column(name, **options):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.forms.matrix import matrix
-from frobdecay.forms.product_tensor import ProductTensor
+from frobdecay.weights.forms.matrix import matrix
+from frobdecay.weights.product_tensor import ProductTensor
 
 # Dtypes that products are formed in: to cast a weight to any other is not to cast its factors.
 _PRODUCTS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

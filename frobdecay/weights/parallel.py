@@ -35,8 +35,8 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from frobdecay.parametrizations import LowRank
 from frobdecay.product.holding import lists_of
+from frobdecay.weights.lowrank import LowRank
 
 
 class _Factored(ParallelStyle):

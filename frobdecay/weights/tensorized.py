@@ -23,11 +23,11 @@ from frobdecay.algebra.scaling import check_not_zero, check_weight, root_mean_sq
 from frobdecay.algebra.stars import narrowest
 from frobdecay.algebra.structures import Structure
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
-from frobdecay.factored import FactoredTensor
-from frobdecay.parametrizations import Recorded
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION
 from frobdecay.product.product import Product
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.parametrization import Recorded
 
 Shapes = tuple[tuple[int, ...], ...]
 Stages = tuple[Tensor, Tensor, Tensor]

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
-from frobdecay.forms.attention import ATTENTION_FORMS
-from frobdecay.forms.cost import Cost, factors_cheaper
-from frobdecay.forms.matrix import Matrix, matrix
-from frobdecay.forms.product_tensor import ProductTensor, folded
-from frobdecay.forms.shapes import SHAPE_FORMS
-from frobdecay.forms.tensors import TENSOR_FORMS
+from frobdecay.weights.forms.attention import ATTENTION_FORMS
+from frobdecay.weights.forms.convolution import TENSOR_FORMS
+from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.matrix import Matrix, matrix
+from frobdecay.weights.forms.shapes import SHAPE_FORMS
+from frobdecay.weights.product_tensor import ProductTensor, folded
 
 
 def _rows(x: Tensor) -> Callable[[], Any]:

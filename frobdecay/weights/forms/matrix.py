@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from frobdecay.forms.cost import Cost, cheaper, factors_cheaper
-from frobdecay.forms.product_tensor import ProductTensor, folded
+from frobdecay.weights.forms.cost import Cost, cheaper, factors_cheaper
+from frobdecay.weights.product_tensor import ProductTensor, folded
 
 
 class Matrix(NamedTuple):

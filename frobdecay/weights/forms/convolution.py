@@ -26,8 +26,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.forms.cost import Cost, factors_cheaper
-from frobdecay.forms.product_tensor import ProductTensor, folded
+from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.product_tensor import ProductTensor, folded
 
 # A multiply-add in one of two thin convolutions takes as long as this many in the dense one:
 # 256 channels, 3×3, 2 cores, 97 ms dense against 27 ms at r = 85 (a count ratio of 0.22) and

@@ -1,16 +1,9 @@
-"""Parametrizations: a dense weight is replaced by factors whose product it is.
+"""``LowRank``: a dense weight is replaced by factors whose product it is, U M.. Vᵀ.
 
-``LowRank`` plugs into ``torch.nn.utils.parametrize``: ``right_inverse`` turns the dense weight
-into the factors (U, M.., V), which become the module's parameters ``original0``, ``original1``, …,
-and ``forward`` turns them into a ``FactoredTensor``, the weight that is never formed where its
-factors can be applied one after the other.
-
-Any parametrization that ``factorize`` takes has, besides these two methods, ``matricize`` (how the
-weight is read: a ``Matricization``, or a ``Tensorization`` of ``algebra/tensorize.py``),
-``resolve`` and ``factor_shapes`` (what the planner counts), ``product`` (the record that decay and
-diagnostics read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be
-saved and loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines,
-and is listed in ``KINDS``.
+It plugs into ``torch.nn.utils.parametrize``: ``right_inverse`` turns the dense weight into the
+factors (U, M.., V), which become the module's parameters ``original0``, ``original1``, …, and
+``forward`` turns them into a ``FactoredTensor``, the weight that is never formed where its factors
+can be applied one after the other.
 """
 
 from __future__ import annotations
@@ -34,93 +27,15 @@ from frobdecay.algebra.spectral import (
     resolve_rank,
     spectral_init,
 )
-from frobdecay.factored import FactoredTensor
-from frobdecay.modules.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION
 from frobdecay.product.product import Product
+from frobdecay.weights.factored import FactoredTensor
+from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout
+from frobdecay.weights.parametrization import Recorded, recorded
 
 
-class Recorded(nn.Module):
-    """A parametrization that says in every ``state_dict`` how its factors are to be read.
-
-    The shapes of factors do not say it: U Vᵀ and V Uᵀ of a square weight have the same. The record
-    lies in the metadata of the ``state_dict``, where it adds no keys; formats that drop metadata
-    drop the check with it.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """The shape of the dense weight, once it is known."""
-        raise NotImplementedError
-
-    def config(self) -> dict[str, Any]:
-        """Keyword arguments that make this parametrization again: numbers, strings, dicts."""
-        raise NotImplementedError
-
-    def adopt(self, shape: tuple[int, ...]) -> None:
-        """Take the shape of the dense weight, without a weight.
-
-        Raises:
-            ValueError: it cannot be factorized, or another shape was adopted before.
-        """
-        raise NotImplementedError
-
-    @property
-    def derives(self) -> bool:
-        """Whether ``right_inverse`` takes the factors from the weight, or may not look at it."""
-        return True
-
-    def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Factors of a weight that is to be kept, as ``right_inverse``, but never random ones."""
-        factors: tuple[Tensor, ...] = self.right_inverse(weight)  # type: ignore[operator]
-        return factors
-
-    def record(self) -> dict[str, Any]:
-        """The entry of this weight in a file: the kind's name in ``KINDS``, shape and config."""
-        shape = list(self.shape) if self.shape is not None else None
-        return {"kind": type(self).__name__, "shape": shape, "config": self.config()}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata.setdefault(prefix[:-1], {})["frobdecay"] = self.record()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        theirs, ours = local_metadata.get("frobdecay"), self.record()
-        if theirs is not None and _reading(theirs) != _reading(ours):
-            error_msgs.append(
-                f"{prefix[:-1]}: the checkpoint's factors are to be read as {theirs}, but this "
-                f"model reads them as {ours}; factorize the model the same way"
-            )
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-
-
-def _reading(record: Any) -> Any:
-    """A record without what the shapes of factors say, and without the initialization."""
-    if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
-        return record  # a damaged one, which equals none of ours
-    config = {k: v for k, v in record["config"].items() if k not in ("rank", "depth", "init")}
-    return {**record, "config": config}
-
-
+@recorded
 class LowRank(Recorded):
     """Parametrize a weight as W = U M₁ … M_d Vᵀ, spectrally initialized from the dense weight.
 
@@ -322,7 +237,3 @@ class LowRank(Recorded):
         shapes = self.factor_shapes(view.shape)
         factors = " · ".join("×".join(map(str, shape)) for shape in shapes)
         return f"{view.pattern!r}, {factors}, kept {sum(map(prod, shapes)) / prod(view.shape):.3g}"
-
-
-KINDS: dict[str, type[Recorded]] = {"LowRank": LowRank}
-"""Name in a file -> the class that ``config`` makes again; to load your own, put it here."""

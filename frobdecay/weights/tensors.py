@@ -12,10 +12,11 @@ from frobdecay.algebra import stars
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 from frobdecay.algebra.structures import CHAIN, Structure
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
-from frobdecay.parametrizations import KINDS
-from frobdecay.tensorized.base import Init, Shapes, Stages, Tensorized
+from frobdecay.weights.parametrization import recorded
+from frobdecay.weights.tensorized import Init, Shapes, Stages, Tensorized
 
 
+@recorded
 class Tucker(Tensorized):
     """Parametrize a weight as a core times one factor a mode, W = G ×₁ U₁ … ×_d U_d.
 
@@ -91,6 +92,7 @@ class Tucker(Tensorized):
         return prod(r for n, r in pairs if r < n)
 
 
+@recorded
 class TensorTrain(Tensorized):
     """Parametrize a weight as a tensor train, W[i₁ … i_d] = C₁[i₁] C₂[i₂] … C_d[i_d].
 
@@ -144,6 +146,7 @@ class TensorTrain(Tensorized):
         return prod(ranks)
 
 
+@recorded
 class CP(Tensorized):
     """Parametrize a weight as a sum of r terms, W = Σ_a U₁[:, a] ∘ … ∘ U_d[:, a].
 
@@ -187,6 +190,3 @@ class CP(Tensorized):
     def paths(self, modes: Sequence[int], ranks: int) -> int:
         """The terms."""
         return ranks
-
-
-KINDS.update({kind.__name__: kind for kind in (Tucker, TensorTrain, CP)})

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.forms.dense import (
+from frobdecay.weights.dense import (
     METADATA,
     below_autograd,
     formless,
@@ -28,8 +28,8 @@ from frobdecay.forms.dense import (
     on_dense,
     refuse_writes,
 )
-from frobdecay.forms.product_tensor import ProductTensor, untraced
-from frobdecay.forms.table import FORMS
+from frobdecay.weights.forms.table import FORMS
+from frobdecay.weights.product_tensor import ProductTensor, untraced
 
 
 class FactoredTensor(ProductTensor):

@@ -1,0 +1,108 @@
+"""What a parametrization by factors is, and how a ``state_dict`` or a file says which it is.
+
+Any parametrization that ``factorize`` takes has, besides these two methods, ``matricize`` (how the
+weight is read: a ``Matricization``, or a ``Tensorization`` of ``algebra/tensorize.py``),
+``resolve`` and ``factor_shapes`` (what the planner counts), ``product`` (the record that decay and
+diagnostics read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be
+saved and loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines,
+and is listed in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+
+class Recorded(nn.Module):
+    """A parametrization that says in every ``state_dict`` how its factors are to be read.
+
+    The shapes of factors do not say it: U Vᵀ and V Uᵀ of a square weight have the same. The record
+    lies in the metadata of the ``state_dict``, where it adds no keys; formats that drop metadata
+    drop the check with it.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the dense weight, once it is known."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Keyword arguments that make this parametrization again: numbers, strings, dicts."""
+        raise NotImplementedError
+
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Take the shape of the dense weight, without a weight.
+
+        Raises:
+            ValueError: it cannot be factorized, or another shape was adopted before.
+        """
+        raise NotImplementedError
+
+    @property
+    def derives(self) -> bool:
+        """Whether ``right_inverse`` takes the factors from the weight, or may not look at it."""
+        return True
+
+    def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Factors of a weight that is to be kept, as ``right_inverse``, but never random ones."""
+        factors: tuple[Tensor, ...] = self.right_inverse(weight)  # type: ignore[operator]
+        return factors
+
+    def record(self) -> dict[str, Any]:
+        """The entry of this weight in a file: the kind's name in ``KINDS``, shape and config."""
+        shape = list(self.shape) if self.shape is not None else None
+        return {"kind": type(self).__name__, "shape": shape, "config": self.config()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})["frobdecay"] = self.record()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        theirs, ours = local_metadata.get("frobdecay"), self.record()
+        if theirs is not None and _reading(theirs) != _reading(ours):
+            error_msgs.append(
+                f"{prefix[:-1]}: the checkpoint's factors are to be read as {theirs}, but this "
+                f"model reads them as {ours}; factorize the model the same way"
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+def _reading(record: Any) -> Any:
+    """A record without what the shapes of factors say, and without the initialization."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
+        return record  # a damaged one, which equals none of ours
+    config = {k: v for k, v in record["config"].items() if k not in ("rank", "depth", "init")}
+    return {**record, "config": config}
+
+
+KINDS: dict[str, type[Recorded]] = {}
+"""Name in a file -> the class that ``config`` makes again; see ``recorded``."""
+
+Kind = TypeVar("Kind", bound=type[Recorded])
+
+
+def recorded(kind: Kind) -> Kind:
+    """Enter a parametrization in ``KINDS``, so that files can name it; a decorator of its class."""
+    KINDS[kind.__name__] = kind
+    return kind
