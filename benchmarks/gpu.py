@@ -32,7 +32,7 @@ import torch
 from benchmarks import measure
 from benchmarks.cases import CASES, choose
 from benchmarks.measure import Report
-from frobdecay.bucketed import Job
+from frobdecay.gradient.bucketed import Job
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.tiles import Tile, tile_for
 

@@ -34,8 +34,8 @@ from benchmarks import measure
 from benchmarks.cases import CASES, FRACTION, Case, choose, stack
 from benchmarks.measure import Report, Target, Timing
 from benchmarks.models import resnet
-from frobdecay.accumulate import add_penalty_grad_
-from frobdecay.backends import BACKENDS
+from frobdecay.gradient.accumulate import add_penalty_grad_
+from frobdecay.gradient.backends import BACKENDS
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.product import Product, penalty
 from frobdecay.registry import factorize

@@ -30,10 +30,10 @@ from benchmarks import measure
 from benchmarks.cases import CONVS, Conv
 from benchmarks.measure import Report, Target, Timing
 from frobdecay import CP, TensorTrain, Tucker, factorize, products
-from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
 from frobdecay.algebra.stars import CP as POLYADIC
 from frobdecay.algebra.stars import TUCKER
+from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import Product
 from frobdecay.weights.forms.cost import force
 

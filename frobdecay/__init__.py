@@ -13,11 +13,11 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 """
 
 from frobdecay import diagnostics
-from frobdecay.accumulate import add_penalty_grad_, explain
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.factory import FrobeniusDecayFactory
 from frobdecay.flambe import Flambe
+from frobdecay.gradient.accumulate import add_penalty_grad_, explain
 from frobdecay.groups import split_param_groups
 from frobdecay.merging import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay

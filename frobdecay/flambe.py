@@ -60,7 +60,7 @@ class Flambe(Optimizer):
         weight_decay: λ.
         bias_correction: m̂ and v̂ as above; without it m and v, as in the paper's version 3.
         maximize: climb instead of descend; decay still shrinks.
-        backend: a name in ``frobdecay.backends.BACKENDS``; None chooses by cost.
+        backend: a name in ``frobdecay.gradient.backends.BACKENDS``; None chooses by cost.
 
     Raises:
         ValueError: an option out of its range; a model without products; a trainable factor in no

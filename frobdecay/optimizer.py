@@ -83,7 +83,7 @@ class FrobeniusDecay(OptimizerProxy):
         decay: λ for all factors, a number or a tensor without dimensions; None takes over their
             weight decay.
         mode: ``"coupled"``, ``"decoupled"``, or ``"auto"`` for what the base does itself.
-        backend: a name in ``frobdecay.backends.BACKENDS``; None chooses by cost.
+        backend: a name in ``frobdecay.gradient.backends.BACKENDS``; None chooses by cost.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, or λ no number.

@@ -19,9 +19,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import frobdecay
-from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.stars import TUCKER
-from frobdecay.distributed import check_replicas
+from frobdecay.gradient.accumulate import Accumulator
+from frobdecay.gradient.sharded import check_replicas
 from frobdecay.product.product import Product, gradients, squared_norm
 
 PLACEMENTS = {

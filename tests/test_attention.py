@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from frobdecay import diagnostics
-from frobdecay.accumulate import add_penalty_grad_, explain
 from frobdecay.algebra.stars import CP
 from frobdecay.algebra.structures import CHAIN
+from frobdecay.gradient.accumulate import add_penalty_grad_, explain
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import find
 from frobdecay.product.attention import Attention, linear, provider

@@ -17,11 +17,11 @@ from optim_cases import Net
 from test_product import close, exact
 from torch import nn
 
-from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.algebra.stars import CP, TUCKER
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.backends import BACKENDS
+from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.gradient.backends import BACKENDS
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty
 

@@ -10,8 +10,8 @@ from gloo import run
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.diagnostics import measure
+from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.merging import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products

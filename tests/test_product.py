@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frobdecay.accumulate import add_penalty_grad_
 from frobdecay.algebra.chain import chain_grams, contraction_plan
+from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty, product_norm, squared_norm
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_product import close, exact
 from torch import nn
 
-from frobdecay.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.bucketed import Job
+from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.gradient.bucketed import Job
 from frobdecay.grouped import executor
 from frobdecay.grouped.executor import Grouped, squared_norms
 from frobdecay.grouped.refusals import refusals

@@ -29,7 +29,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.bucketed import Coefs, Job, Targets
+from frobdecay.gradient.bucketed import Coefs, Job, Targets
 from frobdecay.grouped.refusals import load_kernels, refusals
 from frobdecay.grouped.sheets import Seen, overlapping, sheets
 from frobdecay.grouped.tables import Slot, gram_table, update_table

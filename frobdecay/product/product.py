@@ -67,7 +67,7 @@ class Product:
 
     @cached_property
     def plans(self) -> list[Any]:
-        """What ``accumulate.py`` keeps for lists that begin with this record."""
+        """What ``gradient/accumulate.py`` keeps for lists that begin with this record."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.accumulate import Accumulator
 from frobdecay.algebra.precision import HALF, Coefficient
+from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import Product
 from frobdecay.wrapper.rates import DECAY, Group, Rate
 from frobdecay.wrapper.rounding import StochasticRounder

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.scaling import power_of_two
-from frobdecay.placement import part_number, part_of
+from frobdecay.gradient.placement import part_number, part_of
 from frobdecay.product.factor import is_sharded
 
 _SEED = 2105_01029  # any constant does: the arXiv number of the paper

@@ -24,10 +24,10 @@ from torch._compile import _disable_dynamo
 
 from frobdecay.algebra.precision import Coefficient, full_precision
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.backends import BACKENDS, Choice, select
-from frobdecay.bucketed import Job
-from frobdecay.distributed import Exchange, exchanges, localized
-from frobdecay.placement import check_targets, part_of
+from frobdecay.gradient.backends import BACKENDS, Choice, select
+from frobdecay.gradient.bucketed import Job
+from frobdecay.gradient.placement import check_targets, part_of
+from frobdecay.gradient.sharded import Exchange, exchanges, localized
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.product import (
     Product,
@@ -330,7 +330,7 @@ def add_penalty_grad_(
     The same as ``penalty(products, coef).backward()`` at a fraction of the cost, for training
     loops that clip the decay along with the gradient. As with weight decay in ``torch.optim``, a
     factor without a gradient is left alone: call it after ``backward()``. With sharded factors all
-    processes of their mesh have to call it; see ``distributed.py``.
+    processes of their mesh have to call it; see ``sharded.py``.
 
     List the products once, not at every step: what is planned for them is kept with them.
 

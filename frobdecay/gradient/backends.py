@@ -27,7 +27,7 @@ from torch import Tensor
 from frobdecay.algebra.chain import plan_of
 from frobdecay.algebra.precision import Coefficient, times_rows
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.bucketed import Coefs, Job, Targets, prepare_bucketed
+from frobdecay.gradient.bucketed import Coefs, Job, Targets, prepare_bucketed
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.refusals import refusals
 from frobdecay.product.product import BUCKET_BYTES, Product

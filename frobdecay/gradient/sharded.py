@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from frobdecay.algebra.chain import end_gram, gram_gradient, left_grams, right_grams
 from frobdecay.algebra.precision import Coefficient, common_dtype
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.placement import Placed, part_of, place, refuse_unfit
+from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.product import Product, as_products
 
