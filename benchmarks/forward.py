@@ -37,7 +37,7 @@ from torch.nn.utils import parametrize
 from benchmarks import measure
 from benchmarks.cases import CONVS, LINEARS, Conv
 from benchmarks.measure import Report, Target, Timing
-from frobdecay.registry import factorize
+from frobdecay.models.factorize import factorize
 from frobdecay.weights.forms.cost import force
 from frobdecay.weights.lowrank import LowRank
 

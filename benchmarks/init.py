@@ -30,7 +30,7 @@ from benchmarks import measure
 from benchmarks.cases import CASES, Case, Shape, choose
 from benchmarks.measure import Report, Target
 from frobdecay.algebra.spectral import randomized_init, spectral_init
-from frobdecay.registry import factorize
+from frobdecay.models.factorize import factorize
 
 __all__ = ["main"]
 

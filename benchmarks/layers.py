@@ -27,13 +27,14 @@ from torch import nn
 
 from benchmarks import measure
 from benchmarks.measure import Report, Target
-from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.cli.main import main as command
-from frobdecay.merging import merge, unroll
+from frobdecay.models.checkpoints.dense import load_dense_
+from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
+from frobdecay.models.ranks import plan_ranks
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
 
 __all__ = ["main"]
 

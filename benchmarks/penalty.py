@@ -36,9 +36,9 @@ from benchmarks.measure import Report, Target, Timing
 from benchmarks.models import resnet
 from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.gradient.backends import BACKENDS
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.product import Product, penalty
-from frobdecay.registry import factorize
 
 __all__ = ["main"]
 

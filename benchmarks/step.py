@@ -34,10 +34,10 @@ from benchmarks import measure
 from benchmarks.cases import FRACTION
 from benchmarks.measure import Report, Target
 from benchmarks.models import resnet
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.product.product import penalty
-from frobdecay.registry import factorize
 
 __all__ = ["CASES", "main"]
 

@@ -14,19 +14,20 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
 from frobdecay.factory import FrobeniusDecayFactory
 from frobdecay.flambe import Flambe
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
 from frobdecay.groups import split_param_groups
-from frobdecay.merging import merge, unroll
+from frobdecay.models.checkpoints.dense import load_dense_
+from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
+from frobdecay.models.ranks import plan_ranks
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import products, register_products
 from frobdecay.product.product import Product, penalty, product_norm
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.tensors import CP, TensorTrain, Tucker

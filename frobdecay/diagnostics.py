@@ -31,7 +31,7 @@ from frobdecay.measurement import (
     measure,
     total,
 )
-from frobdecay.modules.files import FilePath, replacing, write_figure
+from frobdecay.models.checkpoints.files import FilePath, replacing, write_figure
 from frobdecay.product.product import Product, as_products, product_norm
 
 __all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]

@@ -18,6 +18,7 @@ from frobdecay import diagnostics
 from frobdecay.algebra.stars import CP
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product import find
 from frobdecay.product.attention import Attention, linear, provider
@@ -25,7 +26,6 @@ from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import products, register_products
 from frobdecay.product.product import Product, penalty, product_norm, squared_norm
-from frobdecay.registry import factorize
 
 
 class Grouped(nn.Module):

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import frobdecay
-from frobdecay.merging import merge, unroll
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
+from frobdecay.models.ranks import plan_ranks
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products, register_products
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
 from frobdecay.weights.lowrank import LowRank
 
 

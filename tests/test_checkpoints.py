@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frobdecay import CP, TensorTrain, Tucker
-from frobdecay.checkpoints import load_dense_, load_factorized, save_factorized
-from frobdecay.merging import merge
+from frobdecay.models.checkpoints.dense import load_dense_
+from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products
-from frobdecay.registry import factorize
 from frobdecay.weights.lowrank import LowRank
 
 needs_safetensors = pytest.mark.skipif(
@@ -888,7 +889,7 @@ def test_an_error_on_the_way_leaves_the_structure(tmp_path, monkeypatch):
     def fail(model, values):
         raise MemoryError
 
-    monkeypatch.setattr("frobdecay.checkpoints.fill", fail)
+    monkeypatch.setattr("frobdecay.models.checkpoints.factorized.fill", fail)
     model = Net()
     before = copy.deepcopy(model)
     with pytest.raises(MemoryError):

@@ -19,12 +19,12 @@ from torch import nn
 
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.checkpoints import load_factorized, save_factorized
 from frobdecay.cli import reading
 from frobdecay.cli.main import main
-from frobdecay.modules import progress
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
+from frobdecay.models import progress
+from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
+from frobdecay.models.factorize import factorize
+from frobdecay.models.ranks import plan_ranks
 
 pytest.importorskip("rich")
 needs_safetensors = pytest.mark.skipif(

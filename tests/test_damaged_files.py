@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from frobdecay import CP, LowRank, Tucker, checkpoints
-from frobdecay.checkpoints import load_factorized, save_factorized
+from frobdecay import CP, LowRank, Tucker
 from frobdecay.cli.main import main
-from frobdecay.merging import merge
-from frobdecay.registry import factorize
+from frobdecay.models.checkpoints import factorized
+from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 pytest.importorskip("rich")
@@ -243,7 +244,7 @@ def test_every_field_of_a_structure_may_be_anything(folder, whole, monkeypatch):
             changed = copy.deepcopy(structure)
             _at(changed, path[:-1])[path[-1]] = value
             metadata = {"frobdecay": json.dumps(changed)}
-            monkeypatch.setattr(checkpoints, "read_safetensors", lambda _, m=metadata: (tensors, m))
+            monkeypatch.setattr(factorized, "read_safetensors", lambda _, m=metadata: (tensors, m))
             try:
                 load_factorized(model, folder / "whole.safetensors")
             except ValueError:

@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from frobdecay.merging import merge
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.registry import factorize
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from frobdecay.merging import merge
-from frobdecay.registry import factorize
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 from frobdecay.weights.forms.cost import force
 from frobdecay.weights.product_tensor import ProductTensor
 

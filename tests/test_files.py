@@ -14,8 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from frobdecay.modules import files
-from frobdecay.modules.files import read_safetensors, replacing, write_safetensors, write_torch
+from frobdecay.models.checkpoints import files
+from frobdecay.models.checkpoints.files import (
+    read_safetensors,
+    replacing,
+    write_safetensors,
+    write_torch,
+)
 
 needs_safetensors = pytest.mark.skipif(
     find_spec("safetensors") is None, reason="safetensors is not installed"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frobdecay import plan_ranks
-from frobdecay.modules.memory import overlaps
+from frobdecay.models.memory import overlaps
 
 FLAT = torch.zeros(240)
 

@@ -8,11 +8,11 @@ from optim_cases import Net, assert_identical, train, values
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from frobdecay.merging import merge, unroll
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients
-from frobdecay.registry import factorize
 
 LAMBDA = 0.05
 

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.registry import factorize
 
 LAMBDA = 0.05
 

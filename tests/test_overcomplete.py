@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frobdecay.merging import merge
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
+from frobdecay.models.ranks import plan_ranks
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
 from frobdecay.weights.lowrank import LowRank
 
 RANKS = pytest.mark.parametrize("rank", [1.0, 3.0, 9.0])

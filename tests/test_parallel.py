@@ -25,8 +25,8 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.communication import Traffic
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.registry import factorize
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.parallel import ColwiseFactored, RowwiseFactored
 

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 
 import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
-from frobdecay.merging import merge, unroll
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
 from frobdecay.product.find import VERSION, products
-from frobdecay.registry import factorize
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.lowrank import LowRank
 

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from frobdecay.diagnostics import measure
 from frobdecay.gradient.accumulate import add_penalty_grad_
-from frobdecay.merging import merge
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.product.product import penalty
-from frobdecay.registry import factorize
 
 
 def factored():

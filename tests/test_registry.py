@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from frobdecay.merging import merge, unroll
-from frobdecay.modules.surgery import transaction
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge, unroll
+from frobdecay.models.ranks import plan_ranks
+from frobdecay.models.surgery import transaction
 from frobdecay.product import find
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION, products, register_products
 from frobdecay.product.product import Product
-from frobdecay.ranks import plan_ranks
-from frobdecay.registry import factorize
 from frobdecay.weights.lowrank import LowRank
 
 

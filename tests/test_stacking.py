@@ -11,8 +11,8 @@ from conftest import TOLERANCE
 from torch import nn
 
 from frobdecay.algebra import spectral
-from frobdecay.modules import progress, stacking
-from frobdecay.registry import factorize
+from frobdecay.models import progress, stacking
+from frobdecay.models.factorize import factorize
 from frobdecay.weights.lowrank import LowRank
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from frobdecay.diagnostics import measure
-from frobdecay.merging import merge
+from frobdecay.models.factorize import factorize
+from frobdecay.models.merge import merge
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.product import Product
-from frobdecay.registry import factorize
 
 ETA, LAMBDA = 1e-4, 0.3
 

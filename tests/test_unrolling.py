@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from frobdecay import factorize, unroll
-from frobdecay.modules import bytecode
+from frobdecay.models.unroll import bytecode
 
 ATTRIBUTE, ATTRIBUTES = "weight", ("weight", "bias")
 WEIGHT_OF = operator.attrgetter("weight")

@@ -21,12 +21,18 @@ from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import root_mean_square
 from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
 from frobdecay.measurement import measure
-from frobdecay.modules.files import write_figure
-from frobdecay.modules.progress import Progress
-from frobdecay.modules.records import dense_weight, factor_key, factors_of, rebuild, weight_of
-from frobdecay.plan import RankPlan, tabulated
+from frobdecay.models.checkpoints.files import write_figure
+from frobdecay.models.checkpoints.records import (
+    dense_weight,
+    factor_key,
+    factors_of,
+    rebuild,
+    weight_of,
+)
+from frobdecay.models.plan import RankPlan, tabulated
+from frobdecay.models.progress import Progress
+from frobdecay.models.ranks import energy_rank, plan_ranks, singular_values
 from frobdecay.product.product import Product
-from frobdecay.ranks import energy_rank, plan_ranks, singular_values
 from frobdecay.weights.lowrank import LowRank
 
 

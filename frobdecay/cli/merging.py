@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
-from frobdecay.modules.files import write_safetensors, write_torch
-from frobdecay.modules.progress import Progress
-from frobdecay.modules.records import dense_weight, factor_key, rebuild, weight_of
+from frobdecay.models.checkpoints.files import write_safetensors, write_torch
+from frobdecay.models.checkpoints.records import dense_weight, factor_key, rebuild, weight_of
+from frobdecay.models.progress import Progress
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 

@@ -1,8 +1,9 @@
 """A file -> named tensors. Whatever is in the file, nothing in it is run.
 
-Three formats (see ``modules/formats.py``): safetensors, the zip archives of ``torch.save``, and
-what it wrote before those. The latter two are unpickled by ``torch.load(weights_only=True)``,
-which makes tensors and plain containers and refuses everything else.
+Three formats (``models/checkpoints/formats.py``): safetensors, the zip archives of
+``torch.save``, and what it wrote before those. The latter two are unpickled by
+``torch.load(weights_only=True)``, which makes tensors and plain containers and refuses everything
+else.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.modules.files import read_safetensors, readable
-from frobdecay.modules.formats import PICKLE, SAFETENSORS, ZIP, recognized
-from frobdecay.modules.records import HEADER, parse_records, weight_of
+from frobdecay.models.checkpoints.files import read_safetensors, readable
+from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
+from frobdecay.models.checkpoints.records import HEADER, parse_records, weight_of
 
 _DEPTH = 4
 

@@ -10,8 +10,8 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 
+from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.registry import factorize
 
 pytestmark = pytest.mark.integration(row="Accelerate", column="FSDP2")
 

@@ -14,15 +14,15 @@ from torch import nn
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import is_zero
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization
-from frobdecay.modules.selection import Weight, select, weights
-from frobdecay.modules.support import (
+from frobdecay.models.fitness import (
     adapter_against,
     check_values,
     reason_against,
     tie_against,
     ties,
 )
-from frobdecay.plan import PlanRow
+from frobdecay.models.plan import PlanRow
+from frobdecay.models.select import Weight, select, weights
 from frobdecay.product.names import Selector, modules
 from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
 

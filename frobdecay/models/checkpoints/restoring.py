@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.modules.surgery import ordinary, own_class, release, reorder
+from frobdecay.models.surgery import ordinary, own_class, release, reorder
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import dense_type, factorized, lists_of

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.modules.selection import Weight, weights
+from frobdecay.models.select import Weight, weights
 from frobdecay.product.holding import factorized
 from frobdecay.weights.parametrization import KINDS
 

@@ -1,10 +1,8 @@
-"""Checkpoints of factorized models: dense weights in, factors to and from a file.
+"""Factorized models to and from a file.
 
-``load_state_dict`` of a factorized model takes factorized and dense weights; of a dense one it
-rebuilds nothing, and with ``strict=False`` torch drops the factors without a word, which no code
-of ours sees. The functions here cannot go wrong that way:
+``load_state_dict`` of a dense model rebuilds nothing, and with ``strict=False`` torch drops the
+factors without a word, which no code of ours sees. The functions here cannot go wrong that way:
 
-    load_dense_        a dense state_dict into a factorized model, and the error that this makes
     save_factorized    factors, buffers and how they are to be read, in one safetensors file
     load_factorized    such a file into a dense model, also on the meta device: structure first
 
@@ -15,20 +13,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.tensorize import Tensorization
-from frobdecay.modules.candidates import Entry
-from frobdecay.modules.files import FilePath, read_safetensors, write_safetensors
-from frobdecay.modules.formats import SAFETENSORS, recognized
-from frobdecay.modules.records import (
+from frobdecay.models.candidates import Entry
+from frobdecay.models.checkpoints.files import FilePath, read_safetensors, write_safetensors
+from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
+from frobdecay.models.checkpoints.records import (
     HEADER,
     RECORDS_VERSION,
     factor_key,
@@ -36,11 +30,9 @@ from frobdecay.modules.records import (
     parse_records,
     rebuild,
     record_of,
-    weight_of,
 )
-from frobdecay.modules.restoring import dense_to_factors, restorable
-from frobdecay.modules.selection import Weight, weights
-from frobdecay.modules.slots import (
+from frobdecay.models.checkpoints.restoring import restorable
+from frobdecay.models.checkpoints.slots import (
     Slot,
     check_buffers,
     check_same,
@@ -49,163 +41,14 @@ from frobdecay.modules.slots import (
     like,
     slots_of,
 )
-from frobdecay.modules.support import check_unwrapped, reason_against, ties
-from frobdecay.modules.surgery import ordinary, settle_encoders, settle_recurrent, transaction
-from frobdecay.modules.untying import forget_ties, other_ties
-from frobdecay.plan import PlanRow, RankPlan
-from frobdecay.product.holding import check_module, factorized
-from frobdecay.registry import parameter_order, relative_error
+from frobdecay.models.factorize import parameter_order
+from frobdecay.models.fitness import check_unwrapped, reason_against, ties
+from frobdecay.models.select import Weight, weights
+from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
+from frobdecay.models.ties import forget_ties, other_ties
 from frobdecay.weights.registration import register_parametrization
 
 M = TypeVar("M", bound=nn.Module)
-
-
-# --- dense weights into a factorized model ------------------------------------------------------
-
-
-@ordinary("load")
-def load_dense_(
-    model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True
-) -> RankPlan:
-    """Load a dense ``state_dict`` into a factorized model, and say how well the ranks hold it.
-
-    Each factorized weight gets the spectral factors of the dense one at the rank it has, whatever
-    its initialization; everything else is loaded as it is. Parameters stay the same objects, so an
-    optimizer goes on. ``model.load_state_dict(state_dict)`` does the same without the report; with
-    ``assign=True`` also on the meta device.
-
-    Args:
-        model: with factorized weights.
-        state_dict: of the dense model: its shapes exactly, and its keys. Tensors of integers or
-            truth values may be more, which are no weights but buffers that a version of the model
-            had (``position_ids``, ``num_batches_tracked``, masks); they are left out.
-        strict: False to leave out every key that the model lacks, and to leave what the
-            ``state_dict`` lacks as it is.
-
-    Returns:
-        A plan with the relative error ‖W − UVᵀ‖_F / ‖W‖_F of every factorized weight, and a row
-        for every key that was left out, or not found; prints as a table.
-
-    Raises:
-        TypeError, ValueError: keys or shapes that differ; weights that cannot be factorized; a
-            model that is dense, sharded, on the meta device or made under ``inference_mode``.
-            Nothing was changed then.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> dense, model = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
-        >>> _ = frobdecay.factorize(model, rank=6)
-        >>> plan = load_dense_(model, dense.state_dict())
-        >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
-        (True, True)
-    """
-    check_module(model)
-    if not factorized_weights(model):
-        inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
-        raise ValueError(
-            f"expected a model with factorized weights, got a dense {type(model).__name__}; "
-            + ("the state_dict is factorized, too: save it with save_factorized, and "
-               "load_factorized rebuilds the structure" if inside
-               else "load it with model.load_state_dict")
-        )  # fmt: skip
-    converted: OrderedDict[str, Any] = OrderedDict(state_dict)
-    rows: dict[int, PlanRow] = {}
-    done: dict[int, tuple[Tensor, ...]] = {}
-    absent: set[str] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, held in factorized(module).items():
-            name = f"{path}.{attribute}".lstrip(".")
-            if name not in converted:
-                _check_dense(name, held, state_dict)
-                absent.add(name)
-                continue
-            dense = converted.pop(name)
-            if id(held) not in done:
-                try:
-                    done[id(held)] = dense_to_factors(held, dense)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name}: {error}") from error
-                rows[id(held)] = _row(name, held, dense, done[id(held)])
-            converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
-    rest = _left_out(model, converted, absent, strict)
-    # Modules read there which version of themselves was saved.
-    converted._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
-    model.load_state_dict(converted, strict=strict)
-    after = sum(parameter.numel() for parameter in model.parameters())
-    saved = sum(row.before - row.after for row in rows.values())
-    return RankPlan((*rows.values(), *rest), after + saved, after)
-
-
-def _check_dense(name: str, held: Any, state_dict: Mapping[str, Any]) -> None:
-    if any(factor_key(name, i) in state_dict for i in range(held.ntensors)):
-        raise ValueError(
-            f"{name} is factorized in the state_dict already; load it with model.load_state_dict"
-        )
-
-
-def _left_out(
-    model: nn.Module, converted: dict[str, Any], absent: set[str], strict: bool
-) -> list[PlanRow]:
-    """Take out what the model lacks, if it may lack it; a row for that and for what it misses.
-
-    Raises:
-        ValueError: keys or shapes that differ, or tensors that cannot be written to.
-    """
-    state = model.state_dict(keep_vars=True)
-    fixed = [k for k, value in state.items() if isinstance(value, Tensor) and value.is_inference()]
-    if fixed:
-        raise ValueError(
-            f"{fixed[:8]} were made under torch.inference_mode, and cannot be written to; make "
-            "the model outside of it"
-        )
-    expected = {key: what for key, what in _shapes(state).items() if weight_of(key) not in absent}
-    expected.update(dict.fromkeys(absent, "a dense weight"))
-    more = [key for key in converted if key not in expected]
-    more = [key for key in more if not strict or _is_buffer(converted[key])]
-    left = [_unused(key, converted.pop(key), "not in the model; left out") for key in more]
-    found = _shapes(converted)
-    if not strict:
-        gone = [key for key in expected if key not in found]
-        left += [_unused(key, state.get(key), "not in the state_dict; as it was") for key in gone]
-        expected = {key: what for key, what in expected.items() if key in found}
-    try:
-        check_same(expected, found, "the state_dict", "the model")
-    except ValueError as error:
-        if strict and expected.keys() != found.keys():
-            raise ValueError(f"{error}; strict=False passes over such names") from None
-        raise
-    return left
-
-
-def _is_buffer(value: Any) -> bool:
-    """Whether it is a tensor that no optimizer could have trained."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
-
-
-def _unused(name: str, value: Any, reason: str) -> PlanRow:
-    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    return PlanRow(name, shape, None, None, 0, 0, None, reason)
-
-
-def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> PlanRow:
-    first = held[0]
-    with torch.no_grad():
-        formed = first(*factors)
-        for other in list(held)[1:]:
-            formed = other(formed)
-        error = relative_error(dense.to(factors[0].device), formed)
-    shape, after = tuple(dense.shape), sum(factor.numel() for factor in factors)
-    view, rank = first.matricize(shape), first.resolve(shape)
-    tensor = isinstance(view, Tensorization)
-    return PlanRow(name, shape, view.matrix_shape, rank, prod(shape), after, error, tensor=tensor)
-
-
-def _shapes(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """What has to agree: shapes; anything else that modules keep, by key alone."""
-    return {
-        key: f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "extra state"
-        for key, value in state_dict.items()
-    }
 
 
 # --- save ---------------------------------------------------------------------------------------

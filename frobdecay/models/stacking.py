@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.modules.candidates import Entry
+from frobdecay.models.candidates import Entry
 from frobdecay.weights.lowrank import LowRank
 
 # Entries of a stack, unless one weight alone has more: 8 MB, and a few times that while the

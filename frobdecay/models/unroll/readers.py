@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from frobdecay.modules.bytecode import Load, loads
+from frobdecay.models.unroll.bytecode import Load, loads
 
 # Ways of a module to those inside that are no attributes of it.
 _INSIDE = {"children", "modules", "named_children", "named_modules", "get_submodule"}

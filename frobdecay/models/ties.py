@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from frobdecay.modules.candidates import Entry
+from frobdecay.models.candidates import Entry
 from frobdecay.product.names import modules
 
 Ties = dict[str, str]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from frobdecay.algebra.scaling import DTYPES, is_finite
-from frobdecay.modules.memory import overlaps
-from frobdecay.modules.selection import Weight, weights
+from frobdecay.models.memory import overlaps
+from frobdecay.models.select import Weight, weights
 from frobdecay.product.holding import check_module, lists_of
 from frobdecay.product.names import modules
 from frobdecay.product.partitions import why_partitioned

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from frobdecay.algebra.scaling import Unit, times_power, work_dtype
 from frobdecay.algebra.svd import gram
 from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
-from frobdecay.modules.candidates import Entry, OnTied, candidates, check_any
-from frobdecay.modules.selection import Index, Weight, check_met, names_exactly, weights
-from frobdecay.modules.support import check_initialized, check_values
-from frobdecay.plan import RankPlan
+from frobdecay.models.candidates import Entry, OnTied, candidates, check_any
+from frobdecay.models.fitness import check_initialized, check_values
+from frobdecay.models.plan import RankPlan
+from frobdecay.models.select import Index, Weight, check_met, names_exactly, weights
 from frobdecay.product.names import One, Selector, each, modules
 from frobdecay.weights.lowrank import LowRank
 

@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.modules.readers import Readers
-from frobdecay.modules.selection import Weight, select, weights
-from frobdecay.modules.support import check_unwrapped
-from frobdecay.modules.surgery import (
+from frobdecay.models.fitness import check_unwrapped
+from frobdecay.models.select import Weight, select, weights
+from frobdecay.models.surgery import (
     ordinary,
     release,
     reorder,
@@ -18,7 +17,8 @@ from frobdecay.modules.surgery import (
     settle_recurrent,
     transaction,
 )
-from frobdecay.modules.unrolling import lacking, unrolled, why_not_unrolled
+from frobdecay.models.unroll.chains import lacking, unrolled, why_not_unrolled
+from frobdecay.models.unroll.readers import Readers
 from frobdecay.product.holding import factorized
 from frobdecay.product.names import Selector
 from frobdecay.product.partitions import why_partitioned

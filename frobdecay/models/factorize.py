@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from frobdecay.algebra.scaling import relative_distance
 from frobdecay.algebra.spectral import Init
-from frobdecay.modules.candidates import Entry, OnTied
-from frobdecay.modules.progress import Progress
-from frobdecay.modules.restoring import restorable
-from frobdecay.modules.stacking import Stacks
-from frobdecay.modules.support import check_unwrapped, check_values
-from frobdecay.modules.surgery import ordinary, settle_encoders, settle_recurrent, transaction
-from frobdecay.modules.untying import forget_ties, other_ties, untie
-from frobdecay.plan import RankPlan
+from frobdecay.models.candidates import Entry, OnTied
+from frobdecay.models.checkpoints.restoring import restorable
+from frobdecay.models.fitness import check_unwrapped, check_values
+from frobdecay.models.plan import RankPlan
+from frobdecay.models.progress import Progress
+from frobdecay.models.ranks import RankRule, plan_entries, planned, size
+from frobdecay.models.stacking import Stacks
+from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
+from frobdecay.models.ties import forget_ties, other_ties, untie
 from frobdecay.product.holding import lists_of
 from frobdecay.product.names import Selector
-from frobdecay.ranks import RankRule, plan_entries, planned, size
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.product_tensor import ProductTensor
 from frobdecay.weights.registration import register_parametrization
@@ -61,7 +61,7 @@ def factorize(
         ratio: parameters to keep ÷ all parameters of the model; see ``plan_ranks``.
         include: selectors: exact names of modules or parameters, globs, compiled regular
             expressions, module types, predicates(name, module), or a list of those. Other
-            modules' parameters have to be spelled; see ``modules/selection.py``.
+            modules' parameters have to be spelled; see ``select.py``.
         exclude: selectors of what stays dense.
         parametrization: called as ``parametrization(rank, pattern=…, axes=…, init=…)``. Settings
             of your own go in a ``functools.partial``, and win: ``partial(LowRank, depth=1)``, or

@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 
-from frobdecay.modules.files import FilePath, check_regular
+from frobdecay.models.checkpoints.files import FilePath, check_regular
 
 SAFETENSORS = "a safetensors file"
 ZIP = "a file of torch.save"

@@ -1,0 +1,1 @@
+"""Factors to and from files, and dense weights into factorized models."""

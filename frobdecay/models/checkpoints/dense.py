@@ -1,0 +1,165 @@
+"""Dense weights into a factorized model, and the error that its ranks make."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.algebra.tensorize import Tensorization
+from frobdecay.models.checkpoints.records import factor_key, factorized_weights, weight_of
+from frobdecay.models.checkpoints.restoring import dense_to_factors
+from frobdecay.models.checkpoints.slots import check_same
+from frobdecay.models.factorize import relative_error
+from frobdecay.models.plan import PlanRow, RankPlan
+from frobdecay.models.surgery import ordinary
+from frobdecay.product.holding import check_module, factorized
+
+
+@ordinary("load")
+def load_dense_(
+    model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True
+) -> RankPlan:
+    """Load a dense ``state_dict`` into a factorized model, and say how well the ranks hold it.
+
+    Each factorized weight gets the spectral factors of the dense one at the rank it has, whatever
+    its initialization; everything else is loaded as it is. Parameters stay the same objects, so an
+    optimizer goes on. ``model.load_state_dict(state_dict)`` does the same without the report; with
+    ``assign=True`` also on the meta device.
+
+    Args:
+        model: with factorized weights.
+        state_dict: of the dense model: its shapes exactly, and its keys. Tensors of integers or
+            truth values may be more, which are no weights but buffers that a version of the model
+            had (``position_ids``, ``num_batches_tracked``, masks); they are left out.
+        strict: False to leave out every key that the model lacks, and to leave what the
+            ``state_dict`` lacks as it is.
+
+    Returns:
+        A plan with the relative error ‖W − UVᵀ‖_F / ‖W‖_F of every factorized weight, and a row
+        for every key that was left out, or not found; prints as a table.
+
+    Raises:
+        TypeError, ValueError: keys or shapes that differ; weights that cannot be factorized; a
+            model that is dense, sharded, on the meta device or made under ``inference_mode``.
+            Nothing was changed then.
+
+    Example:
+        >>> import torch, frobdecay
+        >>> dense, model = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
+        >>> _ = frobdecay.factorize(model, rank=6)
+        >>> plan = load_dense_(model, dense.state_dict())
+        >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
+        (True, True)
+    """
+    check_module(model)
+    if not factorized_weights(model):
+        inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
+        raise ValueError(
+            f"expected a model with factorized weights, got a dense {type(model).__name__}; "
+            + ("the state_dict is factorized, too: save it with save_factorized, and "
+               "load_factorized rebuilds the structure" if inside
+               else "load it with model.load_state_dict")
+        )  # fmt: skip
+    converted: OrderedDict[str, Any] = OrderedDict(state_dict)
+    rows: dict[int, PlanRow] = {}
+    done: dict[int, tuple[Tensor, ...]] = {}
+    absent: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, held in factorized(module).items():
+            name = f"{path}.{attribute}".lstrip(".")
+            if name not in converted:
+                _check_dense(name, held, state_dict)
+                absent.add(name)
+                continue
+            dense = converted.pop(name)
+            if id(held) not in done:
+                try:
+                    done[id(held)] = dense_to_factors(held, dense)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+                rows[id(held)] = _row(name, held, dense, done[id(held)])
+            converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
+    rest = _left_out(model, converted, absent, strict)
+    # Modules read there which version of themselves was saved.
+    converted._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(converted, strict=strict)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    saved = sum(row.before - row.after for row in rows.values())
+    return RankPlan((*rows.values(), *rest), after + saved, after)
+
+
+def _check_dense(name: str, held: Any, state_dict: Mapping[str, Any]) -> None:
+    if any(factor_key(name, i) in state_dict for i in range(held.ntensors)):
+        raise ValueError(
+            f"{name} is factorized in the state_dict already; load it with model.load_state_dict"
+        )
+
+
+def _left_out(
+    model: nn.Module, converted: dict[str, Any], absent: set[str], strict: bool
+) -> list[PlanRow]:
+    """Take out what the model lacks, if it may lack it; a row for that and for what it misses.
+
+    Raises:
+        ValueError: keys or shapes that differ, or tensors that cannot be written to.
+    """
+    state = model.state_dict(keep_vars=True)
+    fixed = [k for k, value in state.items() if isinstance(value, Tensor) and value.is_inference()]
+    if fixed:
+        raise ValueError(
+            f"{fixed[:8]} were made under torch.inference_mode, and cannot be written to; make "
+            "the model outside of it"
+        )
+    expected = {key: what for key, what in _shapes(state).items() if weight_of(key) not in absent}
+    expected.update(dict.fromkeys(absent, "a dense weight"))
+    more = [key for key in converted if key not in expected]
+    more = [key for key in more if not strict or _is_buffer(converted[key])]
+    left = [_unused(key, converted.pop(key), "not in the model; left out") for key in more]
+    found = _shapes(converted)
+    if not strict:
+        gone = [key for key in expected if key not in found]
+        left += [_unused(key, state.get(key), "not in the state_dict; as it was") for key in gone]
+        expected = {key: what for key, what in expected.items() if key in found}
+    try:
+        check_same(expected, found, "the state_dict", "the model")
+    except ValueError as error:
+        if strict and expected.keys() != found.keys():
+            raise ValueError(f"{error}; strict=False passes over such names") from None
+        raise
+    return left
+
+
+def _is_buffer(value: Any) -> bool:
+    """Whether it is a tensor that no optimizer could have trained."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+
+
+def _unused(name: str, value: Any, reason: str) -> PlanRow:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return PlanRow(name, shape, None, None, 0, 0, None, reason)
+
+
+def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> PlanRow:
+    first = held[0]
+    with torch.no_grad():
+        formed = first(*factors)
+        for other in list(held)[1:]:
+            formed = other(formed)
+        error = relative_error(dense.to(factors[0].device), formed)
+    shape, after = tuple(dense.shape), sum(factor.numel() for factor in factors)
+    view, rank = first.matricize(shape), first.resolve(shape)
+    tensor = isinstance(view, Tensorization)
+    return PlanRow(name, shape, view.matrix_shape, rank, prod(shape), after, error, tensor=tensor)
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """What has to agree: shapes; anything else that modules keep, by key alone."""
+    return {
+        key: f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "extra state"
+        for key, value in state_dict.items()
+    }

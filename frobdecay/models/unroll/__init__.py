@@ -1,0 +1,1 @@
+"""Factorized layers as chains of plain ones."""
