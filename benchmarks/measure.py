@@ -29,16 +29,21 @@ __all__ = [
     "Report",
     "Target",
     "Timing",
+    "WARM_UPS",
+    "captured",
     "check_names",
     "count",
     "described",
     "interleave",
+    "markdown",
     "memory",
     "parser",
     "setup",
     "synchronize",
 ]
 
+WARM_UPS = 3
+"""Calls before a capture: they allocate, plan and compile."""
 SAMPLE = 2e-3
 """Seconds that one sample lasts at least; shorter calls are repeated within it."""
 
@@ -140,6 +145,25 @@ def interleave(
 def _timing(values: Sequence[float]) -> Timing:
     low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return Timing(median(values), low, high, len(values))
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Make a function a CUDA graph, after warming it up; what replays it.
+
+    On a CPU it stays what it is.
+    """
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
@@ -306,6 +330,29 @@ class Report:
             options.json.write_text(json.dumps(record, indent=1) + "\n")
             self.console.print(f"wrote {options.json}")
         return record
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """What a report's JSON holds, as tables in Markdown.
+
+    Args:
+        record: what ``Report.close`` returned.
+    """
+    about = ", ".join(f"{key} {record[key]}" for key in ("device", "torch", "commit", "date"))
+    lines = [record["claim"], "", about, ""]
+    for title, rows in record["tables"].items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        drawn = [columns, ["---"] * len(columns)]
+        drawn += [[_cell(row.get(name)) for name in columns] for row in rows]
+        lines += [f"**{title}**", "", *("| " + " | ".join(cells) + " |" for cells in drawn), ""]
+    for remarks in record.get("notes", {}).values():
+        lines += [f"- {remark}" for remark in remarks]
+    lines += [f"- {_line(Target(**_fields(target))).strip()}" for target in record["targets"]]
+    return "\n".join([*lines, "", record["verdict"]])
+
+
+def _fields(target: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in target.items() if name != "met"}
 
 
 def _width() -> int:

@@ -8,6 +8,7 @@
 Every row adds λ·∇½‖W‖² of all products of a model to gradients that exist already. Compared are
 
     automatic, bucketed, …      frobdecay.add_penalty_grad_, by backend
+    automatic, replayed         the same from a CUDA graph: what is left of it for the device
     released formulas           a loop over layers, VT stored r×n, each product of three in its
                                 cheaper order, ``grad += coef * …``
     … by multi_dot              the same, the order left to torch.linalg.multi_dot
@@ -40,13 +41,14 @@ from frobdecay.models.factorize import factorize
 from frobdecay.optimizer import FrobeniusDecay
 from frobdecay.product.product import Product, penalty
 
-__all__ = ["main"]
+__all__ = ["compare", "main"]
 
 Run = Callable[[], object]
 COEF = 1e-4
 AUTO, RELEASED, MULTI_DOT = "automatic", "released formulas", "released, by multi_dot"
 FORMED, GRAM, DECAY = "autograd, W formed", "autograd, Gram", "weight decay"
 COMPILED = "autograd, Gram, compiled"
+REPLAYED = f"{AUTO}, replayed"
 GEMM, COPY = "GEMM", "copy"
 
 PROMISED: dict[str, dict[str, dict[str, float]]] = {
@@ -69,7 +71,15 @@ STEPS: dict[str, int] = {"resnet110": 110}
 STEP_RATIO = 1.25
 PLAIN_STEP, WRAPPED_STEP = "SGD.step(), weight decay", "SGD.step() in FrobeniusDecay"
 
-GEMM_SIZE, COPY_BYTES = 2048, 1 << 28
+KINDS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
+"""--kind -> dtype of factors and gradients, torch's precision of float32 products."""
+
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 LARGE = 1 << 22
 """Entries of all factors from which a limit of the machine is of interest."""
 FORMED_ENTRIES = {"cpu": 150_000_000, "cuda": 1_500_000_000}
@@ -82,11 +92,14 @@ class Suite:
     Args:
         case: gives the shapes.
         device: where the tensors are.
+        dtype: of factors and gradients.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.pairs = case.factors(device)
+    def __init__(
+        self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        self.pairs = case.factors(device, dtype)
         self.grads = [(torch.zeros_like(U), torch.zeros_like(V)) for U, V in self.pairs]
         self.products = []
         for pair, grads in zip(self.pairs, self.grads, strict=True):
@@ -109,6 +122,8 @@ class Suite:
                 reasons = [str(error)]
             if reasons:
                 self.refused[name] = reasons[0]
+        if self.device.type == "cuda":
+            runs[REPLAYED] = measure.captured(runs[AUTO], self.device)
         return runs
 
     def backend(self, name: str | None) -> Run:
@@ -174,8 +189,9 @@ class Suite:
         """A large matrix product and a large copy, where they can be a limit at all."""
         if self.case.parameters < LARGE:
             return {}
-        a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=self.device) for _ in range(2))
-        c, source = torch.empty_like(a), torch.ones(COPY_BYTES // 4, device=self.device)
+        size, count = GEMM_SIZE[self.device.type], COPY_BYTES[self.device.type]
+        a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
+        c, source = torch.empty_like(a), torch.ones(count // 4, device=self.device)
         target = torch.zeros_like(source)
         return {GEMM: lambda: torch.mm(a, b, out=c), COPY: lambda: target.copy_(source)}
 
@@ -206,14 +222,16 @@ def _python_share(run: Run, calls: int = 30) -> float:
 
 def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple[Any, ...]:
     """Rows and targets of one case."""
-    suite = Suite(case, device)
+    dtype, precision = KINDS[options.kind]
+    torch.set_float32_matmul_precision(precision)
+    suite = Suite(case, device, dtype)
     ours = suite.backends()
     runs = {**ours, **suite.baselines(options.compile), **suite.limits()}
     timings = measure.interleave(runs, device, seconds=options.seconds)
     times = {key: timing.ms / suite.share.get(key, 1.0) for key, timing in timings.items()}
     # whichever of the two ways to write the loop is faster
     times[RELEASED] = min(times[RELEASED], times[MULTI_DOT])
-    shares = _shares(case, times)
+    shares = _shares(suite, times)
     rows = []
     for key, timing in timings.items():
         if key in (GEMM, COPY):
@@ -236,8 +254,8 @@ _RATIOS = {"÷ released": RELEASED, "÷ autograd": FORMED, "÷ decay": DECAY}
 def _notes(suite: Suite, times: dict[str, float], automatic: Run) -> list[str]:
     notes = [f"{name} cannot run: {reason}" for name, reason in suite.refused.items()]
     if GEMM in times:
-        rate = 2e-9 * GEMM_SIZE**3 / times[GEMM]
-        bandwidth = 2e-6 * COPY_BYTES / times[COPY]
+        rate = 2e-9 * GEMM_SIZE[suite.device.type] ** 3 / times[GEMM]
+        bandwidth = 2e-6 * COPY_BYTES[suite.device.type] / times[COPY]
         return [*notes, f"limits: {rate:.3g} Tflop/s, {bandwidth:.3g} GB/s"]
     if suite.device.type == "cpu":
         notes.append(f"outside of operators, by a profile: {_python_share(automatic):.0%}")
@@ -249,13 +267,14 @@ def _quartiles(timing: Timing, share: float) -> str:
     return f"{timing.low / share:.3g}–{timing.high / share:.3g}{part}"
 
 
-def _shares(case: Case, times: dict[str, float]) -> dict[str, float]:
+def _shares(suite: Suite, times: dict[str, float]) -> dict[str, float]:
     """The least milliseconds that each limit allows for a case."""
     if GEMM not in times:
         return {}
-    rate = 2 * GEMM_SIZE**3 / times[GEMM]
-    bandwidth = 2 * COPY_BYTES / times[COPY]
-    least = {GEMM: case.flops / rate, COPY: 3 * 4 * case.parameters / bandwidth}
+    rate = 2 * GEMM_SIZE[suite.device.type] ** 3 / times[GEMM]
+    bandwidth = 2 * COPY_BYTES[suite.device.type] / times[COPY]
+    traffic = 3 * suite.dtype.itemsize * suite.case.parameters
+    least = {GEMM: suite.case.flops / rate, COPY: traffic / bandwidth}
     return {**least, "roofline": max(least.values())}
 
 
@@ -288,16 +307,18 @@ def _targets(
     times: dict[str, float],
     shares: dict[str, float],
 ) -> list[Target]:
-    ms, found = times[AUTO], []
-    for what, limit in PROMISED.get(device.type, {}).get(name, {}).items():
-        if what in shares:
-            share = shares[what] / ms
-            found.append(Target(f"{name}, of {what}", share, limit, above=True, unit="of it"))
-        elif what.startswith("µs"):
-            value = 1e3 * ms / (len(case.pairs) if "product" in what else 1)
-            found.append(Target(f"{name}, {what}", value, limit, unit="µs"))
-        else:
-            found.append(Target(f"{name} ÷ {what}", ms / times[what], limit))
+    found = []
+    for called, ms in ((key, times[key]) for key in (AUTO, REPLAYED) if key in times):
+        about = name if called == AUTO else f"{name}, replayed"
+        for what, limit in PROMISED.get(device.type, {}).get(name, {}).items():
+            if what in shares:
+                share = shares[what] / ms
+                found.append(Target(f"{about}, of {what}", share, limit, above=True, unit="of it"))
+            elif what.startswith("µs"):
+                value = 1e3 * ms / (len(case.pairs) if "product" in what else 1)
+                found.append(Target(f"{about}, {what}", value, limit, unit="µs"))
+            else:
+                found.append(Target(f"{about} ÷ {what}", ms / times[what], limit))
     return found
 
 
@@ -363,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     made = measure.parser("penalty", __doc__ or "")
     made.add_argument("--case", help=f"some of {', '.join(CASES)}")
     made.add_argument("--compile", action="store_true", help="time a compiled penalty, too")
+    made.add_argument("--kind", choices=KINDS, default="float32", help="default: %(default)s")
     made.add_argument("--scaling", action="store_true", help="by layers, width, rank instead")
     made.add_argument("--points", type=measure.count, help="of each scaling; all unless given")
     return made
@@ -389,15 +411,27 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         _scaling(report, device, options)
         return report.close(options)
     for name, case in cases.items():
-        rows, targets, notes = _measure(name, case, device, options)
-        report.table(f"{case.title}: {len(case.pairs)} products", rows)
-        report.targets += targets
-        report.note(name, notes)
-        if name in STEPS:
-            rows, target = _steps(name, device, options)
-            report.table(f"ResNet-{STEPS[name]}, all parameters", rows)
-            report.targets.append(target)
+        compare(report, name, case, options)
     return report.close(options)
+
+
+def compare(report: Report, name: str, case: Case, options: argparse.Namespace) -> None:
+    """Report one case.
+
+    Args:
+        report: gets tables and targets.
+        name: of the case.
+        case: gives the shapes.
+        options: ``seconds``, ``kind``, ``compile``.
+    """
+    rows, targets, notes = _measure(name, case, report.device, options)
+    report.table(f"{case.title}, {options.kind}: {len(case.pairs)} products", rows)
+    report.targets += targets
+    report.note(name, notes)
+    if name in STEPS:
+        rows, target = _steps(name, report.device, options)
+        report.table(f"ResNet-{STEPS[name]}, all parameters", rows)
+        report.targets.append(target)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,15 @@ class FrobeniusDecay(OptimizerProxy):
         """The products that decay."""
         return list(self._engine.products)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators of stochastic rounding, one a device that has rounded.
+
+        A CUDA graph that captures a step has to know them, after a step that warms up:
+        ``graph.register_generator_state(generator)`` for each, before the capture.
+        """
+        return self._rounder.generators
+
     def __repr__(self) -> str:
         factors = {id(param) for product in self._engine.products for param in product.params}
         kinds = {

@@ -29,6 +29,8 @@ def interpret_kernels() -> None:
 
 
 interpret_kernels()
+if "FROBDECAY_TEST_DEVICE" in os.environ:  # all tests on an accelerator, as far as they can be
+    torch.set_default_device(os.environ["FROBDECAY_TEST_DEVICE"])
 
 settings.register_profile(
     "frobdecay",

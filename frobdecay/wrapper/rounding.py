@@ -105,6 +105,11 @@ class StochasticRounder:
                 [part_of(tensors[k]) for k in members], [part_of(increments[k]) for k in members]
             )
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators in use, one a device."""
+        return [generator for _, generator in self._generators.values()]
+
     def _add(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for k, tensor in enumerate(tensors):

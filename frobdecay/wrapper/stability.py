@@ -77,7 +77,9 @@ class Watch:
         found += [size for _, size in known if isinstance(size, Tensor)]
         events: list[Any] = []
         for device in {norm.device for norm in found if norm.device.type == "cuda"}:
-            found = [_on_host(norm) if norm.device == device else norm for norm in found]
+            places = [k for k, norm in enumerate(found) if norm.device == device]
+            for k, norm in zip(places, _on_host([found[k] for k in places]), strict=True):
+                found[k] = norm
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             events.append(event)
@@ -111,7 +113,8 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _on_host(number: Tensor) -> Tensor:
-    """A number on its way to pinned memory."""
-    host = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
-    return host.copy_(number.reshape(()), non_blocking=True)
+def _on_host(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers on their way to pinned memory, together."""
+    sent = torch.stack([number.reshape(()).double() for number in numbers])
+    host = torch.empty(sent.shape, dtype=sent.dtype, device="cpu", pin_memory=True)
+    return host.copy_(sent, non_blocking=True)

@@ -1,42 +1,35 @@
 """How far the kernels are from their roofline, by how they cut matrices up: to choose tiles.
 
-    python -m benchmarks.gpu                             # every tile that is tried, on cuda
-    python -m benchmarks.gpu --case lora7b --json tiles.json
-    python -m benchmarks.gpu --merge out/*.json --json gpu.json --table gpu.md
-
 For each model and way to multiply (float32 by IEEE and by TF32, bf16) the two launches are timed
 alone, replayed from a CUDA graph, so that the host's part is left out; once with the tile that
-``frobdecay.grouped.tiles`` has, and with others. Beside them stand the limits of the device,
-measured in the same run: a large matrix product of that kind, and a large copy. Factors count as
-read twice, gradients as read and written once. With ``--merge`` reports of several scripts become
-one file and one table.
+the kernels have, and with others. Beside them stand the limits of the device, measured in the
+same run: a large matrix product of that kind, and a large copy. Factors count as read twice,
+gradients as read and written once.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import CASES, choose
+from benchmarks.cases import CASES
+from benchmarks.gpu.parts import part
 from benchmarks.measure import Report
 from frobdecay.gradient.bucketed import Job
 from frobdecay.grouped.executor import Grouped
 from frobdecay.grouped.tiles import Tile, tile_for
 
-__all__ = ["main"]
+__all__ = ["KINDS", "limits", "microseconds"]
 
 KINDS = {  # how it is called -> dtype, torch's precision of float32 products
     "float32": (torch.float32, "highest"),
@@ -46,6 +39,8 @@ KINDS = {  # how it is called -> dtype, torch's precision of float32 products
 TRIED = ("resnet110", "bert", "lora7b")
 FIELDS = "block, inner, gram rows, update rows, gram warps, update warps, stages"
 REPEATS = 10
+BUDGET = 180
+"""Seconds for all tiles; half of them at most to compile."""
 GEMM_SIZE, COPY_BYTES = 8192, 1 << 30
 
 
@@ -158,23 +153,23 @@ def _rows(name: str, kind: str, device: torch.device, end: float) -> list[dict[s
     return found
 
 
-def _sweep(options: argparse.Namespace) -> dict[str, Any]:
-    device = measure.setup(options)
-    report = Report((__doc__ or "").partition("\n")[0], device)
-    names = options.case.split(",") if options.case else TRIED
-    choose(",".join(names), device)
+@part("tune", 200, alone=True)
+def tiles_tried(report: Report) -> None:
+    """What two launches take with other tiles than those in use."""
+    device = report.device
+    names = TRIED if device.type == "cuda" else ("tiny",)
     ranks = {name: max(r for _, _, r in CASES[name].pairs) for name in names}
     wanted = [(kind, r, tile) for r in ranks.values() for kind in KINDS for tile in tiles(r)]
     start = time.perf_counter()
     if device.type == "cuda":
-        _compile_all(list(dict.fromkeys(wanted)), options.device, options.budget / 2)
+        _compile_all(list(dict.fromkeys(wanted)), str(device), BUDGET / 2)
     several = list(itertools.product(names, KINDS))
-    share = (options.budget - (time.perf_counter() - start)) / len(several)
+    share = (BUDGET - (time.perf_counter() - start)) / len(several)
     best = []
     with torch.no_grad():
         for k, (name, kind) in enumerate(several):
-            end = start + options.budget - share * (len(several) - 1 - k)
-            rows = _rows(name, kind, device, end)
+            end = start + BUDGET - share * (len(several) - 1 - k)
+            rows = _rows(name, kind, device, end if device.type == "cuda" else 0)
             report.table(f"{CASES[name].title}, {kind}: in use, then others", rows)
             timed = [row for row in rows if "µs" in row]
             if timed:
@@ -182,60 +177,3 @@ def _sweep(options: argparse.Namespace) -> dict[str, Any]:
                 best.append({**fastest, "in use, µs": rows[0].get("µs")})
     report.table("the fastest tiles", best)
     report.note("traffic", ["factors read twice, gradients read and written once"])
-    return report.close(options)
-
-
-def _merge(options: argparse.Namespace) -> None:
-    """Several reports as one JSON and one table in Markdown."""
-    reports = {path.stem: json.loads(path.read_text()) for path in options.merge}
-    if options.json:
-        options.json.write_text(json.dumps({"version": 1, "reports": reports}, indent=1) + "\n")
-    lines: list[str] = []
-    for name, report in reports.items():
-        about = ", ".join(f"{key} {report.get(key)}" for key in ("device", "torch", "commit"))
-        lines += [f"## {name}", "", report.get("claim", ""), "", about, ""]
-        for title, rows in report.get("tables", {}).items():
-            lines += [f"**{title}**", "", *_markdown(rows), ""]
-        lines += [f"- {_verdict(target)}" for target in report.get("targets", [])]
-        lines += ["", report.get("verdict", ""), ""]
-    text = "\n".join(lines)
-    if options.table:
-        options.table.write_text(text)
-    else:
-        print(text)
-
-
-def _markdown(rows: list[dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    drawn = [columns, ["---"] * len(columns)]
-    drawn += [[_cell(row.get(name)) for name in columns] for row in rows]
-    return ["| " + " | ".join(cells) + " |" for cells in drawn]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _verdict(target: dict[str, Any]) -> str:
-    bound = "at least" if target["above"] else "at most"
-    met = {True: "met", False: "MISSED", None: "not measured"}[target["met"]]
-    value, limit, unit = _cell(target["value"]), target["limit"], target["unit"]
-    return f"{target['what']}: {value} {unit}; target {bound} {limit:g} {unit}: {met}"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Time the tiles, or merge reports."""
-    made = measure.parser("gpu", __doc__ or "")
-    made.set_defaults(device="cuda")
-    made.add_argument("--case", help=f"some of {', '.join(CASES)}; {', '.join(TRIED)} unless given")
-    made.add_argument("--budget", type=float, default=120, help="seconds; default: %(default)s")
-    made.add_argument("--merge", type=Path, nargs="+", help="merge these reports instead")
-    made.add_argument("--table", type=Path, help="with --merge: write Markdown here")
-    options = made.parse_args(arguments)
-    _merge(options) if options.merge else _sweep(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,542 @@
+"""Is it right on a device: what no CPU can show. Each part raises where it is not.
+
+Gradients are compared with float64 formulas on the device, as relative errors of whole matrices.
+On a CPU everything runs in small, the kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.cases import CASES, Shape
+from benchmarks.gpu.parts import part
+from benchmarks.measure import WARM_UPS, Report, captured, synchronize
+from benchmarks.models import resnet
+from frobdecay.accumulate import Accumulator, add_penalty_grad_
+from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.product import Product
+from frobdecay.registry import factorize
+
+__all__ = ["KINDS", "LAYOUTS", "precision", "suites"]
+
+KINDS: dict[str, tuple[torch.dtype, torch.dtype, str, float]] = {
+    # factors, targets, torch's precision of float32 products, relative error allowed: what the
+    # targets' own numbers are rounded to, else that of sums of some thousand products
+    "float32": (torch.float32, torch.float32, "highest", 3e-6),
+    "tf32": (torch.float32, torch.float32, "high", 2e-3),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, "highest", 4e-3),
+    "bfloat16 → float32": (torch.bfloat16, torch.float32, "highest", 3e-6),
+    "float16": (torch.float16, torch.float16, "highest", 1e-3),
+    "float16 → float32": (torch.float16, torch.float32, "highest", 3e-6),
+}
+COEF = 0.5
+
+
+def suites(device: torch.device) -> dict[str, list[Shape]]:
+    """The different shapes of the products of three models; on a CPU, of something small."""
+    if device.type == "cpu":
+        return {"tiny": CASES["tiny"].pairs[-2:]}
+    return {name: sorted(set(CASES[name].pairs)) for name in ("resnet110", "bert", "lora7b")}
+
+
+@contextmanager
+def precision(setting: str) -> Iterator[None]:
+    """Within it float32 matrices are multiplied so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _adjacent(rows: int, r: int) -> Tensor:
+    return torch.randn(rows, r) * rows**-0.5
+
+
+def _cut_out(rows: int, r: int) -> Tensor:
+    return _adjacent(rows, r + 3)[:, 1 : r + 1]
+
+
+LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
+    "columns adjacent": _adjacent,
+    "rows adjacent": lambda rows, r: _adjacent(r, rows).mT,
+    "cut out": _cut_out,
+}
+
+
+def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a device with the strides and the offset that it has here."""
+    base = tensor if tensor._base is None else tensor._base
+    moved = base.to(device, dtype)
+    return moved.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    difference = float((found.double() - wanted).norm() / wanted.norm())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _gradients(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """∇½‖UVᵀ‖² in float64."""
+    U, V = U.double(), V.double()
+    return U @ (V.mT @ V), V @ (U.mT @ U)
+
+
+def _check(report: Report, title: str, rows: list[dict[str, Any]]) -> None:
+    """Report rows with an error and what is allowed, then refuse those above it."""
+    report.table(title, rows)
+    wrong = [row for row in rows if not row["error"] <= row["allowed"]]
+    if wrong:
+        raise AssertionError(f"{title}: expected errors within what is allowed, got {wrong}")
+
+
+@part("smoke", 90)
+def gradients(report: Report) -> None:
+    """Gradients of three models' shapes equal float64, in all dtypes and layouts, in one call."""
+    rows = []
+    for suite, shapes in suites(report.device).items():
+        for kind, (dtype, into, setting, allowed) in KINDS.items():
+            for layout, make in LAYOUTS.items():
+                pairs = [
+                    [_placed(make(rows_, r), report.device, dtype) for rows_ in (m, n)]
+                    for m, n, r in shapes
+                ]
+                targets = [
+                    [
+                        torch.randn_like(factor, dtype=into) * factor.shape[0] ** -0.5
+                        for factor in pair
+                    ]
+                    for pair in pairs
+                ]
+                wanted = [
+                    [
+                        target.double() + COEF * gradient
+                        for target, gradient in zip(two, _gradients(*pair), strict=True)
+                    ]
+                    for pair, two in zip(pairs, targets, strict=True)
+                ]
+                plan = Accumulator([Product.of(*pair) for pair in pairs], "triton")
+                with precision(setting):
+                    plan.accumulate(targets, [[COEF, COEF]] * len(pairs))
+                errors = [
+                    _error(*each)
+                    for two in zip(targets, wanted, strict=True)
+                    for each in zip(*two, strict=True)
+                ]
+                row = {"suite": suite, "kind": kind, "layout": layout, "error": max(errors)}
+                # Triton's interpreter cuts numbers off where a device rounds them
+                cut = 2 if report.device.type == "cpu" and into == torch.bfloat16 else 1
+                rows.append(row | {"allowed": allowed * cut})
+    _check(report, "relative errors", rows)
+
+
+@part("smoke", 90)
+def rounding(report: Report) -> None:
+    """Decoupled decay of bfloat16 factors acts in expectation, and alike in every run."""
+    device = report.device
+    rows_, r, steps = (4096, 64, 100) if device.type == "cuda" else (256, 8, 20)
+    start = [torch.randn(rows_, r, device=device) * rows_**-0.5 for _ in range(2)]
+    ends = []
+    for _ in range(2):
+        factors = [nn.Parameter(t.bfloat16()) for t in start]
+        base = torch.optim.AdamW(factors, lr=1e-3, weight_decay=0.02)
+        optimizer = FrobeniusDecay(base, Product.of(*factors))
+        for _ in range(steps):
+            for factor in factors:
+                factor.grad = torch.zeros_like(factor)
+            optimizer.step()
+        ends.append([factor.detach() for factor in factors])
+    if not all(torch.equal(a, b) for a, b in zip(*ends, strict=True)):
+        raise AssertionError("expected equal bits from equal generators, got others")
+    exact = [t.bfloat16().double() for t in start]
+    for _ in range(steps):
+        changes = _gradients(*exact)
+        exact = [t - 1e-3 * 0.02 * g for t, g in zip(exact, changes, strict=True)]
+    rows = []
+    for name, begin, end, wanted in zip("UV", start, ends[0], exact, strict=True):
+        first = begin.bfloat16().double()
+        # along the factor itself: single entries are as coarse as bfloat16 is
+        moved, due = (((t.double() - first) * first).sum() for t in (end, wanted))
+        rows.append(
+            {
+                "": name,
+                "resolution ÷ step": float(2**-8 * steps / due * (first * first).sum()),
+                "error": abs(float(moved / due) - 1),
+                "allowed": 0.25,
+            }
+        )
+    _check(report, "movement along the factor, relative to float64", rows)
+
+
+def _network(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A small network of factorized layers: convolutions on a GPU, linear ones on a CPU."""
+    torch.manual_seed(0)
+    if device.type == "cuda":
+        model: nn.Module = resnet(20)
+        factorize(model, rank=0.25, exclude=["conv1", "fc"])
+    else:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 10))
+        factorize(model, rank=4)
+    return model.to(device, dtype)
+
+
+def _images(device: torch.device, count: int = 16) -> tuple[Tensor, Tensor]:
+    side = 32 if device.type == "cuda" else 4
+    return (
+        torch.randn(count, 3, side, side, device=device),
+        torch.randint(10, (count,), device=device),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params, **more: torch.optim.SGD(params, lr=0.05, momentum=0.9, **more),
+    "AdamW": lambda params, **more: torch.optim.AdamW(params, lr=1e-3, **more),
+    "AdamW, fused": lambda params, **more: torch.optim.AdamW(params, lr=1e-3, fused=True, **more),
+}
+
+
+@part("smoke", 90)
+def waiting(report: Report) -> None:
+    """No step waits for the device: new gradients, schedules, bfloat16, all kinds of decay."""
+    rows = []
+    for name, make in OPTIMIZERS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            model = _network(report.device, dtype)
+            params = list(model.parameters())
+            optimizer = FrobeniusDecay(make(params, weight_decay=1e-3), model)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+            for step in range(70):  # beyond the 64 after which the wrapper looks at its steps
+                for param in params:
+                    param.grad = torch.randn_like(param)
+                if step == 2:
+                    _forbid_waiting(report.device)
+                optimizer.step()
+                schedule.step()
+                if step == 69:
+                    _allow_waiting(report.device)
+            finite = all(bool(param.isfinite().all()) for param in params)
+            rows.append({"optimizer": name, "dtype": str(dtype)[6:], "finite": str(finite)})
+            if not finite:
+                raise AssertionError(f"{name}, {dtype}: expected finite parameters after 70 steps")
+    report.table("70 steps without waiting", rows)
+
+
+def _forbid_waiting(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+
+
+def _allow_waiting(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@part("smoke", 60)
+def launches(report: Report) -> None:
+    """The penalty of all products of a model is two launches, whatever their shapes."""
+    if report.device.type == "cpu":
+        return
+    found = [
+        Product.of(*(t.requires_grad_() for t in pair))
+        for pair in CASES["resnet110"].factors(report.device)
+    ]
+    for product in found:
+        for param in product.params:
+            param.grad = torch.zeros_like(param)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    for _ in range(2):
+        add_penalty_grad_(found, 1e-4)
+    with torch.profiler.profile(activities=activities) as profile:
+        add_penalty_grad_(found, 1e-4)
+        synchronize(report.device)
+    kinds = torch.autograd.DeviceType.CUDA
+    names = Counter(e.name for e in profile.events() if e.device_type == kinds)
+    report.table("on the device", [{"": name, "launches": count} for name, count in names.items()])
+    if sum(names.values()) != 2:
+        raise AssertionError(f"expected two launches, got {dict(names)}")
+
+
+GRAPHED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": OPTIMIZERS["SGD"],
+    "AdamW": lambda params, **more: torch.optim.AdamW(
+        params, lr=1e-3, capturable=params[0].is_cuda, **more
+    ),
+}
+
+
+def _training(
+    model: nn.Module, make: Callable[..., torch.optim.Optimizer], images: Tensor, labels: Tensor
+) -> Callable[[], object]:
+    """A whole step on images that stay where they are."""
+    optimizer = FrobeniusDecay(make(list(model.parameters()), weight_decay=1e-2), model)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+@part("smoke", 90)
+def graph(report: Report) -> None:
+    """A whole training step in a CUDA graph, replayed on new data, trains as eager steps do."""
+    device, rows = report.device, []
+    torch.backends.cudnn.deterministic = True
+    for name, make in GRAPHED.items():
+        model = _network(device)
+        images, labels = _images(device)
+        twins = [model, copy.deepcopy(model)]
+        steps = [_training(one, make, images, labels) for one in twins]
+        replay = captured(steps[0], device)
+        for _ in range(WARM_UPS if device.type == "cuda" else 0):
+            steps[1]()
+        for _ in range(5):
+            new_images, new_labels = _images(device)
+            images.copy_(new_images)
+            labels.copy_(new_labels)
+            replay()
+            steps[1]()
+        synchronize(device)
+        errors = [
+            _error(a, b.double())
+            for a, b in zip(*(one.parameters() for one in twins), strict=True)
+            if b.norm() > 1e-3
+        ]
+        rows.append({"optimizer": name, "error": max(errors), "allowed": 2e-3})
+    _check(report, "parameters after five replays", rows)
+
+
+@part("smoke", 90)
+def graph_of_rounding(report: Report) -> None:
+    """Stochastic rounding in a CUDA graph draws new numbers at every replay."""
+    device = report.device
+    factors = [
+        nn.Parameter((torch.randn(512, 16, device=device) * 512**-0.5).bfloat16()) for _ in range(2)
+    ]
+    for factor in factors:
+        factor.grad = torch.zeros_like(factor)
+    base = torch.optim.AdamW(factors, lr=1e-3, weight_decay=0.05, capturable=device.type == "cuda")
+    optimizer = FrobeniusDecay(base, Product.of(*factors))
+    optimizer.step()
+    if device.type == "cpu":
+        return
+    cuda_graph = torch.cuda.CUDAGraph()
+    for generator in optimizer.generators:
+        cuda_graph.register_generator_state(generator)
+    with torch.cuda.graph(cuda_graph):
+        optimizer.step()
+    seen = [factors[0].detach().clone()]
+    for _ in range(3):
+        cuda_graph.replay()
+        seen.append(factors[0].detach().clone())
+    moved = [(b.float() - a.float()) != 0 for a, b in pairwise(seen)]
+    shares = [float(one.float().mean()) for one in moved]
+    report.table("share of entries that moved", [dict(enumerate(shares))])
+    if not all(share > 0 for share in shares) or torch.equal(moved[0], moved[1]):
+        raise AssertionError(f"expected other entries to move at every replay, got {shares}")
+
+
+@part("smoke", 90)
+def scaler(report: Report) -> None:
+    """float16 under autocast and a GradScaler, fused: overflowing steps are skipped, decay too."""
+    device = report.device
+    if device.type == "cpu":
+        return
+    model = _network(device)
+    twin = copy.deepcopy(model)
+    optimizer = FrobeniusDecay(
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True), model
+    )
+    scaler_ = torch.amp.GradScaler("cuda", init_scale=2.0**40)  # overflows first
+    losses = []
+    for _ in range(60):
+        images, labels = _images(device)
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = cross_entropy(model(images), labels)
+        scaler_.scale(loss).backward()
+        scaler_.step(optimizer)
+        if len(losses) == 0 and any(
+            not torch.equal(a, b)
+            for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+        ):
+            raise AssertionError("expected a step that overflowed to change nothing, got changes")
+        scaler_.update()
+        losses.append(float(loss.detach()))
+    report.table(
+        "60 steps", [{"first loss": losses[0], "last": losses[-1], "scale": scaler_.get_scale()}]
+    )
+    if not all(map(math.isfinite, losses)) or not all(
+        bool(p.isfinite().all()) for p in model.parameters()
+    ):
+        raise AssertionError(f"expected finite losses and parameters, got {losses[-5:]}")
+    if all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)):
+        raise AssertionError("expected parameters to move once the scale has come down")
+
+
+@part("smoke", 90)
+def processes(report: Report) -> None:
+    """Sharded by fully_shard and replicated by DDP over one process of NCCL: as unsharded."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    device = report.device
+    if device.type == "cpu" and "RANK" not in os.environ:
+        backend = "gloo"
+    else:
+        backend = "nccl"
+        torch.cuda.set_device(0)
+    with tempfile.NamedTemporaryFile() as file:
+        distributed.init_process_group(backend, f"file://{file.name}", rank=0, world_size=1)
+        try:
+            model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10))
+            factorize(model, rank=8)
+            model.to(device)
+            sharded, replicated = copy.deepcopy(model), copy.deepcopy(model)
+            for layer in (sharded[0], sharded[2]):
+                fully_shard(layer)
+            fully_shard(sharded)
+            runs = {
+                "alone": model,
+                "sharded": sharded,
+                "replicated": nn.parallel.DistributedDataParallel(replicated),
+            }
+            x, labels = torch.randn(32, 96, device=device), torch.randint(10, (32,), device=device)
+            ends = {}
+            for name, one in runs.items():
+                base = torch.optim.AdamW(one.parameters(), lr=1e-2, weight_decay=0.1)
+                optimizer = FrobeniusDecay(base, one)
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    cross_entropy(one(x), labels).backward()
+                    optimizer.step()
+                ends[name] = [
+                    p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+                    for p in one.parameters()
+                ]
+            rows = [
+                {
+                    "": name,
+                    "error": max(
+                        _error(a, b.double())
+                        for a, b in zip(ends[name], ends["alone"], strict=True)
+                    ),
+                    "allowed": 1e-5,
+                }
+                for name in ("sharded", "replicated")
+            ]
+            _check(report, f"after five steps, by {backend}", rows)
+        finally:
+            distributed.destroy_process_group()
+
+
+@part("smoke", 90)
+def trainer(report: Report) -> None:
+    """The Trainer of transformers in float16 with a fused AdamW, by the factory: one line."""
+    try:
+        import transformers
+    except ImportError:
+        report.note("skipped", ["transformers is not installed"])
+        return
+    import frobdecay
+
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    frobdecay.factorize(model, rank=8, include=["*.mlp.*_proj", "*.self_attn.*_proj"])
+    ids = torch.randint(256, (1, 32)).expand(64, 32)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = transformers.TrainingArguments(
+            folder, max_steps=20, per_device_train_batch_size=8, learning_rate=3e-3,
+            weight_decay=0.1, fp16=report.device.type == "cuda", optim="adamw_torch_fused",
+            use_cpu=report.device.type == "cpu", report_to=[], save_strategy="no",
+            disable_tqdm=True, logging_steps=5,
+        )  # fmt: skip
+        run = transformers.Trainer(
+            model,
+            settings,
+            train_dataset=examples,
+            optimizer_cls_and_kwargs=(frobdecay.FrobeniusDecayFactory, {"args": settings}),
+        )
+        run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    report.table("loss", [dict(enumerate(losses))])
+    if not (math.isfinite(losses[-1]) and losses[-1] < losses[0]):
+        raise AssertionError(f"expected the loss to fall, got {losses}")
+
+
+@part("smoke", 100, under=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
+def memory(report: Report) -> None:
+    """No kernel reads or writes beyond its tensors, watched by compute-sanitizer."""
+    _pointers(report)
+
+
+@part("smoke", 100, under=("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"))
+def races(report: Report) -> None:
+    """Nor do its threads race for shared memory."""
+    _pointers(report)
+
+
+def _pointers(report: Report) -> None:
+    """The smallest tables: all layouts, odd sizes, Grams of several programs, updates in place."""
+    device, count = report.device, 0
+    shapes = [(70, 33, 5), (130, 40, 16), (65, 31, 17)] if device.type == "cuda" else [(9, 7, 5)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for make in LAYOUTS.values():
+            pairs = [
+                [_placed(make(rows, r), device, dtype) for rows in (m, n)] for m, n, r in shapes
+            ]
+            plan = Accumulator([Product.of(*pair) for pair in pairs], "triton")
+            plan.accumulate(
+                [[torch.zeros_like(t) for t in pair] for pair in pairs], [[1.0, 1.0]] * len(pairs)
+            )
+            plan.accumulate(pairs, [[-0.1, -0.1]] * len(pairs))
+            count += 1
+    synchronize(device)
+    report.note("cases", [f"{count} mixtures of {len(shapes)} products"])
+
+
+@part("smoke", 100)
+def tests(report: Report) -> None:
+    """The tests that need a device, compiled."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
+    if report.device.type == "cpu":
+        command.append("--collect-only")
+    command += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "--maxfail", "20"]
+    files = ["test_triton.py", "test_optimizer_torch.py"]
+    found = [str(path) for name in files for path in sorted(_tests().rglob(name))]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["HYPOTHESIS_MAX_EXAMPLES"] = "20"
+    start = time.monotonic()
+    done = subprocess.run([*command, *found], env=environment, capture_output=True, text=True)
+    report.note("pytest", [*done.stdout.splitlines()[-25:], f"{time.monotonic() - start:.0f} s"])
+    if done.returncode not in (0, 5 if report.device.type == "cpu" else 0):
+        raise AssertionError(f"pytest: exit status {done.returncode}\n{done.stdout[-5000:]}")
+
+
+def _tests() -> Any:
+    from pathlib import Path
+
+    return Path(__file__).parents[2] / "tests"
