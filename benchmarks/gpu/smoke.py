@@ -28,10 +28,8 @@ from benchmarks.cases import CASES, Shape
 from benchmarks.gpu.parts import part
 from benchmarks.measure import WARM_UPS, Report, captured, synchronize
 from benchmarks.models import resnet
-from frobdecay.accumulate import Accumulator, add_penalty_grad_
-from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.product import Product
-from frobdecay.registry import factorize
+from frobdecay import FrobeniusDecay, Product, add_penalty_grad_, factorize
+from frobdecay.gradient.accumulate import Accumulator
 
 __all__ = ["KINDS", "LAYOUTS", "precision", "suites"]
 

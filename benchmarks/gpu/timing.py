@@ -18,8 +18,7 @@ from benchmarks.gpu.parts import part
 from benchmarks.gpu.smoke import precision
 from benchmarks.measure import Report, Target, captured, interleave, synchronize
 from benchmarks.models import resnet
-from frobdecay.optimizer import FrobeniusDecay
-from frobdecay.registry import factorize
+from frobdecay import FrobeniusDecay, factorize
 
 __all__ = ["Block"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 import frobdecay
-from frobdecay.product.product import attention
+from frobdecay.product import attention
 
 __all__ = ["Attention", "LanguageModel", "TranslationTransformer"]
 
