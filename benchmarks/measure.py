@@ -38,6 +38,7 @@ __all__ = [
     "markdown",
     "memory",
     "parser",
+    "profiled",
     "setup",
     "synchronize",
 ]
@@ -166,6 +167,12 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     return graph.replay
 
 
+def profiled(**options: Any) -> torch.profiler.profile:
+    """A profile of the CPU that keeps its events, or torch 2.11 warns of losing them."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    return torch.profiler.profile(activities=cpu, acc_events=True, **options)
+
+
 def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
     """Bytes that a call allocates at once, and those of its largest single allocation.
 
@@ -183,8 +190,7 @@ def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
         synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
         return peak, peak
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+    with profiled(profile_memory=True) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

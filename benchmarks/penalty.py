@@ -210,8 +210,7 @@ def _gram_penalty(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 def _python_share(run: Run, calls: int = 30) -> float:
     """The part of the time that is spent outside of torch's operators, by its profiler."""
     run()
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu) as profile, torch.profiler.record_function("all"):
+    with measure.profiled() as profile, torch.profiler.record_function("all"):
         for _ in range(calls):
             run()
     events = profile.key_averages()

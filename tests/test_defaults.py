@@ -113,7 +113,8 @@ def _life(kind, dtype=torch.float32):
     frobdecay.penalty(found, 0.1).item()
     [frobdecay.product_norm(product).item() for product in found]
     frobdecay.add_penalty_grad_(found, 0.1)
-    base = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    # Unfused, torch 2.11 counts its steps on the default device.
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     optimizer = FrobeniusDecay(base, model)
     _train(model, optimizer, x)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
