@@ -95,3 +95,8 @@ def test_core_imports_torch_and_einops_only():
 def test_files_can_be_read_in_one_sitting(path):
     """No file of the package is longer than 400 lines."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_a_file_of_tests_that_cannot_be_imported_fails(pytestconfig):
+    """Told to ignore import errors of doctests, pytest skips the whole file and succeeds."""
+    assert not pytestconfig.getoption("doctest_ignore_import_errors")
