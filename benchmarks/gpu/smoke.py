@@ -87,7 +87,7 @@ def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    difference = float((found.double() - wanted).norm() / wanted.norm())
+    difference = float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
     return difference if math.isfinite(difference) else math.inf
 
 
