@@ -409,6 +409,26 @@ def test_every_row_is_in_one_range(rows, rank, programs):
         )
 
 
+def far(strides):
+    """Two rows and two columns, far apart, in memory that nobody has to have."""
+    return torch.empty_strided((2, 2), strides, device="meta")
+
+
+@pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**32 + 8), (2**22, 1)], ids=str)
+def test_strides_that_32_bits_cannot_hold_are_refused(strides):
+    """Places in a tile would wrap around, and some other memory be written: an error first."""
+    assert "strides" in refusals(Product.of(far(strides), far((2, 1))))[-1]
+    products = make(((2, 2), (2, 2)))
+    grouped, targets = plan(products), zeros(products)
+    targets[0][1] = far(strides)
+    with pytest.raises(ValueError, match=r"strides below 4194304, got .* factor 1 of pair 0"):
+        run(grouped, products, targets)
+    assert not targets[0][0].any()
+    targets[0][1] = torch.zeros(2, 2, device=DEVICE)
+    run(grouped, products, targets)
+    expect(products, targets, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("start", "shape", "strides", "layout"),
     [

@@ -32,7 +32,7 @@ from frobdecay.algebra.precision import Coefficient
 from frobdecay.gradient.bucketed import Coefs, Job, Targets
 from frobdecay.grouped.refusals import load_kernels, refusals
 from frobdecay.grouped.sheets import Seen, overlapping, sheets
-from frobdecay.grouped.tables import Slot, gram_table, update_table
+from frobdecay.grouped.tables import MAX_STRIDE, Slot, gram_table, update_table
 from frobdecay.grouped.tiles import WAVES, Tile, tile_for
 from frobdecay.product.product import Product, listed
 
@@ -270,6 +270,13 @@ class Grouped:
 
     def _plan_updates(self, targets: Sequence[Seen | None]) -> None:
         """Which launches B these targets need, and a row of addresses for each."""
+        for slot, target in zip(self._slots, targets, strict=True):
+            if target is not None and max(target[2][slot.batch :]) >= MAX_STRIDE:
+                raise ValueError(
+                    f"expected targets with strides below {MAX_STRIDE}, got {target[2]} for factor "
+                    f"{slot.number % 2} of pair {slot.number // 2}: make it contiguous, or plan "
+                    "with backend='bucketed'"
+                )
         # What a table of launch B depends on, besides its dtypes: strides, and alignment.
         shapes = [
             (slot.view.stride(), 0) if target is None else (target[2], target[0] % 16)

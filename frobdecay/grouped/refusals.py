@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from frobdecay.grouped.tables import pieces
+from frobdecay.grouped.tables import MAX_STRIDE, pieces
 from frobdecay.grouped.tiles import MAX_RANK
 from frobdecay.product.product import Product
 
@@ -19,12 +19,12 @@ _MAX_PIECES = 64  # of a factor's row axes: more are many small launches' work
 
 @cache
 def load_kernels() -> ModuleType | None:
-    """The kernels, or None where triton is not installed; imported when first needed."""
+    """Launches of the kernels, or None where triton is not installed; imported when needed."""
     if find_spec("triton") is None:
         return None
-    from frobdecay import _triton
+    from frobdecay.grouped import launches
 
-    return _triton
+    return launches
 
 
 def refusals(product: Product) -> list[str]:
@@ -53,6 +53,6 @@ def _odd_strides(view: Tensor, batch: int) -> list[str]:
     count = sum(piece.head == 0 for piece in pieces(view.shape, batch, strides))
     if count > _MAX_PIECES:
         return [f"row axes with strides {view.stride()} are {count} pieces: over {_MAX_PIECES}"]
-    if any(step * 256 >= 2**31 for step in view.stride()[batch:]):
-        return [f"strides {view.stride()} are too long for 32-bit offsets in a tile"]
+    if max(view.stride()[batch:]) >= MAX_STRIDE:
+        return [f"strides {view.stride()} are not below {MAX_STRIDE}, as places in a tile need"]
     return []

@@ -35,6 +35,9 @@ from torch import Tensor
 GRAM_WIDTH = 14
 UPDATE_WIDTH = 12
 
+MAX_STRIDE = 2**31 // 512
+"""Of rows and columns: places in a tile, of up to 256 rows and 256 columns, have 32 bits."""
+
 _MAX_PARTIALS = 64  # of one tile: the program that adds them up does so alone
 
 
