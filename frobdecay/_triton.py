@@ -45,18 +45,11 @@ defines them, by ``TRITON_INTERPRET=1``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from frobdecay.grouped.tiles import Tile
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels of this module run in the interpreter, on tensors of the CPU."""
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_TARGETS = {**_TYPES, torch.float64: tl.float64}
 
 # Columns of the tables, see grouped/tables.py; a kernel reads globals only as constexpr.
 _GRAM_WIDTH = tl.constexpr(14)
@@ -132,7 +125,7 @@ def _store_gram(record, grams, gram, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gram_kernel(
+def gram_kernel(
     records, grams, partials, counters,
     TYPE: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -245,7 +238,7 @@ def _update_rows(
 
 
 @triton.jit
-def _update_kernel(
+def update_kernel(
     records, grams, targets, coefs,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
@@ -269,7 +262,7 @@ def _update_kernel(
 
 
 @triton.jit
-def _norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
+def norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
     """The inner product of two stretches of Grams."""
     pair = tl.program_id(0)
     left = grams + tl.load(records + 3 * pair)
@@ -282,115 +275,3 @@ def _norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
         a = tl.load(left + start + across, mask=inside, other=0.0)
         total += a * tl.load(right + start + across, mask=inside, other=0.0)
     tl.store(norms + pair, tl.sum(total, 0))
-
-
-def launch_grams(
-    table: Tensor,
-    grams: Tensor,
-    partials: Tensor,
-    counters: Tensor,
-    *,
-    dtype: torch.dtype,
-    layouts: int,
-    rank: int,
-    tile: Tile,
-) -> None:
-    """Run launch A.
-
-    Args:
-        table: int64 (programs, 14).
-        grams: float32, written.
-        partials: float32, for the partial sums.
-        counters: int32, zero; zero again afterwards.
-        dtype: of the factors.
-        layouts: bit set of those in the table.
-        rank: the largest one.
-        tile: how the table was cut.
-    """
-    _gram_kernel[(len(table),)](
-        table,
-        grams,
-        partials,
-        counters,
-        TYPE=_TYPES[dtype],
-        VECTOR=16 // dtype.itemsize,
-        LAYOUTS=layouts,
-        BLOCK=tile.block,
-        STEP=tile.gram_rows,
-        SINGLE=rank <= tile.block,
-        PRECISION=_precision(),
-        UPCAST=INTERPRETED,
-        num_warps=tile.gram_warps,
-        num_stages=tile.stages,
-    )
-
-
-def launch_updates(
-    table: Tensor,
-    grams: Tensor,
-    targets: Tensor,
-    coefs: Tensor,
-    *,
-    dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    layouts: int,
-    rank: int,
-    in_place: bool,
-    tile: Tile,
-) -> None:
-    """Run launch B.
-
-    Args:
-        table: int64 (programs, 12).
-        grams: float32, as launch A wrote them.
-        targets: int64 addresses, one a slot; 0 for none.
-        coefs: int64 addresses of float32 coefficients, one a slot.
-        dtype: of the factors.
-        target_dtype: of the targets.
-        layouts: bit set of those in the table.
-        rank: the largest one.
-        in_place: whether a target may be the factor itself.
-        tile: how the table was cut.
-    """
-    single = rank <= tile.block
-    half = target_dtype.itemsize < 4
-    _update_kernel[(len(table),)](
-        table,
-        grams,
-        targets,
-        coefs,
-        SOURCE=_TYPES[dtype],
-        TARGET=_TARGETS[target_dtype],
-        VECTOR=16 // min(dtype.itemsize, target_dtype.itemsize),
-        LAYOUTS=layouts,
-        ROWS=tile.update_rows,
-        BLOCK=tile.block if single else tile.inner,
-        # In place, all columns at once: none may be written while others still need it.
-        COLUMNS=tile.block if single or not in_place else 1 << (rank - 1).bit_length(),
-        SINGLE=single,
-        IN_PLACE=in_place,
-        TERMS=(2 if half else 3) if dtype == torch.bfloat16 else 0,
-        PRECISION="tf32x3" if dtype == torch.float16 else _precision(),
-        UPCAST=INTERPRETED,
-        num_warps=tile.update_warps,
-        num_stages=tile.stages,
-    )
-
-
-def launch_norms(table: Tensor, grams: Tensor, norms: Tensor) -> None:
-    """Compute ‖W‖² of every pair, the sum over its heads, from the Grams.
-
-    Args:
-        table: int64 (pairs, 3): places of both sides' Grams, and their common length.
-        grams: float32, as launch A wrote them.
-        norms: float32, (pairs,), written.
-    """
-    _norm_kernel[(len(table),)](table, grams, norms, BLOCK=1024)
-
-
-def _precision() -> str:
-    """How float32 is multiplied, by torch's own setting at this moment."""
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)  # newer; the other one may refuse then
-    tf32 = matmul.allow_tf32 if setting is None else setting == "tf32"
-    return "tf32" if tf32 else "ieee"

@@ -4,6 +4,7 @@ The interpreter takes milliseconds for each tile, so shapes are tiny here, and t
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from test_product import close, exact
 from torch import nn
 
+from benchmarks.kernels import variants as variants_of_kernels
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.gradient.bucketed import Job
@@ -28,7 +30,7 @@ from frobdecay.grouped.tables import Slot, gram_table, pieces
 from frobdecay.grouped.tiles import Tile
 from frobdecay.product.product import Product, gradients
 
-kernels = pytest.importorskip("frobdecay._triton", exc_type=ImportError)
+kernels = pytest.importorskip("frobdecay.grouped.launches", exc_type=ImportError)
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
@@ -520,7 +522,7 @@ def test_float32_follows_torchs_setting(tf32, shape):
 
 def variants():
     """How many kernels were compiled for the current device."""
-    known = kernels._gram_kernel, kernels._update_kernel
+    known = kernels.gram_kernel, kernels.update_kernel
     return [len(kernel.device_caches[DEVICE.index][0]) for kernel in known]
 
 
@@ -651,65 +653,40 @@ def test_sizes_that_fill_the_device(rank, dtype, in_place):
             assert close(target, value, 3e-6)
 
 
-COMPILE = """
-import sys
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from frobdecay import _triton as kernels
-from frobdecay.grouped.tiles import MAX_RANK, TILES
-
-def compiled(kernel, tensors, constants, warps, stages):
-    names = kernel.arg_names
-    signature = {name: tensors.get(name, "constexpr") for name in names}
-    source = ASTSource(
-        kernel, signature, {(names.index(k),): v for k, v in constants.items()},
-        {(k,): [["tt.divisibility", 16]] for k in range(4)},
-    )
-    options = {"num_warps": warps, "num_stages": stages}
-    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert found.metadata.shared <= 227 * 1024, found.metadata.shared
-    return found.asm["ptx"]
-
-def check(rank, dtype, size, terms, precision, in_place):
-    tile, single = TILES[rank], rank <= TILES[rank].block
-    about = dict(VECTOR=16 // size, LAYOUTS=2, SINGLE=single, PRECISION=precision, UPCAST=False)
-    ptx = compiled(
-        kernels._gram_kernel,
-        dict(records="*i64", grams="*fp32", partials="*fp32", counters="*i32"),
-        dict(about, TYPE=getattr(tl, dtype), BLOCK=tile.block, STEP=tile.gram_rows),
-        tile.gram_warps, tile.stages,
-    )
-    assert "cp.async.cg" in ptx or "ld.global.v4" in ptx or precision == "tf32", "narrow loads"
-    ptx = compiled(
-        kernels._update_kernel,
-        dict(records="*i64", grams="*fp32", targets="*i64", coefs="*i64"),
-        dict(
-            about, SOURCE=getattr(tl, dtype), TARGET=getattr(tl, dtype), ROWS=tile.update_rows,
-            BLOCK=tile.block if single else tile.inner, IN_PLACE=in_place, TERMS=terms,
-            COLUMNS=rank if in_place and not single else tile.block,
-        ),
-        tile.update_warps, tile.stages,
-    )
-    assert "ld.global.v4" in ptx and "st.global.v4" in ptx, "narrow loads"
-
-for variant in eval(sys.argv[1]):
-    check(*variant)
-    print("compiled", variant)
-"""
-
-VARIANTS = [
-    (16, "float32", 4, 0, "ieee", False),
-    (64, "bfloat16", 2, 2, "ieee", False),
-    (256, "float16", 2, 0, "tf32x3", True),
-]
+# One program holds the bodies of all layouts. Times of a variant are seconds, of all many minutes:
+# python -m benchmarks.kernels compiles all.
+SPREAD = "norm|(gram|fp32 →fp32|bf16 →bf16|fp16 →fp32).* layouts 111"
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_hopper(tmp_path):
-    """Without a GPU: the kernels fit its shared memory, and access memory 16 bytes at a time."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, repr(VARIANTS)]
+def test_kernels_compile_ahead_of_time(tmp_path):
+    """Without a GPU: nothing spills, all fits shared memory, and accesses take 16 bytes each."""
+    where = tmp_path / "kernels.json"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "benchmarks.kernels", "--only", SPREAD, "--json", str(where)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"compiled {v}" for v in VARIANTS], done.stderr
+    assert done.returncode == 0, done.stderr
+    record = json.loads(where.read_text())
+    assert len(record["variants"]) == 2 * 48
+    assert not [variant for variant in record["variants"] if variant["local"]]
+    assert all(target["met"] for target in record["targets"]), record["verdict"]
+
+
+def test_every_launch_is_among_the_variants(monkeypatch):
+    """What is compiled ahead of time is what launches ask for: of any dtypes, targets, layouts."""
+    asked = []
+    for name in ("launch_grams", "launch_updates", "launch_norms"):
+        original = getattr(kernels, name)
+
+        def record(*args, _original=original, **options):
+            asked.append(frozenset(options.items()))
+            return _original(*args, **options)
+
+        monkeypatch.setattr(kernels, name, record)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rank in (3, 20, 40, 70):
+            products = make(((8, rank), (5, rank)), dtype)
+            run(plan(products), products, zeros(products, torch.float32))
+            run(plan(products), products, [list(product.params) for product in products])
+    assert asked
+    assert {*asked} <= {frozenset(variant.options) for variant in variants_of_kernels()}

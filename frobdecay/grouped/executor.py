@@ -149,10 +149,7 @@ class Grouped:
                     self._grams,
                     self._partials,
                     self._counters,
-                    dtype=part.dtype,
-                    layouts=part.layouts,
-                    rank=self._rank,
-                    tile=self.tile,
+                    **self._kernels.gram_options(part.dtype, part.layouts, self._rank, self.tile),
                 )
 
     def _launch_updates(self, table: Tensor) -> None:
@@ -162,12 +159,14 @@ class Grouped:
                 self._grams,
                 table[update.row],
                 table[-2],
-                dtype=update.part.dtype,
-                target_dtype=update.target_dtype,
-                layouts=update.layouts,
-                rank=self._rank,
-                in_place=update.in_place,
-                tile=self.tile,
+                **self._kernels.update_options(
+                    update.part.dtype,
+                    update.target_dtype,
+                    update.layouts,
+                    self._rank,
+                    update.in_place,
+                    self.tile,
+                ),
             )
 
     def squared_norms(self) -> Tensor:
@@ -290,7 +289,8 @@ class Grouped:
             for part in self._parts:
                 if any(sheet.addresses[slot.number] for slot in part.slots):
                     table, layouts = self._update_table(part, sheet.dtype)
-                    update = _Update(part, sheet.dtype, table, layouts, row, sheet.in_place)
+                    in_place = any(sheet.addresses[s.number] == s.address for s in part.slots)
+                    update = _Update(part, sheet.dtype, table, layouts, row, in_place)
                     self._updates.append(update)
 
     def _update_table(self, part: _Part, dtype: torch.dtype) -> tuple[Tensor, int]:

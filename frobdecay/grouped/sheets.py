@@ -25,12 +25,10 @@ class Sheet:
     Attributes:
         dtype: of the targets.
         addresses: one a slot, 0 for none.
-        in_place: whether one of them is the factor itself.
     """
 
     dtype: torch.dtype
     addresses: list[int]
-    in_place: bool = False
 
 
 def overlapping(slots: Sequence[Slot]) -> list[int]:
@@ -63,8 +61,7 @@ def sheets(
     taken = [address for address in addresses if address]
     dtypes = {target[1] for target in targets if target is not None}
     if len(dtypes) == 1 and len({*taken}) == len(taken) and len({*groups}) == len(groups):
-        in_place = any(a == slot.address for a, slot in zip(addresses, slots, strict=True))
-        return [Sheet(dtypes.pop(), addresses, in_place)]
+        return [Sheet(dtypes.pop(), addresses)]
     return _in_turns(slots, targets, groups)
 
 
@@ -81,5 +78,4 @@ def _in_turns(
         turns["group", group] = turns["address", address] = turn + 1
         sheet = found.setdefault((turn, dtype), Sheet(dtype, [0] * len(slots)))
         sheet.addresses[slot.number] = address
-        sheet.in_place |= address == slot.address
     return list(found.values())

@@ -8,6 +8,10 @@ MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""
 
+MAX_SUMS = 8192
+"""Numbers that a program of launch B sums up at a time: more, with eight warps, do not fit into its
+registers. Where it holds many columns of a row, it takes so many rows fewer."""
+
 WAVES = 4
 """Programs of a launch for each multiprocessor: several, to hide each other's latency."""
 
@@ -21,7 +25,7 @@ class Tile:
         inner: columns of a factor that launch B multiplies at a time, where ``block`` does not
             hold the whole rank.
         gram_rows: rows multiplied at a time by launch A.
-        update_rows: rows multiplied at a time by launch B.
+        update_rows: rows multiplied at a time by launch B, unless ``MAX_SUMS`` permits fewer.
         gram_warps: warps of a program of launch A.
         update_warps: warps of a program of launch B.
         stages: depth of the software pipeline.
@@ -40,7 +44,7 @@ class Tile:
 # kernels, not by time: benchmarks/gpu.py times these and alternatives on a device.
 TILES: dict[int, Tile] = {
     16: Tile(16, 16, 128, 128, 1, 4, 3),
-    32: Tile(32, 32, 64, 128, 2, 4, 3),
+    32: Tile(32, 32, 64, 64, 2, 4, 3),
     64: Tile(64, 64, 64, 64, 8, 8, 3),
     MAX_RANK: Tile(64, 32, 64, 64, 8, 8, 3),
 }

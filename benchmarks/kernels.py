@@ -1,0 +1,203 @@
+"""No kernel variant spills registers or takes more shared memory than a multiprocessor has.
+
+    python -m benchmarks.kernels                          # every variant, for sm_80 and sm_90
+    python -m benchmarks.kernels --kernel gram --capability 90 --json kernels.json
+
+Compiles the grouped kernels ahead of time, in all variants that launches ask for: by rank, dtypes
+of factors and targets, layouts, in place or not, float32 as IEEE or TF32. Needs no GPU, only
+Triton. Registers and local memory are those of the compiled program, shared memory what a launch
+asks for; "wide" counts accesses of 16 bytes to global memory, "tensor" instructions of the tensor
+cores, "local" bytes a thread of local memory, where spilled registers go.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import Report, Target
+from frobdecay.grouped.refusals import load_kernels
+from frobdecay.grouped.tiles import MAX_RANK, tile_for
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Capability -> bytes of shared memory that a program can have."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGETS = (*DTYPES, torch.float64)
+_TENSORS = {  # kernel -> types of its arguments
+    "gram": ("*i64", "*fp32", "*fp32", "*i32"),
+    "update": ("*i64", "*fp32", "*i64", "*i64"),
+    "norm": ("*i64", "*fp32", "*fp32"),
+}
+_INSTRUCTIONS = {
+    "wide loads": r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg",
+    "wide stores": r"st\.global\S*\.(v4\.b32|v2\.b64)",
+    "tensor": r"wgmma\.mma_async|mma\.sync",
+}
+_TAKEN = ("registers", "local", "shared")
+
+
+class Variant(NamedTuple):
+    """A kernel and what a launch compiles it for.
+
+    Attributes:
+        kernel: gram, update or norm.
+        rank: the largest one that it is for.
+        options: constants, warps and stages, sorted by name.
+    """
+
+    kernel: str
+    rank: int
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """All but the layouts."""
+        o = dict(self.options)
+        words = [self.kernel, f"r≤{self.rank}"]
+        words += [f"{o[k]}" for k in ("TYPE", "SOURCE") if k in o]
+        words += [f"→{o['TARGET']}"] if "TARGET" in o else []
+        words += [o["PRECISION"]] if "PRECISION" in o else []
+        return " ".join(words + ["in place"] * o.get("IN_PLACE", False))
+
+    def __str__(self) -> str:
+        layouts = dict(self.options).get("LAYOUTS")
+        return self.name + (f" layouts {layouts:03b}" if layouts else "")
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that launches may ask for, by the code that they ask for it."""
+    kernels: Any = load_kernels()
+    found: dict[tuple[str, tuple[tuple[str, Any], ...]], int] = {}
+
+    def add(kernel: str, rank: int, options: dict[str, Any]) -> None:
+        found[kernel, tuple(sorted(options.items(), key=lambda item: item[0]))] = rank
+
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for rank in range(1, MAX_RANK + 1):
+            tile = tile_for(rank)
+            for dtype in DTYPES:
+                for layouts in range(1, 8):
+                    add("gram", rank, kernels.gram_options(dtype, layouts, rank, tile))
+                    for target in TARGETS:
+                        for in_place in {False, target == dtype}:
+                            about = dtype, target, layouts, rank, in_place, tile
+                            add("update", rank, kernels.update_options(*about))
+    torch.set_float32_matmul_precision(before)
+    add("norm", MAX_RANK, kernels.norm_options())
+    return (Variant(kernel, rank, options) for (kernel, options), rank in found.items())
+
+
+def compiled(variant: Variant, capability: int) -> dict[str, Any]:
+    """Compile a variant.
+
+    Args:
+        variant: one of ``variants()``.
+        capability: 80 or 90.
+
+    Returns:
+        What it takes and does, see the docstring of the module; memory in bytes.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(load_kernels(), f"{variant.kernel}_kernel")
+    names, constants = kernel.arg_names, dict(variant.options)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = _TENSORS[variant.kernel]
+    source = ASTSource(
+        kernel,
+        dict.fromkeys(names, "constexpr") | dict(zip(names, types, strict=False)),
+        {(names.index(name),): value for name, value in constants.items()},
+        {(k,): [["tt.divisibility", 16]] for k in range(len(types))},
+    )
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(found.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {what: len(re.findall(how, found.asm["ptx"])) for what, how in _INSTRUCTIONS.items()}
+    return {
+        "registers": used["REG"],
+        "local": used["STACK"] + used["LOCAL"],
+        "shared": found.metadata.shared,
+        **counts,
+    }
+
+
+def _narrow(variant: Variant, found: dict[str, Any]) -> bool:
+    """Whether there are layouts with adjacent numbers, but no wide access to them."""
+    adjacent = dict(variant.options).get("LAYOUTS", 0) & 0b110
+    wide = found["wide loads"] and (found["wide stores"] or variant.kernel == "gram")
+    return bool(adjacent and not wide)
+
+
+def _rows(found: dict[Variant, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all sets of layouts: the most that one of them takes, the least it does."""
+    rows: dict[str, dict[str, Any]] = {}
+    for variant, one in found.items():
+        row = rows.setdefault(variant.name, {"": variant.name, **one})
+        row |= {k: (max if k in _TAKEN else min)(row[k], one[k]) for k in one}
+    return list(rows.values())
+
+
+def _targets(capability: int, found: dict[Variant, dict[str, Any]]) -> list[Target]:
+    limit = SHARED[capability] / 1024
+    narrow = sum(_narrow(variant, one) for variant, one in found.items())
+    local, shared = (max(one[name] for one in found.values()) for name in ("local", "shared"))
+    return [
+        Target(f"sm_{capability}: local memory of a thread", local, 0, unit="bytes"),
+        Target(f"sm_{capability}: shared memory", shared / 1024, limit, unit="KiB"),
+        Target(f"sm_{capability}: variants without wide accesses", narrow, 0, unit=""),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Compile them, print a table; returns what the JSON holds."""
+    made = measure.described("kernels", __doc__ or "")
+    made.add_argument("--capability", type=int, nargs="+", choices=SHARED, default=[*SHARED])
+    made.add_argument("--only", default="", metavar="REGEX", help="variants with such a name")
+    made.add_argument("--workers", type=measure.count, default=os.cpu_count(), help="processes")
+    made.add_argument("--json", type=Path, help="write everything to this file")
+    options = made.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
+    if load_kernels() is None or load_kernels().INTERPRETED:
+        made.error("expected Triton's compiler, found none, or its interpreter in use already")
+    report = Report(__doc__.partition("\n")[0], torch.device("cpu"))
+    wanted = [variant for variant in variants() if re.search(options.only, str(variant))]
+    start = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    report.data["variants"] = []
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        for capability in options.capability:
+            done = pool.map(compiled, wanted, [capability] * len(wanted))
+            found = dict(zip(wanted, done, strict=True))
+            report.table(f"sm_{capability}", _rows(found))
+            report.targets += _targets(capability, found)
+            report.data["variants"] += [
+                {"": f"sm_{capability} {variant}", **one} for variant, one in found.items()
+            ]
+    seconds = time.perf_counter() - start
+    count = len(report.data["variants"])
+    report.note("time", [f"{count} programs in {seconds:.0f} s, {options.workers} processes"])
+    return report.close(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Launches of the kernels of ``_triton.py``, and what a launch compiles a kernel for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from frobdecay._triton import INTERPRETED, gram_kernel, norm_kernel, update_kernel
+from frobdecay.grouped.tiles import MAX_SUMS, Tile
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TARGETS = {**_TYPES, torch.float64: tl.float64}
+
+
+def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dict[str, Any]:
+    """What launch A is compiled for: constants of the kernel, warps, depth of the pipeline.
+
+    Args:
+        dtype: of the factors.
+        layouts: bit set of those in the table.
+        rank: the largest one.
+        tile: how the table was cut.
+    """
+    return {
+        "TYPE": _TYPES[dtype],
+        "VECTOR": 16 // dtype.itemsize,
+        "LAYOUTS": layouts,
+        "BLOCK": tile.block,
+        "STEP": tile.gram_rows,
+        "SINGLE": rank <= tile.block,
+        "PRECISION": _precision(dtype),
+        "UPCAST": INTERPRETED,
+        "num_warps": tile.gram_warps,
+        "num_stages": tile.stages,
+    }
+
+
+def launch_grams(
+    table: Tensor, grams: Tensor, partials: Tensor, counters: Tensor, **options: Any
+) -> None:
+    """Run launch A.
+
+    Args:
+        table: int64 (programs, 14).
+        grams: float32, written.
+        partials: float32, for the partial sums.
+        counters: int32, zero; zero again afterwards.
+        options: from ``gram_options``.
+    """
+    gram_kernel[(len(table),)](table, grams, partials, counters, **options)
+
+
+def update_options(
+    dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    layouts: int,
+    rank: int,
+    in_place: bool,
+    tile: Tile,
+) -> dict[str, Any]:
+    """What launch B is compiled for, see ``gram_options``.
+
+    Args:
+        dtype: of the factors.
+        target_dtype: of the targets.
+        layouts: bit set of those in the table.
+        rank: the largest one.
+        in_place: whether a target may be the factor itself.
+        tile: how the table was cut.
+    """
+    single = rank <= tile.block
+    half = target_dtype.itemsize < 4
+    # In place, all columns at once: none may be written while others still need it.
+    columns = tile.block if single or not in_place else 1 << (rank - 1).bit_length()
+    return {
+        "SOURCE": _TYPES[dtype],
+        "TARGET": _TARGETS[target_dtype],
+        "VECTOR": 16 // min(dtype.itemsize, target_dtype.itemsize),
+        "LAYOUTS": layouts,
+        "ROWS": min(tile.update_rows, MAX_SUMS // columns),
+        "BLOCK": tile.block if single else tile.inner,
+        "COLUMNS": columns,
+        "SINGLE": single,
+        "IN_PLACE": in_place,
+        "TERMS": (2 if half else 3) if dtype == torch.bfloat16 else 0,
+        "PRECISION": "tf32x3" if dtype == torch.float16 else _precision(dtype),
+        "UPCAST": INTERPRETED,
+        "num_warps": tile.update_warps,
+        "num_stages": tile.stages,
+    }
+
+
+def launch_updates(
+    table: Tensor, grams: Tensor, targets: Tensor, coefs: Tensor, **options: Any
+) -> None:
+    """Run launch B.
+
+    Args:
+        table: int64 (programs, 12).
+        grams: float32, as launch A wrote them.
+        targets: int64 addresses, one a slot; 0 for none.
+        coefs: int64 addresses of float32 coefficients, one a slot.
+        options: from ``update_options``.
+    """
+    update_kernel[(len(table),)](table, grams, targets, coefs, **options)
+
+
+def norm_options() -> dict[str, Any]:
+    """What the kernel of the norms is compiled for, see ``gram_options``."""
+    return {"BLOCK": 1024, "num_warps": 4, "num_stages": 3}
+
+
+def launch_norms(table: Tensor, grams: Tensor, norms: Tensor) -> None:
+    """Compute ‖W‖² of every pair, the sum over its heads, from the Grams.
+
+    Args:
+        table: int64 (pairs, 3): places of both sides' Grams, and their common length.
+        grams: float32, as launch A wrote them.
+        norms: float32, (pairs,), written.
+    """
+    norm_kernel[(len(table),)](table, grams, norms, **norm_options())
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, by torch's own setting at this moment; others have one way."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # newer; the other one may refuse then
+    tf32 = matmul.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if tf32 else "ieee"
