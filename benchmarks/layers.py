@@ -33,7 +33,7 @@ from frobdecay.models.checkpoints.factorized import load_factorized, save_factor
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
 from frobdecay.models.ranks import plan_ranks
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
 
 __all__ = ["main"]

@@ -38,7 +38,7 @@ from benchmarks.models import resnet
 from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.product import Product, penalty
 
 __all__ = ["compare", "main"]

@@ -35,7 +35,7 @@ from benchmarks.cases import FRACTION
 from benchmarks.measure import Report, Target
 from benchmarks.models import resnet
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.product.product import penalty
 

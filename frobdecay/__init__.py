@@ -14,16 +14,16 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.factory import FrobeniusDecayFactory
-from frobdecay.flambe import Flambe
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
-from frobdecay.groups import split_param_groups
 from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
 from frobdecay.models.ranks import plan_ranks
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.factory import FrobeniusDecayFactory
+from frobdecay.optim.flambe import Flambe
+from frobdecay.optim.frobenius import FrobeniusDecay
+from frobdecay.optim.groups import split_param_groups
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import products, register_products

@@ -30,8 +30,8 @@ from torch.optim import Optimizer
 from frobdecay.algebra.chain import chain_sharpness
 from frobdecay.algebra.scaling import work_dtype
 from frobdecay.algebra.structures import CHAIN
+from frobdecay.optim.rates import DECAY
 from frobdecay.product.product import Product, as_products, product_norm
-from frobdecay.wrapper.rates import DECAY
 
 LearningRate = float | Tensor | Optimizer
 

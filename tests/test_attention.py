@@ -19,7 +19,7 @@ from frobdecay.algebra.stars import CP
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product import find
 from frobdecay.product.attention import Attention, linear, provider
 from frobdecay.product.balance import balance_

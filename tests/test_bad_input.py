@@ -13,7 +13,7 @@ import frobdecay
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
 from frobdecay.models.ranks import plan_ranks
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products, register_products
 from frobdecay.weights.lowrank import LowRank
 

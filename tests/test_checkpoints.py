@@ -18,7 +18,7 @@ from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.weights.lowrank import LowRank
 

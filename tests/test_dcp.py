@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 
 pytestmark = pytest.mark.slow
 

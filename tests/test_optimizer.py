@@ -13,7 +13,7 @@ from optim_cases import Net, assert_identical, torch_table, train, values
 from torch import nn, optim
 
 from frobdecay.diagnostics import measure
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty
 

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients
 

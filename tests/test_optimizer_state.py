@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 
 LAMBDA = 0.05
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients
 
@@ -110,7 +110,7 @@ def device(request, monkeypatch):
         def unknown(number):
             return number.reshape(()) if isinstance(number, torch.Tensor) else number
 
-        monkeypatch.setattr("frobdecay.wrapper.rates.known_value", unknown)
+        monkeypatch.setattr("frobdecay.optim.rates.known_value", unknown)
 
 
 @pytest.mark.covers("C13", "D13", "P35", "P36")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.models.ranks import plan_ranks
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.weights.lowrank import LowRank
 
 RANKS = pytest.mark.parametrize("rank", [1.0, 3.0, 9.0])

@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.communication import Traffic
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.parallel import ColwiseFactored, RowwiseFactored
 

@@ -14,7 +14,7 @@ from frobdecay.diagnostics import measure
 from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.product.product import penalty
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frobdecay.wrapper.rounding import StochasticRounder, round_stochastically
+from frobdecay.optim.rounding import StochasticRounder, round_stochastically
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

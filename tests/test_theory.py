@@ -13,7 +13,7 @@ from torch import nn
 from frobdecay.diagnostics import measure
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.product import Product
 
 ETA, LAMBDA = 1e-4, 0.3

@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 from frobdecay.models.factorize import factorize
-from frobdecay.optimizer import FrobeniusDecay
+from frobdecay.optim.frobenius import FrobeniusDecay
 
 pytestmark = pytest.mark.integration(row="Accelerate", column="FSDP2")
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.groups import Pattern, split_param_groups
-from frobdecay.optimizer import FrobeniusDecay, Mode
+from frobdecay.optim.frobenius import FrobeniusDecay, Mode
+from frobdecay.optim.groups import Pattern, split_param_groups
 
 _UNFIT = {"model", "optimizer_dict"}  # what Trainer passes to optimizers of the backward pass
 

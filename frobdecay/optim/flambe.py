@@ -28,14 +28,15 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.algebra.scaling import shortened
+from frobdecay.optim.checks import check_again, check_membership, find_products, plan_groups
+from frobdecay.optim.conventions import refuse
+from frobdecay.optim.decaying import Decay, Increments
+from frobdecay.optim.rates import DECAY, Group, Rate, is_zero, known_value
+from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.find import products as products_of
 from frobdecay.product.product import Product, check_coefficient
-from frobdecay.wrapper.checks import check_again, check_membership, find_products, plan_groups
-from frobdecay.wrapper.decay import Decay, Increments
-from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value
-from frobdecay.wrapper.rounding import StochasticRounder
 
 _KEY = "frobdecay"  # ours in the state dict
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -332,3 +333,6 @@ def _check_supported(param: Tensor, where: str) -> None:
             f"{where}: expected dense gradients, got {grad.layout} for a parameter "
             f"{tuple(param.shape)}; make the layer's gradients dense (sparse=False)"
         )
+
+
+refuse(Flambe, "it decays products itself: give them to it, and use it as it is")

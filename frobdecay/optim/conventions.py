@@ -69,7 +69,6 @@ _REFUSED = {
     "accelerate.optimizer.AcceleratedOptimizer": _OUTSIDE,
     "lightning.pytorch.core.optimizer.LightningOptimizer": _OUTSIDE,
     "pytorch_lightning.core.optimizer.LightningOptimizer": _OUTSIDE,
-    "frobdecay.flambe.Flambe": "it decays products itself: give them to it, and use it as it is",
     "pytorch_optimizer.optimizer.lomo.LOMO": _BACKWARD,
     "pytorch_optimizer.optimizer.lomo.AdaLOMO": _BACKWARD,
     "pytorch_optimizer.optimizer.sam.BSAM": (
@@ -142,6 +141,11 @@ def convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Convention:
         "be known; 'coupled' adds the decay to the gradient (as SGD does), 'decoupled' subtracts "
         "it from the parameter (as AdamW)"
     )
+
+
+def refuse(kind: type[Optimizer], reason: str) -> None:
+    """Have optimizers of a type never be wrapped, for a reason that messages give."""
+    _REFUSED[f"{kind.__module__}.{kind.__qualname__}"] = reason
 
 
 def refusal(optimizer: Optimizer) -> str | None:

@@ -16,28 +16,28 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.product.find import VERSION
-from frobdecay.product.find import products as products_of
-from frobdecay.product.product import Product
-from frobdecay.wrapper.checks import (
+from frobdecay.optim.checks import (
     check_again,
     check_arguments,
     find_products,
     plan_groups,
     plan_wrapping,
 )
-from frobdecay.wrapper.conventions import (
+from frobdecay.optim.conventions import (
     convention,
     ignores_the_loss,
     is_plain_descent,
     reads_the_parameter,
 )
-from frobdecay.wrapper.decay import Decay, Increments, PenalizedClosure
-from frobdecay.wrapper.param_groups import Halves, adapt_plain, is_plain
-from frobdecay.wrapper.proxy import OptimizerProxy
-from frobdecay.wrapper.rates import DECAY, Group, Rate, is_zero, known_value, rate_of
-from frobdecay.wrapper.rounding import StochasticRounder
-from frobdecay.wrapper.stability import Watch
+from frobdecay.optim.decaying import Decay, Increments, PenalizedClosure
+from frobdecay.optim.division import Halves, adapt_plain, is_plain
+from frobdecay.optim.proxy import OptimizerProxy
+from frobdecay.optim.rates import DECAY, Group, Rate, is_zero, known_value, rate_of
+from frobdecay.optim.rounding import StochasticRounder
+from frobdecay.optim.stability import Watch
+from frobdecay.product.find import VERSION
+from frobdecay.product.find import products as products_of
+from frobdecay.product.product import Product
 
 Mode = Literal["coupled", "decoupled", "auto"]
 

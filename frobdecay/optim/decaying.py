@@ -21,9 +21,9 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator
+from frobdecay.optim.rates import DECAY, Group, Rate
+from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.product.product import Product
-from frobdecay.wrapper.rates import DECAY, Group, Rate
-from frobdecay.wrapper.rounding import StochasticRounder
 
 Targets = list[list[Tensor | None]]
 Coefs = list[list[Coefficient]]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
+from frobdecay.optim.conventions import convention, refusal, refusal_of_decoupled
+from frobdecay.optim.decaying import factor_name
+from frobdecay.optim.division import Division, plan_division
+from frobdecay.optim.proxy import OptimizerProxy
+from frobdecay.optim.rates import Group, has_weight_decay, is_zero, known_value
 from frobdecay.product.find import products as products_of
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
 from frobdecay.product.product import Product, as_products, check_coefficient
-from frobdecay.wrapper.conventions import convention, refusal, refusal_of_decoupled
-from frobdecay.wrapper.decay import factor_name
-from frobdecay.wrapper.param_groups import Division, plan_division
-from frobdecay.wrapper.proxy import OptimizerProxy
-from frobdecay.wrapper.rates import Group, has_weight_decay, is_zero, known_value
 
 
 def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:

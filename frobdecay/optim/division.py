@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from frobdecay.algebra.precision import Coefficient
+from frobdecay.optim.rates import DECAY, Group, has_weight_decay, known_value
 from frobdecay.product.product import check_coefficient
-from frobdecay.wrapper.rates import DECAY, Group, has_weight_decay, known_value
 
 _PER_PARAMETER = ("params", "param_names")
 
