@@ -19,7 +19,7 @@ from torch import nn
 
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.cli import reading
+from frobdecay.cli import read as reading
 from frobdecay.cli.main import main
 from frobdecay.models import progress
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from frobdecay.cli import inspecting, merging
-from frobdecay.cli.reading import printable
+from frobdecay.cli import inspect as inspecting
+from frobdecay.cli import merge as merging
+from frobdecay.cli.read import printable
 
 
 def _share(text: str) -> float:

@@ -23,18 +23,9 @@ from typing import Any
 
 import torch
 
-from frobdecay.measurement import (
-    QUANTITIES,
-    LearningRate,
-    Measurement,
-    ProductMeasurement,
-    measure,
-    total,
-)
+from frobdecay.diagnostics.measurement import QUANTITIES, LearningRate, Measurement, measure, total
 from frobdecay.models.checkpoints.files import FilePath, replacing, write_figure
 from frobdecay.product.product import Product, as_products, product_norm
-
-__all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]
 
 
 class Recorder:

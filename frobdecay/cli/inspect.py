@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import root_mean_square
-from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
-from frobdecay.measurement import measure
+from frobdecay.cli.read import Checkpoint, check_memory, printable, read
+from frobdecay.diagnostics.measurement import measure
 from frobdecay.models.checkpoints.files import write_figure
 from frobdecay.models.checkpoints.records import (
     dense_weight,

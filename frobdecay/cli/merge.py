@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from frobdecay.cli.reading import Checkpoint, check_memory, printable, read
+from frobdecay.cli.read import Checkpoint, check_memory, printable, read
 from frobdecay.models.checkpoints.files import write_safetensors, write_torch
 from frobdecay.models.checkpoints.records import dense_weight, factor_key, rebuild, weight_of
 from frobdecay.models.progress import Progress

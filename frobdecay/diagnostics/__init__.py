@@ -1,0 +1,6 @@
+"""Norms, bounds and effective step sizes of products, measured once or over a training run."""
+
+from frobdecay.diagnostics.measurement import QUANTITIES, Measurement, ProductMeasurement, measure
+from frobdecay.diagnostics.recorder import Recorder
+
+__all__ = ["QUANTITIES", "Measurement", "ProductMeasurement", "Recorder", "measure"]
