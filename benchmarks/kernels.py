@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.measure import Report, Target
-from frobdecay.grouped.refusals import load_kernels
-from frobdecay.grouped.tiles import MAX_RANK, tile_for
+from frobdecay.gradient.triton.refusals import load_kernels
+from frobdecay.gradient.triton.tiles import MAX_RANK, tile_for
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Capability -> bytes of shared memory that a program can have."""

@@ -20,7 +20,7 @@ def interpret_kernels() -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from frobdecay.grouped.executor import squared_norms
+        from frobdecay.gradient.triton.executor import squared_norms
         from frobdecay.product.product import Product
 
         squared_norms(Product.of(torch.ones(1, 1), torch.ones(1, 1)))

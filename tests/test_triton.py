@@ -22,15 +22,15 @@ from benchmarks.kernels import variants as variants_of_kernels
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.gradient.bucketed import Job
-from frobdecay.grouped import executor
-from frobdecay.grouped.executor import Grouped, squared_norms
-from frobdecay.grouped.refusals import refusals
-from frobdecay.grouped.sheets import overlapping, sheets
-from frobdecay.grouped.tables import Slot, gram_table, pieces
-from frobdecay.grouped.tiles import Tile
+from frobdecay.gradient.triton import executor
+from frobdecay.gradient.triton.executor import Grouped, squared_norms
+from frobdecay.gradient.triton.refusals import refusals
+from frobdecay.gradient.triton.sheets import overlapping, sheets
+from frobdecay.gradient.triton.tables import Slot, gram_table, pieces
+from frobdecay.gradient.triton.tiles import Tile
 from frobdecay.product.product import Product, gradients
 
-kernels = pytest.importorskip("frobdecay.grouped.launches", exc_type=ImportError)
+kernels = pytest.importorskip("frobdecay.gradient.triton.launches", exc_type=ImportError)
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")

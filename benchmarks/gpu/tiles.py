@@ -26,8 +26,8 @@ from benchmarks.cases import CASES
 from benchmarks.gpu.parts import part
 from benchmarks.measure import Report
 from frobdecay.gradient.bucketed import Job
-from frobdecay.grouped.executor import Grouped
-from frobdecay.grouped.tiles import Tile, tile_for
+from frobdecay.gradient.triton.executor import Grouped
+from frobdecay.gradient.triton.tiles import Tile, tile_for
 
 __all__ = ["KINDS", "limits", "microseconds"]
 

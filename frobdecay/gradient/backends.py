@@ -6,7 +6,7 @@ before the call, and add it in place to given targets:
     reference     a plain loop over products of any structure, every formula as written: the oracle
     bucketed      products of equal shapes stacked and multiplied together: many small products
     per_product   Grams and in-place ``addmm_`` product by product: large products, no copies
-    triton        all pairs of a model in two launches of kernels: CUDA, see ``_triton.py``
+    triton        all pairs of a model in two launches of kernels: CUDA, see ``triton/kernels.py``
 
 A backend says why it cannot run some products (``why_not``), and plans (``prepare``) what is then
 run at every step. ``select`` takes for every product the backend that costs least. A new backend
@@ -28,8 +28,8 @@ from frobdecay.algebra.chain import plan_of
 from frobdecay.algebra.precision import Coefficient, times_rows
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.bucketed import Coefs, Job, Targets, prepare_bucketed
-from frobdecay.grouped.executor import Grouped
-from frobdecay.grouped.refusals import refusals
+from frobdecay.gradient.triton.executor import Grouped
+from frobdecay.gradient.triton.refusals import refusals
 from frobdecay.product.product import BUCKET_BYTES, Product
 
 TALL, NARROW = 3072, (16, 192)
@@ -177,7 +177,7 @@ class Bucketed(_General):
 
 
 class Triton:
-    """Pairs of any shapes in two launches on a GPU: see ``grouped/``."""
+    """Pairs of any shapes in two launches on a GPU: see ``triton/``."""
 
     name = "triton"
 

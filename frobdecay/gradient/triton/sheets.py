@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frobdecay.grouped.tables import Slot
+from frobdecay.gradient.triton.tables import Slot
 
 Seen = tuple[int, torch.dtype, tuple[int, ...]]
 """Of a target: address, dtype, strides."""

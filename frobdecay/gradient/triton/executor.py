@@ -30,10 +30,10 @@ from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.gradient.bucketed import Coefs, Job, Targets
-from frobdecay.grouped.refusals import load_kernels, refusals
-from frobdecay.grouped.sheets import Seen, overlapping, sheets
-from frobdecay.grouped.tables import MAX_STRIDE, Slot, gram_table, update_table
-from frobdecay.grouped.tiles import WAVES, Tile, tile_for
+from frobdecay.gradient.triton.refusals import load_kernels, refusals
+from frobdecay.gradient.triton.sheets import Seen, overlapping, sheets
+from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
+from frobdecay.gradient.triton.tiles import WAVES, Tile, tile_for
 from frobdecay.product.product import Product, listed
 
 _INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there

@@ -13,7 +13,7 @@ not stay in a cache between the launches. Nothing of a factor's size is ever wri
 repetitions are neighbours in the grid, for the cache to serve.)
 
 **Records.** What a program has to do is a row of int64 numbers in a table on the device: address,
-strides, sizes, place of the Gram (``grouped/tables.py`` has the columns). So one launch serves
+strides, sizes, place of the Gram (``triton/tables.py`` has the columns). So one launch serves
 all shapes, and a new address, coefficient or learning rate neither recompiles nor synchronizes.
 A table's pointers carry no promise of alignment; its ``layout`` column does: 1, columns adjacent
 and rows at 16 bytes; 2, the transpose of that; 0, any strides. Each kernel holds one body for
@@ -51,7 +51,7 @@ import triton.language as tl
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether the kernels of this module run in the interpreter, on tensors of the CPU."""
 
-# Columns of the tables, see grouped/tables.py; a kernel reads globals only as constexpr.
+# Columns of the tables, see tables.py; a kernel reads globals only as constexpr.
 _GRAM_WIDTH = tl.constexpr(14)
 _UPDATE_WIDTH = tl.constexpr(12)
 

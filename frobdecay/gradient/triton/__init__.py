@@ -1,5 +1,6 @@
-"""The parts of the grouped executor: what is planned for the kernels of ``_triton.py``.
+"""All pairs of a model in two launches on a GPU, nothing copied.
 
+kernels     every Gram in one launch, every update in a second one; launches starts them
 tiles       how matrices are cut up, by rank
 tables      what each program of a launch has to do, as rows of numbers
 sheets      which targets can be written in one launch

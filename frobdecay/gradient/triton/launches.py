@@ -1,4 +1,4 @@
-"""Launches of the kernels of ``_triton.py``, and what a launch compiles a kernel for."""
+"""Launches of the kernels of ``triton/kernels.py``, and what a launch compiles a kernel for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from frobdecay._triton import INTERPRETED, gram_kernel, norm_kernel, update_kernel
-from frobdecay.grouped.tiles import MAX_SUMS, Tile
+from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, norm_kernel, update_kernel
+from frobdecay.gradient.triton.tiles import MAX_SUMS, Tile
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TARGETS = {**_TYPES, torch.float64: tl.float64}

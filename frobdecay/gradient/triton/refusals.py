@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from frobdecay.grouped.tables import MAX_STRIDE, pieces
-from frobdecay.grouped.tiles import MAX_RANK
+from frobdecay.gradient.triton.tables import MAX_STRIDE, pieces
+from frobdecay.gradient.triton.tiles import MAX_RANK
 from frobdecay.product.product import Product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def load_kernels() -> ModuleType | None:
     """Launches of the kernels, or None where triton is not installed; imported when needed."""
     if find_spec("triton") is None:
         return None
-    from frobdecay.grouped import launches
+    from frobdecay.gradient.triton import launches
 
     return launches
 
