@@ -355,9 +355,16 @@ def test_plans_are_kept(planned):
     for _ in range(2):
         add_penalty_grad_(products, 1.0)
     assert len(planned) == 4
-    for k in range(9):  # few, however many lists there are
-        add_penalty_grad_([products[0], *pair.products(k)], 1.0)
-    assert len(products[0].plans) == 4
+    lists = [[products[0], *pair.products(k)] for k in range(12)]
+    for listed in lists:
+        add_penalty_grad_(listed, 1.0)
+    assert len(products[0].plans) == 8  # few, however many lists there are
+    backends = [None, "bucketed", "per_product", "reference"]
+    for _ in range(2):  # but as many as there are backends to compare, in turns
+        for name in backends:
+            add_penalty_grad_(lists[0], 1.0, backend=name)
+            add_penalty_grad_(lists[1], 1.0, backend=name)
+    assert len(planned) == 4 + len(lists) + 2 * len(backends)
 
 
 def test_plans_keep_nothing_alive():

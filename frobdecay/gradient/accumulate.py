@@ -38,7 +38,7 @@ from frobdecay.product.product import (
     squared_norm,
 )
 
-_MAX_PLANS = 4  # for lists that begin with one product
+_MAX_PLANS = 8  # for lists that begin with one product: as many as backends to compare, twice
 _TABLE = "_parameters"  # in a module's attributes
 
 
