@@ -41,14 +41,6 @@ settings.register_profile(
 )
 settings.load_profile("frobdecay")
 
-# Relative error allowed for sums of a few thousand products; by dtype of the factors.
-TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 2e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 3e-3,
-}
-
 
 @pytest.fixture(autouse=True)
 def _seed():

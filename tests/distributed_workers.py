@@ -1,4 +1,4 @@
-"""What the processes of ``test_distributed.py`` do; each function runs in all of them."""
+"""What the processes of ``test_sharded.py`` do; each function runs in all of them."""
 
 import contextlib
 import hashlib

@@ -523,7 +523,7 @@ def tests(report: Report) -> None:
     if report.device.type == "cpu":
         command.append("--collect-only")
     command += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "--maxfail", "20"]
-    files = ["test_triton.py", "test_optimizer_torch.py"]
+    files = ["test_triton.py", "test_frobenius_torch.py"]
     found = [str(path) for name in files for path in sorted(_tests().rglob(name))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["HYPOTHESIS_MAX_EXAMPLES"] = "20"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOLERANCE
+from closeness import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn

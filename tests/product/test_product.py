@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare
-from conftest import TOLERANCE
+from closeness import TOLERANCE, close, exact
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -21,30 +21,6 @@ from frobdecay.product.product import Product, gradients, penalty, product_norm,
 sizes = st.integers(1, 8)
 ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def exact(product: Product) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The penalty's value and gradients in float64, by autograd through the dense product."""
-    wide = {id(p): p.detach().double().requires_grad_() for p in product.params}
-    factors = tuple(
-        Factor(_Owner(wide[id(f.param)]), "tensor", f.pattern, f.axes, f.index)
-        for f in product.factors
-    )
-    twin = Product(product.name, factors, product.scale, product.batch, product.structure)
-    value = 0.5 * twin.materialize().square().sum()
-    found = torch.autograd.grad(value, list(wide.values()))
-    by_id = dict(zip(wide, found, strict=True))
-    return value.detach(), [by_id[id(p)] for p in product.params]
-
-
-class _Owner:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Equal up to a relative error in norm."""
-    return bool((found.double() - expected).norm() <= tolerance * (expected.norm() + 1e-30))
 
 
 @st.composite

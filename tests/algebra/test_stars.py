@@ -6,10 +6,9 @@ from math import prod
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare
-from conftest import TOLERANCE
+from closeness import TOLERANCE, close, exact, normal
 from hypothesis import given
 from hypothesis import strategies as st
-from test_product import close, exact
 
 from frobdecay import FrobeniusDecay, balance_, penalty, product_norm
 from frobdecay.algebra.stars import (
@@ -28,12 +27,6 @@ from frobdecay.product.product import Product, gradients, squared_norm
 
 STARS = [name for name in PRODUCTS if name.startswith(("tucker", "cp"))]
 sizes = st.integers(1, 5)
-
-
-def normal(shape, seed=0):
-    """Float64 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def letters(count):

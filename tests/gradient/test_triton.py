@@ -12,10 +12,9 @@ import sys
 import pytest
 import torch
 from cases import PRODUCTS, bare
-from conftest import TOLERANCE
+from closeness import TOLERANCE, close, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_product import close, exact
 from torch import nn
 
 from benchmarks.kernels import variants as variants_of_kernels

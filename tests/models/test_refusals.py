@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_bad_input import FATAL, REFUSED
+from refused_weights import FATAL, REFUSED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune

@@ -6,9 +6,9 @@ from math import prod
 
 import pytest
 import torch
+from closeness import normal
 from hypothesis import given
 from hypothesis import strategies as st
-from test_stars import normal
 
 from frobdecay.algebra.chain import chain_grams
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd

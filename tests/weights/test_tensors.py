@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TOLERANCE
+from closeness import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

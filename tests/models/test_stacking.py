@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TOLERANCE
+from closeness import TOLERANCE
 from torch import nn
 
 from frobdecay.algebra import spectral

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from cases import Sizes
-from conftest import TOLERANCE
+from closeness import TOLERANCE
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import distributed, nn

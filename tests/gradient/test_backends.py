@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare
-from conftest import TOLERANCE
+from closeness import TOLERANCE, close, exact
 from hypothesis import given
 from hypothesis import strategies as st
 from optim_cases import Net
-from test_product import close, exact
 from torch import nn
 
 from frobdecay.algebra.shifted import Shifted
