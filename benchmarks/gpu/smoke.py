@@ -347,7 +347,10 @@ def graph_of_rounding(report: Report) -> None:
         seen.append(factors[0].detach().clone())
     moved = [(b.float() - a.float()) != 0 for a, b in pairwise(seen)]
     shares = [float(one.float().mean()) for one in moved]
-    report.table("share of entries that moved", [dict(enumerate(shares))])
+    report.table(
+        "share of entries that moved",
+        [{"replay": k, "share": share} for k, share in enumerate(shares)],
+    )
     if not all(share > 0 for share in shares) or torch.equal(moved[0], moved[1]):
         raise AssertionError(f"expected other entries to move at every replay, got {shares}")
 
@@ -480,7 +483,7 @@ def trainer(report: Report) -> None:
         )
         run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    report.table("loss", [dict(enumerate(losses))])
+    report.table("loss", [{"": k, "loss": loss} for k, loss in enumerate(losses)])
     if not (math.isfinite(losses[-1]) and losses[-1] < losses[0]):
         raise AssertionError(f"expected the loss to fall, got {losses}")
 
@@ -520,6 +523,7 @@ def _pointers(report: Report) -> None:
 def tests(report: Report) -> None:
     """The tests that need a device, compiled."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
+    command += ["-p", "no:benchmark"]  # which warns of xdist, where it is installed
     if report.device.type == "cpu":
         command.append("--collect-only")
     command += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "--maxfail", "20"]
