@@ -1,7 +1,8 @@
 """Everything that needs a CUDA device: parts that run in processes of their own.
 
 parts      the table of parts, and how one or many are run
-smoke      is it right there: kernels, captured steps, no waiting, other people's loops
-timing     how fast: beside the limits of the device, and what one would do otherwise
+kernels    are they exact, two launches, within their tensors
+steps      whole steps: captured, without waiting, in half precision, sharded, by other people
+timing     how fast, beside the limits of the device
 tiles      how the kernels could cut matrices up instead
 """

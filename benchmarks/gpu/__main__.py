@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu smoke                 # is it right: under 100 s
     python -m benchmarks.gpu measure               # how fast: under 240 s
+    python -m benchmarks.gpu suite                 # all tests, on the device as far as they can be
     python -m benchmarks.gpu tune                  # what other tiles would do
     python -m benchmarks.gpu smoke --device cpu    # the same code in small, in the interpreter
     python -m benchmarks.gpu smoke --only gradients,graph
@@ -24,16 +25,16 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import smoke, tiles, timing
-from benchmarks.gpu.parts import PARTS, run_parts
+from benchmarks.gpu import kernels, steps, tiles, timing
+from benchmarks.gpu.parts import PARTS, Part, run_parts
 from benchmarks.measure import Report
 
 __all__ = ["main"]
 
-MODES = {"smoke": 100, "measure": 240, "tune": 120}
+MODES = {"smoke": 100, "measure": 240, "suite": 60, "tune": 120}
 """Seconds, after which no part is started."""
 
-_ = (smoke, timing, tiles)  # importing them entered their parts into the table
+_ = (kernels, steps, timing, tiles)  # importing them entered their parts into the table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--only", help="some parts, comma-separated")
     made.add_argument("--budget", type=float, help="seconds, after which no part is started")
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="%(default)s")
+    made.add_argument("--logs", type=Path, help="keep the parts' whole output in this folder")
     made.add_argument("--json", type=Path, help="with part: write its report to this file")
     return made
 
@@ -82,6 +84,11 @@ class _Kept:
         self.markdown.write_text("\n".join(lines))
 
 
+def missing(one: Part) -> bool:
+    """Whether the program is missing that a part is run by."""
+    return bool(one.under) and shutil.which(one.under[0]) is None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a mode, or one part.
 
@@ -99,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         measure.check_names(parser, options.only.split(","), names)
         names = options.only.split(",")
-    missing = [n for n in names if PARTS[n].under and not shutil.which(PARTS[n].under[0])]
-    for name in missing:
-        print(f"== {name}: skipped, {PARTS[name].under[0]} is not installed")
-    names = [name for name in names if name not in missing]
+    for name in names:
+        if missing(PARTS[name]):
+            print(f"== {name}: skipped, {PARTS[name].under[0]} is not installed")
+    names = [name for name in names if not missing(PARTS[name])]
     begin, kept = time.monotonic(), _Kept(options.out, options.mode)
     budget = options.budget or (MODES[options.mode] if options.device == "cuda" else 600)
-    failed = run_parts(names, options.device, budget, kept.keep)
+    failed = run_parts(names, options.device, budget, kept.keep, options.logs)
     for error in list(failed.values())[:1]:
         print(f"== the first error\n{error}")
     shown = f"; failed: {', '.join(failed)}" if failed else ""

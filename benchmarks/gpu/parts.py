@@ -24,6 +24,8 @@ __all__ = ["PARTS", "Part", "part", "run_parts"]
 Run = Callable[[Report], None]
 """Checks by raising, reports tables and targets."""
 
+RUN = ["-m", "benchmarks.gpu"]
+"""How Python runs this package."""
 TAIL = 6_000
 """Characters of a failed part's output that are shown."""
 
@@ -87,8 +89,9 @@ class _Running:
 
 
 def _start(one: Part, device: str, folder: Path) -> _Running:
-    output, report = folder / f"{one.name}.txt", folder / f"{one.name}.json"
-    inner = [sys.executable, "-m", "benchmarks.gpu", "part", one.name]
+    stem = one.name.replace(" ", "-")
+    output, report = folder / f"{stem}.txt", folder / f"{stem}.json"
+    inner = [sys.executable, *RUN, "part", one.name]
     command = [*one.under, *inner, "--device", device, "--json", str(report)]
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if device == "cpu":
@@ -119,7 +122,11 @@ def _end(running: _Running, keep: Callable[[str, dict[str, Any]], None]) -> str 
 
 
 def run_parts(
-    names: Sequence[str], device: str, budget: float, keep: Callable[[str, dict[str, Any]], None]
+    names: Sequence[str],
+    device: str,
+    budget: float,
+    keep: Callable[[str, dict[str, Any]], None],
+    logs: Path | None = None,
 ) -> dict[str, str]:
     """Run parts: those that time something alone, the others side by side before them.
 
@@ -128,6 +135,7 @@ def run_parts(
         device: where they run.
         budget: seconds, after which none is started.
         keep: is handed the name and the record of every part as it ends.
+        logs: a folder for the parts' whole output; nowhere unless given.
 
     Returns:
         name -> what went wrong.
@@ -135,13 +143,15 @@ def run_parts(
     begin, failed = time.monotonic(), {}
     chosen = [PARTS[name] for name in names]
     crowd, alone = ([p for p in chosen if p.alone is quiet] for quiet in (False, True))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) if logs is None else logs
+        folder.mkdir(parents=True, exist_ok=True)
         groups = [crowd[k : k + _side_by_side()] for k in range(0, len(crowd), _side_by_side())]
         for group in [*groups, *([one] for one in alone)]:
             if time.monotonic() - begin > budget:
                 failed |= {one.name: f"{one.name}: not begun, no time left" for one in group}
                 continue
-            running = [_start(one, device, Path(folder)) for one in group]
+            running = [_start(one, device, folder) for one in group]
             while running:
                 time.sleep(0.1)
                 for one in [one for one in running if one.over()]:

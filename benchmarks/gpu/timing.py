@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, rms_norm, scaled_dot_product_atte
 
 from benchmarks import penalty, step
 from benchmarks.cases import CASES, FRACTION
+from benchmarks.gpu.kernels import precision
 from benchmarks.gpu.parts import part
-from benchmarks.gpu.smoke import precision
 from benchmarks.measure import Report, Target, captured, interleave, synchronize
 from benchmarks.models import resnet
 from frobdecay import FrobeniusDecay, factorize

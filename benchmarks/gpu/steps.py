@@ -1,7 +1,6 @@
-"""Is it right on a device: what no CPU can show. Each part raises where it is not.
+"""Whole steps on a device: captured in graphs, waiting for nothing, in half precision, sharded.
 
-Gradients are compared with float64 formulas on the device, as relative errors of whole matrices.
-On a CPU everything runs in small, the kernels in Triton's interpreter.
+Each part raises where something is not as it has to be. On a CPU everything runs in small.
 """
 
 from __future__ import annotations
@@ -9,140 +8,20 @@ from __future__ import annotations
 import copy
 import math
 import os
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.cases import CASES, Shape
+from benchmarks.gpu.kernels import check, error
 from benchmarks.gpu.parts import part
 from benchmarks.measure import WARM_UPS, Report, captured, synchronize
 from benchmarks.models import resnet
-from frobdecay import FrobeniusDecay, Product, add_penalty_grad_, factorize
-from frobdecay.gradient.accumulate import Accumulator
-
-__all__ = ["KINDS", "LAYOUTS", "precision", "suites"]
-
-KINDS: dict[str, tuple[torch.dtype, torch.dtype, str, float]] = {
-    # factors, targets, torch's precision of float32 products, relative error allowed: what the
-    # targets' own numbers are rounded to, else that of sums of some thousand products
-    "float32": (torch.float32, torch.float32, "highest", 3e-6),
-    "tf32": (torch.float32, torch.float32, "high", 2e-3),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, "highest", 4e-3),
-    "bfloat16 → float32": (torch.bfloat16, torch.float32, "highest", 3e-6),
-    "float16": (torch.float16, torch.float16, "highest", 1e-3),
-    "float16 → float32": (torch.float16, torch.float32, "highest", 3e-6),
-}
-COEF = 0.5
-
-
-def suites(device: torch.device) -> dict[str, list[Shape]]:
-    """The different shapes of the products of three models; on a CPU, of something small."""
-    if device.type == "cpu":
-        return {"tiny": CASES["tiny"].pairs[-2:]}
-    return {name: sorted(set(CASES[name].pairs)) for name in ("resnet110", "bert", "lora7b")}
-
-
-@contextmanager
-def precision(setting: str) -> Iterator[None]:
-    """Within it float32 matrices are multiplied so."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _adjacent(rows: int, r: int) -> Tensor:
-    return torch.randn(rows, r) * rows**-0.5
-
-
-def _cut_out(rows: int, r: int) -> Tensor:
-    return _adjacent(rows, r + 3)[:, 1 : r + 1]
-
-
-LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
-    "columns adjacent": _adjacent,
-    "rows adjacent": lambda rows, r: _adjacent(r, rows).mT,
-    "cut out": _cut_out,
-}
-
-
-def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a device with the strides and the offset that it has here."""
-    base = tensor if tensor._base is None else tensor._base
-    moved = base.to(device, dtype)
-    return moved.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    difference = float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _gradients(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """∇½‖UVᵀ‖² in float64."""
-    U, V = U.double(), V.double()
-    return U @ (V.mT @ V), V @ (U.mT @ U)
-
-
-def _check(report: Report, title: str, rows: list[dict[str, Any]]) -> None:
-    """Report rows with an error and what is allowed, then refuse those above it."""
-    report.table(title, rows)
-    wrong = [row for row in rows if not row["error"] <= row["allowed"]]
-    if wrong:
-        raise AssertionError(f"{title}: expected errors within what is allowed, got {wrong}")
-
-
-@part("smoke", 90)
-def gradients(report: Report) -> None:
-    """Gradients of three models' shapes equal float64, in all dtypes and layouts, in one call."""
-    rows = []
-    for suite, shapes in suites(report.device).items():
-        for kind, (dtype, into, setting, allowed) in KINDS.items():
-            for layout, make in LAYOUTS.items():
-                pairs = [
-                    [_placed(make(rows_, r), report.device, dtype) for rows_ in (m, n)]
-                    for m, n, r in shapes
-                ]
-                targets = [
-                    [
-                        torch.randn_like(factor, dtype=into) * factor.shape[0] ** -0.5
-                        for factor in pair
-                    ]
-                    for pair in pairs
-                ]
-                wanted = [
-                    [
-                        target.double() + COEF * gradient
-                        for target, gradient in zip(two, _gradients(*pair), strict=True)
-                    ]
-                    for pair, two in zip(pairs, targets, strict=True)
-                ]
-                plan = Accumulator([Product.of(*pair) for pair in pairs], "triton")
-                with precision(setting):
-                    plan.accumulate(targets, [[COEF, COEF]] * len(pairs))
-                errors = [
-                    _error(*each)
-                    for two in zip(targets, wanted, strict=True)
-                    for each in zip(*two, strict=True)
-                ]
-                row = {"suite": suite, "kind": kind, "layout": layout, "error": max(errors)}
-                # Triton's interpreter cuts numbers off where a device rounds them
-                cut = 2 if report.device.type == "cpu" and into == torch.bfloat16 else 1
-                rows.append(row | {"allowed": allowed * cut})
-    _check(report, "relative errors", rows)
+from frobdecay import FrobeniusDecay, Product, factorize
 
 
 @part("smoke", 90)
@@ -165,7 +44,7 @@ def rounding(report: Report) -> None:
         raise AssertionError("expected equal bits from equal generators, got others")
     exact = [t.bfloat16().double() for t in start]
     for _ in range(steps):
-        changes = _gradients(*exact)
+        changes = exact(*exact)
         exact = [t - 1e-3 * 0.02 * g for t, g in zip(exact, changes, strict=True)]
     rows = []
     for name, begin, end, wanted in zip("UV", start, ends[0], exact, strict=True):
@@ -180,7 +59,7 @@ def rounding(report: Report) -> None:
                 "allowed": 0.25,
             }
         )
-    _check(report, "movement along the factor, relative to float64", rows)
+    check(report, "movement along the factor, relative to float64", rows)
 
 
 def _network(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -246,31 +125,6 @@ def _allow_waiting(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@part("smoke", 60)
-def launches(report: Report) -> None:
-    """The penalty of all products of a model is two launches, whatever their shapes."""
-    if report.device.type == "cpu":
-        return
-    found = [
-        Product.of(*(t.requires_grad_() for t in pair))
-        for pair in CASES["resnet110"].factors(report.device)
-    ]
-    for product in found:
-        for param in product.params:
-            param.grad = torch.zeros_like(param)
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    for _ in range(2):
-        add_penalty_grad_(found, 1e-4)
-    with torch.profiler.profile(activities=activities) as profile:
-        add_penalty_grad_(found, 1e-4)
-        synchronize(report.device)
-    kinds = torch.autograd.DeviceType.CUDA
-    names = Counter(e.name for e in profile.events() if e.device_type == kinds)
-    report.table("on the device", [{"": name, "launches": count} for name, count in names.items()])
-    if sum(names.values()) != 2:
-        raise AssertionError(f"expected two launches, got {dict(names)}")
-
-
 GRAPHED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": OPTIMIZERS["SGD"],
     "AdamW": lambda params, **more: torch.optim.AdamW(
@@ -314,12 +168,12 @@ def graph(report: Report) -> None:
             steps[1]()
         synchronize(device)
         errors = [
-            _error(a, b.double())
+            error(a, b.double())
             for a, b in zip(*(one.parameters() for one in twins), strict=True)
             if b.norm() > 1e-3
         ]
         rows.append({"optimizer": name, "error": max(errors), "allowed": 2e-3})
-    _check(report, "parameters after five replays", rows)
+    check(report, "parameters after five replays", rows)
 
 
 @part("smoke", 90)
@@ -437,14 +291,13 @@ def processes(report: Report) -> None:
                 {
                     "": name,
                     "error": max(
-                        _error(a, b.double())
-                        for a, b in zip(ends[name], ends["alone"], strict=True)
+                        error(a, b.double()) for a, b in zip(ends[name], ends["alone"], strict=True)
                     ),
                     "allowed": 1e-5,
                 }
                 for name in ("sharded", "replicated")
             ]
-            _check(report, f"after five steps, by {backend}", rows)
+            check(report, f"after five steps, by {backend}", rows)
         finally:
             distributed.destroy_process_group()
 
@@ -486,59 +339,3 @@ def trainer(report: Report) -> None:
     report.table("loss", [{"": k, "loss": loss} for k, loss in enumerate(losses)])
     if not (math.isfinite(losses[-1]) and losses[-1] < losses[0]):
         raise AssertionError(f"expected the loss to fall, got {losses}")
-
-
-@part("smoke", 100, under=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"))
-def memory(report: Report) -> None:
-    """No kernel reads or writes beyond its tensors, watched by compute-sanitizer."""
-    _pointers(report)
-
-
-@part("smoke", 100, under=("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"))
-def races(report: Report) -> None:
-    """Nor do its threads race for shared memory."""
-    _pointers(report)
-
-
-def _pointers(report: Report) -> None:
-    """The smallest tables: all layouts, odd sizes, Grams of several programs, updates in place."""
-    device, count = report.device, 0
-    shapes = [(70, 33, 5), (130, 40, 16), (65, 31, 17)] if device.type == "cuda" else [(9, 7, 5)]
-    for dtype in (torch.float32, torch.bfloat16):
-        for make in LAYOUTS.values():
-            pairs = [
-                [_placed(make(rows, r), device, dtype) for rows in (m, n)] for m, n, r in shapes
-            ]
-            plan = Accumulator([Product.of(*pair) for pair in pairs], "triton")
-            plan.accumulate(
-                [[torch.zeros_like(t) for t in pair] for pair in pairs], [[1.0, 1.0]] * len(pairs)
-            )
-            plan.accumulate(pairs, [[-0.1, -0.1]] * len(pairs))
-            count += 1
-    synchronize(device)
-    report.note("cases", [f"{count} mixtures of {len(shapes)} products"])
-
-
-@part("smoke", 100)
-def tests(report: Report) -> None:
-    """The tests that need a device, compiled."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-    command += ["-p", "no:benchmark"]  # which warns of xdist, where it is installed
-    if report.device.type == "cpu":
-        command.append("--collect-only")
-    command += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "--maxfail", "20"]
-    files = ["test_triton.py", "test_frobenius_torch.py"]
-    found = [str(path) for name in files for path in sorted(_tests().rglob(name))]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["HYPOTHESIS_MAX_EXAMPLES"] = "20"
-    start = time.monotonic()
-    done = subprocess.run([*command, *found], env=environment, capture_output=True, text=True)
-    report.note("pytest", [*done.stdout.splitlines()[-25:], f"{time.monotonic() - start:.0f} s"])
-    if done.returncode not in (0, 5 if report.device.type == "cpu" else 0):
-        raise AssertionError(f"pytest: exit status {done.returncode}\n{done.stdout[-5000:]}")
-
-
-def _tests() -> Any:
-    from pathlib import Path
-
-    return Path(__file__).parents[2] / "tests"
