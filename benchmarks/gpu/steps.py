@@ -42,12 +42,12 @@ def rounding(report: Report) -> None:
         ends.append([factor.detach() for factor in factors])
     if not all(torch.equal(a, b) for a, b in zip(*ends, strict=True)):
         raise AssertionError("expected equal bits from equal generators, got others")
-    exact = [t.bfloat16().double() for t in start]
+    ideal = [t.bfloat16().double() for t in start]
     for _ in range(steps):
-        changes = exact(*exact)
-        exact = [t - 1e-3 * 0.02 * g for t, g in zip(exact, changes, strict=True)]
+        changes = exact(*ideal)
+        ideal = [t - 1e-3 * 0.02 * g for t, g in zip(ideal, changes, strict=True)]
     rows = []
-    for name, begin, end, wanted in zip("UV", start, ends[0], exact, strict=True):
+    for name, begin, end, wanted in zip("UV", start, ends[0], ideal, strict=True):
         first = begin.bfloat16().double()
         # along the factor itself: single entries are as coarse as bfloat16 is
         moved, due = (((t.double() - first) * first).sum() for t in (end, wanted))
