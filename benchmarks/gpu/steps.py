@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.gpu.kernels import check, error
+from benchmarks.gpu.kernels import check, error, exact
 from benchmarks.gpu.parts import part
 from benchmarks.measure import WARM_UPS, Report, captured, synchronize
 from benchmarks.models import resnet
