@@ -14,6 +14,11 @@ from frobdecay.product.product import Product
 Maker = Callable[[torch.dtype], Product]
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the device that the tests run on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def bare(
     *shapes: tuple[int, ...],
     scale: float = 1.0,

@@ -2,7 +2,7 @@
 
 Many small products cost their calls, not their arithmetic. So factors are gathered by shape into
 stacks, Grams and updates of a stack are one ``bmm`` each, and one ``_foreach_add_`` scatters the
-result. In pairs U Vᵀ, the U and V of all products with as many rows and columns share a stack:
+result; targets that share memory, as those of one parameter that is a factor twice, take turns. In pairs U Vᵀ, the U and V of all products with as many rows and columns share a stack:
 each factor's update takes the Gram of its partner, wherever that is,
 
     S = stack of all (rows×r),    G = SᵀS,    updates = S · G[partner],
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -73,6 +74,42 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
     return run
 
 
+def overlapping(views: Sequence[Tensor]) -> list[int]:
+    """Number the views so that those whose memory may overlap have one number.
+
+    Views that interleave, such as columns of one matrix, count as overlapping.
+    """
+    spans = []
+    for i, view in enumerate(views):
+        last = sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))
+        start = view.data_ptr()
+        spans.append((start, start + (last + 1) * view.element_size(), i))
+    groups, end, group = [0] * len(views), 0, 0
+    for start, stop, i in sorted(spans):
+        group += start >= end
+        end = max(end, stop)
+        groups[i] = group
+    return groups
+
+
+def turns(addresses: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """Say when each target is written, so that no two of one turn share memory.
+
+    Args:
+        addresses: of the targets; equal ones are one target.
+        groups: of the factors they belong to, from ``overlapping``.
+    """
+    if len({*groups}) == len(groups) == len({*addresses}):
+        return [0] * len(groups)
+    found: list[int] = []
+    taken: defaultdict[tuple[str, int], int] = defaultdict(int)  # turns so far
+    for address, group in zip(addresses, groups, strict=True):
+        turn = max(taken["address", address], taken["group", group])
+        taken["address", address] = taken["group", group] = turn + 1
+        found.append(turn)
+    return found
+
+
 class _Stack:
     """Factors of one shape, gathered into one buffer, and a buffer for their updates.
 
@@ -93,6 +130,7 @@ class _Stack:
         self.update = torch.zeros_like(self.stack)
         self.gathered = list(self.stack[..., :r].unbind())
         self.parts = list(self.update[..., :r].unbind())
+        self.groups = overlapping(views)
         self.alike = columns in (None, r) and all(view.dtype == dtype for view in views)
 
     def gather(self) -> Tensor:
@@ -104,14 +142,20 @@ class _Stack:
         return self.stack
 
     def scatter(self, targets: Targets) -> None:
-        """Add the updates to their targets."""
-        into = [targets[k][j] for k, j in self.slots]
-        if all(target is not None for target in into):
-            torch._foreach_add_(into, self.parts)  # type: ignore[arg-type]
-            return
-        wanted = [(t, part) for t, part in zip(into, self.parts, strict=True) if t is not None]
-        if wanted:
-            torch._foreach_add_([t for t, _ in wanted], [part for _, part in wanted])
+        """Add the updates to their targets.
+
+        On a GPU one call is one kernel, in which two sums into the same number would be a race.
+        """
+        into, parts, groups = [], [], []
+        for (k, j), part, group in zip(self.slots, self.parts, self.groups, strict=True):
+            if (target := targets[k][j]) is not None:
+                into.append(target)
+                parts.append(part)
+                groups.append(group)
+        order = turns([target.data_ptr() for target in into], groups)
+        for now in sorted({*order}):
+            chosen = [turn == now for turn in order]
+            torch._foreach_add_([*compress(into, chosen)], [*compress(parts, chosen)])
 
 
 class _Pairs:
@@ -196,11 +240,18 @@ def _together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = Non
     first = coefs[0]
     if not isinstance(first, Tensor) and all(coef is first for coef in coefs):
         return first
+
+    def move(found: Tensor) -> Tensor:
+        """To a GPU without waiting for it; of one, what has not arrived must not be read."""
+        return found.to(like.device, like.dtype, non_blocking=not like.is_cpu)
+
     if any(isinstance(coef, Tensor) for coef in coefs):
-        column = torch.stack(
-            [torch.as_tensor(c, dtype=like.dtype, device=like.device).reshape(()) for c in coefs]
+        each = (
+            c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
+            for c in coefs
         )
+        column = torch.stack([move(c).reshape(()) for c in each])
     else:
-        column = torch.tensor(coefs, dtype=torch.float64, device="cpu")
+        column = move(torch.tensor(coefs, dtype=torch.float64, device="cpu"))
     ndim = like.ndim if ndim is None else ndim
-    return column.to(like.device, like.dtype).reshape(-1, *(1 for _ in range(ndim - 1)))
+    return column.reshape(-1, *(1 for _ in range(ndim - 1)))

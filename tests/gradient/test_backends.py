@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import PRODUCTS, Sizes, bare
+from cases import PRODUCTS, Sizes, bare, seeded
 from closeness import TOLERANCE, close, exact
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def mixtures(draw):
     """
     sizes = {"m": 7, "n": 5, "2": 2, "3": 3}
     dtypes, one_in = st.sampled_from(list(TOLERANCE)), lambda k: draw(st.integers(1, k)) == 1
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    generator = seeded(draw(st.integers(0, 1000)))
     known: list[nn.Parameter] = []
     products = []
     for _ in range(draw(st.integers(1, 5))):
@@ -232,6 +232,52 @@ def test_a_shared_factor_gets_the_sum(backend):
             p.grad = torch.zeros_like(p)
         add_penalty_grad_(order, 1.0, backend=backend)
         assert close(shared.grad, total, 1e-12)
+
+
+def at_once(targets, updates):
+    """``_foreach_add_`` as one kernel runs it: each sum starts from what was there before."""
+    sums = [target + update for target, update in zip(targets, updates, strict=True)]
+    for target, found in zip(targets, sums, strict=True):
+        target.copy_(found)
+
+
+SHARED = {  # the places of a pair's factors in one buffer, which has places in a buffer of targets
+    "a parameter twice": [(0, 0)],
+    "a parameter in every product": [(0, 12), (0, 24), (36, 0)],
+    "views that overlap": [(0, 6), (12, 9)],
+    "nothing": [(0, 12), (24, 36)],
+}
+
+
+@pytest.mark.parametrize("places", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("structure", ["pair", "chain"])
+def test_targets_that_share_memory_take_turns(monkeypatch, structure, places):
+    """As kernels add, no update is lost: of one factor that is several, or of overlapping ones."""
+    monkeypatch.setattr(torch, "_foreach_add_", at_once)
+    buffer = torch.randn(48, dtype=torch.float64)
+    middle = [torch.eye(2, dtype=torch.float64)] * (structure == "chain")
+    found, wanted = torch.zeros_like(buffer), torch.zeros_like(buffer)
+    products, targets = [], []
+    for pair in places:
+        U, V = (buffer[place : place + 12].view(6, 2) for place in pair)
+        products.append(Product.of(U, *middle, V))
+        into = [found[place : place + 12].view(6, 2) for place in pair]
+        targets.append([into[0], *[None for _ in middle], into[1]])
+        for place, gradient in zip(pair, (U @ V.T @ V, V @ U.T @ U), strict=True):
+            wanted[place : place + 12] += gradient.flatten()
+    coefs = [[1.0] * len(row) for row in targets]
+    Accumulator(products, "bucketed").accumulate(targets, coefs)
+    assert close(found, wanted, 1e-12)
+
+
+def test_a_target_of_several_factors_is_added_to_once_a_turn(monkeypatch):
+    """Whose memory is not that of one parameter."""
+    monkeypatch.setattr(torch, "_foreach_add_", at_once)
+    products = [bare((6, 2), (6, 2))(torch.float64) for _ in range(2)]
+    sums = [torch.zeros(6, 2, dtype=torch.float64) for _ in range(2)]
+    Accumulator(products, "bucketed").accumulate([sums, sums], [[1.0, 1.0]] * 2)
+    for found, *wanted in zip(sums, *map(gradients, products), strict=True):
+        assert close(found, sum(wanted), 1e-12)
 
 
 @pytest.mark.covers("D12")
@@ -430,7 +476,7 @@ def test_autocast_does_not_reach_the_grams():
     add_penalty_grad_(products, 1.0)
     plain = products[0].params[0].grad.clone()
     products[0].params[0].grad.fill_(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         add_penalty_grad_(products, 1.0)
     assert torch.equal(products[0].params[0].grad, plain)
 
