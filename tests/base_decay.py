@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 import torch
+from cases import seeded
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,7 +27,7 @@ class Net(nn.Module):
 
     def __init__(self, dtype: torch.dtype, *, frozen: bool) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
 
         def normal(*shape: int, scale: float) -> Tensor:
             return (scale * torch.randn(shape, generator=generator)).to(dtype)

@@ -1,4 +1,8 @@
-"""Shared by all tests: determinism, threads, the hypothesis profile, the table of tolerances."""
+"""Shared by all tests: determinism, threads, the hypothesis profile, the table of tolerances.
+
+``FROBDECAY_TEST_DEVICE=cuda pytest tests`` runs the suite on a GPU: that is torch's default device
+then. Tests marked ``cpu``, with what they say about a CPU, stay on it.
+"""
 
 import os
 from importlib.util import find_spec
@@ -23,14 +27,18 @@ def interpret_kernels() -> None:
         from frobdecay.gradient.triton.executor import squared_norms
         from frobdecay.product.product import Product
 
-        squared_norms(Product.of(torch.ones(1, 1), torch.ones(1, 1)))
+        one = torch.ones(1, 1, device="cpu")
+        squared_norms(Product.of(one, one))
     finally:
         del os.environ["TRITON_INTERPRET"]
 
 
 interpret_kernels()
-if "FROBDECAY_TEST_DEVICE" in os.environ:  # all tests on an accelerator, as far as they can be
-    torch.set_default_device(os.environ["FROBDECAY_TEST_DEVICE"])
+DEVICE = os.environ.get("FROBDECAY_TEST_DEVICE")
+if DEVICE is not None:
+    torch.set_default_device(DEVICE)
+    # sums to float32's precision, as tolerances expect
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 settings.register_profile(
     "frobdecay",
@@ -50,6 +58,12 @@ def _seed():
     torch.set_num_threads(int(os.environ.get("FROBDECAY_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose the device before any fixture makes a tensor, whatever the test before left."""
+    torch.set_default_device(None if item.get_closest_marker("cpu") else DEVICE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from cases import seeded
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +28,7 @@ class Net(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter((0.5 * torch.randn(shape, generator=generator)).to(dtype))

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import PRODUCTS, Sizes, bare
+from cases import PRODUCTS, Sizes, bare, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -35,7 +35,7 @@ def weights(draw):
     """A float64 matrix or batch of matrices, with a decaying, flat or deficient spectrum."""
     m, n, seed = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(0, 1000))
     batch = draw(st.lists(st.integers(1, 3), max_size=1))
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     W = torch.randn(*batch, m, n, dtype=torch.float64, generator=generator)
     if draw(st.booleans()):
         W = W * 10.0 ** -torch.arange(n, dtype=torch.float64).clamp_max(6)
@@ -155,7 +155,7 @@ def test_signs_are_fixed():
 def test_global_random_state_is_untouched():
     """Spectral initialization is deterministic and draws no random numbers."""
     state = torch.get_rng_state()
-    spectral_init(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)), 9)
+    spectral_init(torch.randn(6, 6, generator=seeded(1)), 9)
     assert torch.equal(torch.get_rng_state(), state)
 
 

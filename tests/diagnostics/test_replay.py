@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import PRODUCTS
+from cases import PRODUCTS, seeded
 from torch import nn
 
 import frobdecay
@@ -22,7 +22,7 @@ def model():
 
 def train(net, optimizer, after, steps=5):
     """Train on fixed data and call ``after(k)`` behind every step."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for k in range(steps):
         x = torch.randn(16, 10, generator=generator)
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from cases import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -236,7 +237,7 @@ def _axes(layer):
 @given(energy=st.floats(0.05, 1.0), seed=st.integers(0, 99))
 def test_energy_takes_the_smallest_sufficient_rank(energy, seed):
     """One column less would keep less than the share."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     layer = nn.Linear(12, 40).double()
     with torch.no_grad():
         layer.weight.normal_(generator=generator)

@@ -282,7 +282,7 @@ def test_normalizations_are_fused_into_factors(make, norm, fuse):
 CONTEXTS = {
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast": lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16),
     "device": lambda: torch.device("cpu"),
 }
 W = torch.linspace(-1, 1, 24).sin().view(4, 6)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from optim_cases import Net, assert_identical, torch_table, train, values
@@ -466,7 +467,7 @@ def test_for_plain_gradient_descent_coupled_is_decoupled(shape, coef, lr, scale)
     m, n, r, depth = shape
     found = []
     for mode in ("coupled", "decoupled"):
-        generator = torch.Generator().manual_seed(m * n + depth)
+        generator = seeded(m * n + depth)
         shapes = [(m, r), *[(r, r)] * depth, (n, r)]
         factors = [
             nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from cases import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def test_the_result_is_a_neighbour(dtype, data):
 def test_the_expectation_is_exact(dtype, x):
     """The mean of many roundings is within five standard errors."""
     exact = torch.full((20_000,), x)
-    rounded = round_stochastically(exact, dtype, torch.Generator().manual_seed(0)).double()
+    rounded = round_stochastically(exact, dtype, seeded(0)).double()
     spread = rounded.std() / len(exact) ** 0.5
     assert abs(rounded.mean() - exact[0].double()) <= 5 * spread + abs(x) * 1e-7
 

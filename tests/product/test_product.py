@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import PRODUCTS, Sizes, bare
+from cases import PRODUCTS, Sizes, bare, seeded
 from closeness import TOLERANCE, close, exact
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ def chains(draw):
     inner, batch = draw(st.integers(0, 3)), draw(st.lists(st.integers(1, 3), max_size=2))
     bonds = draw(st.lists(sizes, min_size=inner + 1, max_size=inner + 1))
     m, n, seed = draw(sizes), draw(sizes), draw(st.integers(0, 1000))
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     pairs = list(itertools.pairwise(bonds))
     shapes = [(m, bonds[0]), *pairs, (n, bonds[-1])]
     tensors = [
@@ -89,7 +89,7 @@ def test_value_does_not_depend_on_the_gauge(product, seed):
     if inner:
         return
     r = first.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     A = torch.randn(r, r, dtype=torch.float64, generator=generator) + 4 * torch.eye(r)
     moved = Product.of(first @ A, last @ torch.linalg.inv(A).mT, scale=product.scale)
     assert close(product_norm(moved), product_norm(product), 1e-8)
@@ -189,7 +189,7 @@ def test_half_precision_accumulates_in_float32():
     assert close(0.5 * squared_norm(product), expected, 1e-5)
     wide = bare((64, 4), (64, 4))(torch.float32)
     plain = squared_norm(wide)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert torch.equal(squared_norm(wide), plain)
 
 

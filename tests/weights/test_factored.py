@@ -85,7 +85,7 @@ def test_a_kept_dense_tensor_is_never_stale(write):
 def test_materialize_keeps_the_reported_dtype_under_autocast():
     """The dense weight under autocast has the dtype that the weight reports."""
     W = weight("o i -> o i", (6, 5), dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert W.materialize().dtype == W.dtype == torch.float32
 
 

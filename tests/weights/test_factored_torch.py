@@ -192,7 +192,7 @@ def test_cached_sees_a_step_of_the_optimizer():
 def test_autocast_equals_the_dense_layers(choice):
     """The output's dtype is autocast's; the parameters' gradients are float32."""
     model, x = network(), torch.randn(2, 3, 6, 6)
-    with force(choice), torch.autocast("cpu", torch.bfloat16):
+    with force(choice), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = model(x)
     assert out.dtype == torch.bfloat16
     with force(choice):

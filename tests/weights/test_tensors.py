@@ -324,7 +324,7 @@ def test_autocast_forms_the_weight_in_full_precision(case, kind):
     layer, inputs = LAYERS[case]
     model = nn.ModuleDict({"layer": layer()})
     factorize(model, 3, parametrization=kind)
-    with force(True), torch.autocast("cpu", torch.bfloat16):
+    with force(True), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert model["layer"].weight.dtype == torch.float32
         found = run(model, inputs())
         expected = run(merge(copy.deepcopy(model)), inputs())
