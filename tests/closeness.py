@@ -1,6 +1,7 @@
 """What the tests compare with: the dense product in float64, and how close is equal."""
 
 import torch
+from cases import seeded
 
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product
@@ -40,5 +41,4 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
 
 def normal(shape, seed=0):
     """Float64 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
+    return torch.randn(shape, dtype=torch.float64, generator=seeded(seed))

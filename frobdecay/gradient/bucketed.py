@@ -2,8 +2,9 @@
 
 Many small products cost their calls, not their arithmetic. So factors are gathered by shape into
 stacks, Grams and updates of a stack are one ``bmm`` each, and one ``_foreach_add_`` scatters the
-result; targets that share memory, as those of one parameter that is a factor twice, take turns. In pairs U Vᵀ, the U and V of all products with as many rows and columns share a stack:
-each factor's update takes the Gram of its partner, wherever that is,
+result; targets that share memory, such as that of a parameter that is a factor twice, take turns.
+In pairs U Vᵀ, the U and V of all products with as many rows and columns share a stack: each
+factor's update takes the Gram of its partner, wherever that is,
 
     S = stack of all (rows×r),    G = SᵀS,    updates = S · G[partner],
 

@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from cases import PRODUCTS, Sizes, bare, seeded
+from cases import PRODUCTS, Sizes, bare
 from closeness import TOLERANCE, close, exact, normal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,15 +29,6 @@ STARS = [name for name in PRODUCTS if name.startswith(("tucker", "cp"))]
 sizes = st.integers(1, 5)
 
 
-<<<<<<< HEAD:tests/algebra/test_stars.py
-=======
-def normal(shape, seed=0):
-    """Float64 numbers."""
-    generator = seeded(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
->>>>>>> fcc195d (Let the tests make generators and autocast where they run, and keep those about CPUs on one):tests/test_stars.py
 def letters(count):
     """Names for the modes of an einsum."""
     return "abcde"[:count], "vwxyz"[:count]
