@@ -30,10 +30,10 @@ the diagonal are computed, the others are mirrored.
 **Precision.** All sums are float32. Float32 factors are multiplied as
 ``torch.backends.cuda.matmul`` says (IEEE or TF32). Products of bf16 or fp16 numbers are exact in
 float32, so A multiplies them as they are; B must not round the Gram to half precision, so it is
-split into two or three bf16 terms that sum to it (to 2⁻¹⁷ where the target is half precision as
-well, else to 2⁻²⁴), and fp16, whose range is too small for Grams, is multiplied as TF32 in three
-terms. Half-precision targets are rounded to nearest: stochastic rounding stays with the
-optimizer, whose generator travels in its checkpoints, and which passes float32 increments.
+split into terms that sum to it: bf16, or TF32 for fp16, whose range is too small for Grams. Two
+terms where the target is half precision as well (to 2⁻¹⁷), else three (to 2⁻²⁴). Half-precision
+targets are rounded to nearest: stochastic rounding stays with the optimizer, whose generator
+travels in its checkpoints, and which passes float32 increments.
 
 **Aliasing.** All Grams are complete before B starts. In B a program reads all columns of its rows
 before it writes any of them, where a target is the factor itself.
@@ -146,7 +146,7 @@ def gram_kernel(
     else:
         across = tl.arange(0, BLOCK)
         local = across[:, None] * BLOCK + across[None, :]
-        first = partials + tl.load(record + 11)
+        first = tl.multiple_of(partials + tl.load(record + 11), 16)
         counter = counters + tl.load(record + 12)
         tl.store(first + tl.load(record + 9) * (BLOCK * BLOCK) + local, gram)
         tl.debug_barrier()  # all threads' stores come before the ticket
@@ -154,7 +154,7 @@ def gram_kernel(
         if ticket == chunks - 1:
             tl.debug_barrier()
             total = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-            for _ in range(chunks):
+            for _ in tl.range(chunks, loop_unroll_factor=4):  # several on their way at a time
                 total += tl.load(first + local, cache_modifier=".cg")
                 first += BLOCK * BLOCK
             _store_gram(record, grams, total, BLOCK)
@@ -163,17 +163,25 @@ def gram_kernel(
 
 @triton.jit
 def _times(x, gram, total, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """``total + x · gram``, the Gram as the sum of TERMS bf16 matrices, or as it is for TERMS 0."""
+    """``total + x · gram``, the Gram as the sum of TERMS matrices, or as it is for TERMS 0.
+
+    The terms are bf16, or TF32 where PRECISION says so: x has no more digits than they have.
+    """
     if TERMS == 0:
         total = tl.dot(x.to(tl.float32), gram, total, input_precision=PRECISION)
     else:
         for _ in tl.static_range(TERMS):
-            term = gram.to(tl.bfloat16)
-            gram = gram - term.to(tl.float32)
-            if UPCAST:
-                total = tl.dot(x.to(tl.float32), term.to(tl.float32), total)
+            if PRECISION == "tf32":  # cut off, not rounded: a NaN stays one
+                term = (gram.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                gram = gram - term
+                total = tl.dot(x.to(tl.float32), term, total, input_precision="tf32")
             else:
-                total = tl.dot(x, term, total)
+                term = gram.to(tl.bfloat16)
+                gram = gram - term.to(tl.float32)
+                if UPCAST:
+                    total = tl.dot(x.to(tl.float32), term.to(tl.float32), total)
+                else:
+                    total = tl.dot(x, term, total)
     return total
 
 
@@ -265,9 +273,9 @@ def update_kernel(
 def norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
     """The inner product of two stretches of Grams."""
     pair = tl.program_id(0)
-    left = grams + tl.load(records + 3 * pair)
-    right = grams + tl.load(records + 3 * pair + 1)
-    length = tl.load(records + 3 * pair + 2)
+    left = tl.multiple_of(grams + tl.load(records + 3 * pair), 16)
+    right = tl.multiple_of(grams + tl.load(records + 3 * pair + 1), 16)
+    length = tl.load(records + 3 * pair + 2) // 16 * 16  # as it is: of whole tiles
     across = tl.arange(0, BLOCK)
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, length, BLOCK):

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, norm_kernel, update_kernel
-from frobdecay.gradient.triton.tiles import MAX_SUMS, Tile
+from frobdecay.gradient.triton.tiles import Tile
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TARGETS = {**_TYPES, torch.float64: tl.float64}
@@ -73,20 +73,21 @@ def update_options(
     """
     single = rank <= tile.block
     half = target_dtype.itemsize < 4
-    # In place, all columns at once: none may be written while others still need it.
-    columns = tile.block if single or not in_place else 1 << (rank - 1).bit_length()
+    # In place, all columns at once: none may be written while others still need it. Of half as
+    # many rows, for all to stay in registers.
+    whole = in_place and not single
     return {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
         "VECTOR": 16 // min(dtype.itemsize, target_dtype.itemsize),
         "LAYOUTS": layouts,
-        "ROWS": min(tile.update_rows, MAX_SUMS // columns),
+        "ROWS": tile.update_rows // 2 if whole else tile.update_rows,
         "BLOCK": tile.block if single else tile.inner,
-        "COLUMNS": columns,
+        "COLUMNS": 1 << (rank - 1).bit_length() if whole else tile.block,
         "SINGLE": single,
         "IN_PLACE": in_place,
-        "TERMS": (2 if half else 3) if dtype == torch.bfloat16 else 0,
-        "PRECISION": "tf32x3" if dtype == torch.float16 else _precision(dtype),
+        "TERMS": 0 if dtype == torch.float32 else 2 if half else 3,
+        "PRECISION": "tf32" if dtype == torch.float16 else _precision(dtype),
         "UPCAST": INTERPRETED,
         "num_warps": tile.update_warps,
         "num_stages": tile.stages,

@@ -8,10 +8,6 @@ MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""
 
-MAX_SUMS = 8192
-"""Numbers that a program of launch B sums up at a time: more, with eight warps, do not fit into its
-registers. Where it holds many columns of a row, it takes so many rows fewer."""
-
 WAVES = 4
 """Programs of a launch for each multiprocessor: several, to hide each other's latency."""
 
@@ -25,7 +21,8 @@ class Tile:
         inner: columns of a factor that launch B multiplies at a time, where ``block`` does not
             hold the whole rank.
         gram_rows: rows multiplied at a time by launch A.
-        update_rows: rows multiplied at a time by launch B, unless ``MAX_SUMS`` permits fewer.
+        update_rows: rows multiplied at a time by launch B; half of them where a program
+            has to hold all columns of more than one block, in place.
         gram_warps: warps of a program of launch A.
         update_warps: warps of a program of launch B.
         stages: depth of the software pipeline.
