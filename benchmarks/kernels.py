@@ -1,13 +1,14 @@
-"""No kernel variant spills registers or takes more shared memory than a multiprocessor has.
+"""Kernels do not spill their registers, nor take more shared memory than a multiprocessor has.
 
     python -m benchmarks.kernels                          # every variant, for sm_80 and sm_90
-    python -m benchmarks.kernels --kernel gram --capability 90 --json kernels.json
+    python -m benchmarks.kernels --only 'gram.*bf16' --capability 90 --json kernels.json
 
 Compiles the grouped kernels ahead of time, in all variants that launches ask for: by rank, dtypes
 of factors and targets, layouts, in place or not, float32 as IEEE or TF32. Needs no GPU, only
-Triton. Registers and local memory are those of the compiled program, shared memory what a launch
-asks for; "wide" counts accesses of 16 bytes to global memory, "tensor" instructions of the tensor
-cores, "local" bytes a thread of local memory, where spilled registers go.
+Triton; what it compiles, launches on such a GPU find in Triton's cache on disk. Registers and
+local memory, where spilled registers go, are those of a thread of the compiled program, shared
+memory what a launch asks for. "Wide" counts accesses of 16 bytes to global memory, "narrow" those
+to one number, "tensor" instructions of the tensor cores.
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ from frobdecay.gradient.triton.tiles import MAX_RANK, tile_for
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Capability -> bytes of shared memory that a program can have."""
 
+LOCAL = 8
+"""Bytes of local memory that a thread may use: ptxas itself keeps two registers there at times, for
+one more program on a multiprocessor; held back, it takes all registers and runs fewer."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = (*DTYPES, torch.float64)
-_TENSORS = {  # kernel -> types of its arguments
-    "gram": ("*i64", "*fp32", "*fp32", "*i32"),
-    "update": ("*i64", "*fp32", "*i64", "*i64"),
-    "norm": ("*i64", "*fp32", "*fp32"),
+_ARGUMENTS = {  # kernel -> dtypes of its tensors
+    "gram": (torch.int64, torch.float32, torch.float32, torch.int32),
+    "update": (torch.int64, torch.float32, torch.int64, torch.int64),
+    "norm": (torch.int64, torch.float32, torch.float32),
 }
-_INSTRUCTIONS = {
-    "wide loads": r"ld\.global\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg",
+_INSTRUCTIONS = {  # partial sums, .cg, apart
+    "wide loads": r"ld\.global(?!\.cg)\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg",
     "wide stores": r"st\.global\S*\.(v4\.b32|v2\.b64)",
+    "narrow loads": r"ld\.global(?!\.cg|\S*\.v\d)\S*\.b(16|32)\b",
+    "narrow stores": r"st\.global(?!\S*\.v\d)\S*\.b(16|32)\b",
     "tensor": r"wgmma\.mma_async|mma\.sync",
 }
-_TAKEN = ("registers", "local", "shared")
+_LEAST = ("wide loads", "wide stores", "tensor")
 
 
 class Variant(NamedTuple):
@@ -101,8 +108,27 @@ def variants() -> Iterator[Variant]:
     return (Variant(kernel, rank, options) for (kernel, options), rank in found.items())
 
 
+class _Absent(NamedTuple):
+    """Stands in for Triton's driver where there is no GPU, of that capability."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        return -self.capability  # nobody else's place in Triton's caches
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
 def compiled(variant: Variant, capability: int) -> dict[str, Any]:
-    """Compile a variant.
+    """Compile a variant as a launch would, into the same cache on disk.
+
+    No launch can follow in this process: Triton takes the GPU that there is not for its own.
 
     Args:
         variant: one of ``variants()``.
@@ -112,20 +138,13 @@ def compiled(variant: Variant, capability: int) -> dict[str, Any]:
         What it takes and does, see the docstring of the module; memory in bytes.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
 
     kernel = getattr(load_kernels(), f"{variant.kernel}_kernel")
-    names, constants = kernel.arg_names, dict(variant.options)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    types = _TENSORS[variant.kernel]
-    source = ASTSource(
-        kernel,
-        dict.fromkeys(names, "constexpr") | dict(zip(names, types, strict=False)),
-        {(names.index(name),): value for name, value in constants.items()},
-        {(k,): [["tt.divisibility", 16]] for k in range(len(types))},
-    )
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    driver.set_active(_Absent(capability))
+    tensors = map(MockTensor, _ARGUMENTS[variant.kernel])
+    found = kernel.warmup(*tensors, grid=(1,), **dict(variant.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(found.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -142,10 +161,13 @@ def compiled(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def _narrow(variant: Variant, found: dict[str, Any]) -> bool:
-    """Whether there are layouts with adjacent numbers, but no wide access to them."""
-    adjacent = dict(variant.options).get("LAYOUTS", 0) & 0b110
-    wide = found["wide loads"] and (found["wide stores"] or variant.kernel == "gram")
-    return bool(adjacent and not wide)
+    """Whether numbers that are adjacent, by the layouts, are accessed one by one."""
+    layouts = dict(variant.options).get("LAYOUTS", 1)
+    wide = found["wide loads"] and found["wide stores"]
+    if layouts & 1:  # numbers with any strides, too
+        return layouts != 1 and not wide
+    coefs, others = (1, 0) if variant.kernel == "update" else (0, found["narrow stores"])
+    return not wide or found["narrow loads"] > coefs or found["narrow stores"] > others
 
 
 def _rows(found: dict[Variant, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,7 +175,7 @@ def _rows(found: dict[Variant, dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for variant, one in found.items():
         row = rows.setdefault(variant.name, {"": variant.name, **one})
-        row |= {k: (max if k in _TAKEN else min)(row[k], one[k]) for k in one}
+        row |= {k: (min if k in _LEAST else max)(row[k], one[k]) for k in one}
     return list(rows.values())
 
 
@@ -162,9 +184,9 @@ def _targets(capability: int, found: dict[Variant, dict[str, Any]]) -> list[Targ
     narrow = sum(_narrow(variant, one) for variant, one in found.items())
     local, shared = (max(one[name] for one in found.values()) for name in ("local", "shared"))
     return [
-        Target(f"sm_{capability}: local memory of a thread", local, 0, unit="bytes"),
+        Target(f"sm_{capability}: local memory of a thread", local, LOCAL, unit="bytes"),
         Target(f"sm_{capability}: shared memory", shared / 1024, limit, unit="KiB"),
-        Target(f"sm_{capability}: variants without wide accesses", narrow, 0, unit=""),
+        Target(f"sm_{capability}: variants with narrow accesses", narrow, 0, unit=""),
     ]
 
 
