@@ -28,7 +28,7 @@ from frobdecay.weights.dense import (
     on_dense,
     refuse_writes,
 )
-from frobdecay.weights.forms.table import FORMS
+from frobdecay.weights.forms import FORMS
 from frobdecay.weights.product_tensor import ProductTensor, untraced
 
 

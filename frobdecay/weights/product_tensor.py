@@ -1,8 +1,8 @@
 """A tensor without storage that stands for the product of its factors.
 
 ``ProductTensor`` knows its shape, dtype and device, can be copied, pickled, traced and
-multiplied out, and nothing else: which functions run on the factors is the table in
-``forms/table.py``, and what happens to all others is in ``factored.py``.
+multiplied out, and nothing else: which functions run on the factors is in
+``forms/``, and what happens to all others is in ``factored.py``.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
+from frobdecay.weights.forms.table import form
+
 _QUESTION = "has_torch_function"
 
 
@@ -53,9 +55,5 @@ def _attention_form(function: FunctionType) -> Callable[..., Any]:
 _torch_attention: Any = F.multi_head_attention_forward
 
 # A version of torch whose function asks otherwise gets dense weights.
-ATTENTION_FORMS: dict[Any, Callable[..., Any]] = (
-    {_torch_attention: _attention_form(_torch_attention)}
-    if isinstance(_torch_attention, FunctionType)
-    and _QUESTION in _torch_attention.__code__.co_names
-    else {}
-)
+if isinstance(_torch_attention, FunctionType) and _QUESTION in _torch_attention.__code__.co_names:
+    form(_torch_attention)(_attention_form(_torch_attention))

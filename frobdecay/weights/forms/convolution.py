@@ -17,7 +17,6 @@ input channels and kernel is a 1×1, a kh×kw and another 1×1 convolution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
 
 # A multiply-add in one of two thin convolutions takes as long as this many in the dense one:
@@ -212,6 +212,7 @@ def _three_cheaper(
     return bool(thin < pair) and factors_cheaper(positions, cost)
 
 
+@form(F.conv1d, F.conv2d, F.conv3d, told=True)
 def _conv(
     function: Callable[..., Tensor],
     input: Tensor,
@@ -232,6 +233,7 @@ def _conv(
     return _two_convolutions(function, False, input, weight, bias, groups, options)
 
 
+@form(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, told=True)
 def _conv_transpose(
     function: Callable[..., Tensor],
     input: Tensor,
@@ -252,6 +254,7 @@ def _conv_transpose(
     return _two_convolutions(function, True, input, weight, bias, groups, options)
 
 
+@form(F.bilinear)
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Contract the inputs whose axes share no factor with the outputs first, then the others."""
     if not isinstance(weight, ProductTensor) or weight.matricization.batch_axes:
@@ -288,13 +291,3 @@ def _spread(view: Matricization, axes: Axes, factor: Tensor, *dims: Axes) -> Ten
     sizes = {name: view.sizes[name] for name in axes}
     result: Tensor = rearrange(factor, f"({' '.join(axes)}) rankaxis -> {target}", **sizes)
     return result
-
-
-TENSOR_FORMS: dict[Any, Callable[..., Any]] = {
-    **{f: partial(_conv, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
-    **{
-        f: partial(_conv_transpose, f)
-        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    },
-    F.bilinear: _bilinear,
-}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +17,18 @@ from torch import Tensor
 
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.weights.forms.matrix import matrix
+from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor
+
+_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+_CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16")
 
 # Dtypes that products are formed in: to cast a weight to any other is not to cast its factors.
 _PRODUCTS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
+@form(Tensor.permute, torch.permute)
 def _permute(input: ProductTensor, *args: Any, dims: Sequence[int] = ()) -> Any:
     order = tuple(args[0]) if args and not isinstance(args[0], int) else args or tuple(dims)
     size = len(input.matricization.tensor_axes)
@@ -32,29 +37,40 @@ def _permute(input: ProductTensor, *args: Any, dims: Sequence[int] = ()) -> Any:
     return input.permuted(order)
 
 
+@form(torch.transpose, Tensor.transpose, torch.swapdims, Tensor.swapdims)
 def _transpose(input: ProductTensor, dim0: int, dim1: int) -> Any:
     size = len(input.matricization.tensor_axes)
     fits = -size <= dim0 < size and -size <= dim1 < size
     return input.transposed(dim0, dim1) if fits else NotImplemented
 
 
+@form(torch.swapaxes, Tensor.swapaxes)
 def _swap_axes(input: ProductTensor, axis0: int, axis1: int) -> Any:
     return _transpose(input, axis0, axis1)
 
 
+@form(Tensor.T.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
 def _matrix_transpose(input: ProductTensor) -> Any:
     return _permute(input, 1, 0) if input.ndim == 2 else NotImplemented
 
 
+@form(Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _batch_transpose(input: ProductTensor) -> Any:
     return _transpose(input, -2, -1) if input.ndim >= 2 else NotImplemented
 
 
-def _real(form: Callable[..., Any], input: ProductTensor) -> Any:
-    """A conjugate transpose, which conjugates nothing where the weight is real."""
-    return NotImplemented if input.is_complex() else form(input)
+@form(Tensor.H.__get__)  # type: ignore[attr-defined]
+def _conjugate_transpose(input: ProductTensor) -> Any:
+    """Conjugate nothing: the weight is real."""
+    return NotImplemented if input.is_complex() else _matrix_transpose(input)
 
 
+@form(Tensor.mH.__get__, Tensor.adjoint)  # type: ignore[attr-defined]
+def _batch_conjugate_transpose(input: ProductTensor) -> Any:
+    return NotImplemented if input.is_complex() else _batch_transpose(input)
+
+
+@form(*(getattr(Tensor, name) for name in _CONVERSIONS), told=True)
 def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Convert each factor; another tensor converted to the weight's dtype takes a factor's."""
     if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
@@ -72,14 +88,17 @@ def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: 
     return input if same else input.like(factors)
 
 
+@form(Tensor.detach, torch.detach)
 def _detach(input: ProductTensor) -> ProductTensor:
     return input.cut()
 
 
+@form(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
 def _requires_grad(self: ProductTensor) -> bool:
     return self.needs_grad or self.apart
 
 
+@form(Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
 def _is_leaf(self: ProductTensor) -> bool:
     """No: an optimizer must not take it. But a compiler expects it of the inputs of a graph."""
     if self.apart:
@@ -88,6 +107,7 @@ def _is_leaf(self: ProductTensor) -> bool:
     return not self.needs_grad or self.compiling
 
 
+@form(Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
 def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:
     """Nothing to do where it is so already; else NotImplemented, and refused as a write.
 
@@ -100,23 +120,27 @@ def _set_requires_grad(self: ProductTensor, requires_grad: bool = True) -> Any:
     return self if same else NotImplemented
 
 
+@form(Tensor.contiguous)
 def _contiguous(
     input: ProductTensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Any:
     return input if memory_format is torch.contiguous_format else NotImplemented
 
 
+@form(*(getattr(Tensor, name) for name in _NEW), told=True)
 def _of_factor(function: Callable[..., Any], self: ProductTensor, *args: Any, **kwargs: Any) -> Any:
     """A new tensor of the weight's dtype and device."""
     return function(self.factors[0], *args, **kwargs)
 
 
+@form(*(getattr(torch, name) for name in _LIKE), told=True)
 def _of_shape(function: Callable[..., Any], input: ProductTensor, *args: Any, **kwargs: Any) -> Any:
     """A new tensor of the weight's shape, dtype and device."""
     stand_in = input.factors[0].detach().new_empty(()).expand(input.matricization.shape)
     return function(stand_in, *args, **kwargs)
 
 
+@form(Tensor.split, torch.split)
 def _split(tensor: ProductTensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
     if tensor.ndim != 2 or not -2 <= dim < 2:
         return NotImplemented
@@ -162,6 +186,7 @@ def _part(weight: ProductTensor, factors: Sequence[Tensor], blocks: int | None) 
     return weight.like(factors, Matricization.of(pattern, (shape[0], shape[1]), axes))
 
 
+@form(Tensor.__getitem__)
 def _pick(self: ProductTensor, index: Any) -> Any:
     """Matrices of a batch by their numbers, as one expert's out of the stack of all."""
     view = self.matricization
@@ -183,6 +208,7 @@ def _pick(self: ProductTensor, index: Any) -> Any:
     return self.like(factors, Matricization.of(f"{left} -> {right}", view.shape[1:], sizes))
 
 
+@form(Tensor.view, Tensor.reshape)
 def _view(self: ProductTensor, *shape: Any, **named: Any) -> Any:
     """The same shape, or the stack of matrices that lie one below the other."""
     view = self.matricization
@@ -212,47 +238,8 @@ def _fits(wanted: Sequence[Any], shape: Sequence[int]) -> bool:
     )
 
 
+@form(Tensor.chunk, torch.chunk)
 def _chunk(input: ProductTensor, chunks: int, dim: int = 0) -> Any:
     if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0 or not input.shape[dim]:
         return NotImplemented
     return _split(input, -(-input.shape[dim] // chunks), dim)
-
-
-_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
-_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
-_CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16")
-
-SHAPE_FORMS: dict[Any, Callable[..., Any]] = {
-    Tensor.T.__get__: _matrix_transpose,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _batch_transpose,  # type: ignore[attr-defined]
-    Tensor.H.__get__: partial(_real, _matrix_transpose),  # type: ignore[attr-defined]
-    Tensor.mH.__get__: partial(_real, _batch_transpose),  # type: ignore[attr-defined]
-    Tensor.adjoint: partial(_real, _batch_transpose),
-    Tensor.t: _matrix_transpose,
-    torch.t: _matrix_transpose,
-    torch.transpose: _transpose,
-    Tensor.transpose: _transpose,
-    torch.swapdims: _transpose,
-    Tensor.swapdims: _transpose,
-    torch.swapaxes: _swap_axes,
-    Tensor.swapaxes: _swap_axes,
-    Tensor.permute: _permute,
-    torch.permute: _permute,
-    Tensor.detach: _detach,
-    torch.detach: _detach,
-    Tensor.contiguous: _contiguous,
-    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
-    Tensor.requires_grad_: _set_requires_grad,
-    Tensor.is_leaf.__get__: _is_leaf,  # type: ignore[attr-defined]
-    **{getattr(Tensor, name): partial(_convert, getattr(Tensor, name)) for name in _CONVERSIONS},
-    **{getattr(Tensor, name): partial(_of_factor, getattr(Tensor, name)) for name in _NEW},
-    **{getattr(torch, name): partial(_of_shape, getattr(torch, name)) for name in _LIKE},
-    Tensor.split: _split,
-    torch.split: _split,
-    Tensor.chunk: _chunk,
-    Tensor.view: _view,
-    Tensor.reshape: _view,
-    Tensor.__getitem__: _pick,
-    torch.chunk: _chunk,
-}
