@@ -23,7 +23,7 @@ from frobdecay.models.fitness import (
 )
 from frobdecay.models.plan import PlanRow
 from frobdecay.models.select import Weight, select, weights
-from frobdecay.product.names import Selector, modules
+from frobdecay.product.names import Selector, modules, naming
 from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
 
 OnTied = Literal["skip", "untie", "error"]
@@ -77,10 +77,8 @@ class Entry:
     def rank_at(self, scale: Rank) -> Any:
         """The rank in numbers of columns; a float is a fraction of min(m, n)."""
         assert self.make is not None
-        try:
+        with naming(self.weight.name):
             return self.make(scale).resolve(self.shape)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{self.weight.name}: {error}") from error
 
     def size(self, rank: Rank) -> int:
         """Parameters of the factors."""

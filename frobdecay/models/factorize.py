@@ -6,7 +6,7 @@ leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ from frobdecay.models.fitness import check_unwrapped, check_values
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned, size
-from frobdecay.models.stacking import Stacks
+from frobdecay.models.select import Weight
+from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
 from frobdecay.product.holding import lists_of
-from frobdecay.product.names import Selector
+from frobdecay.product.names import Selector, naming
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.product_tensor import ProductTensor
-from frobdecay.weights.registration import register_parametrization
+from frobdecay.weights.registration import put_factors
 
 
 @ordinary("factorize")
@@ -108,9 +109,8 @@ def factorize(
     work = sum(map(_work, chosen))
     touched = [entry.weight.module for entry in [*chosen, *untied]]
     with Progress(work, progress, "factorizing") as bar, transaction(touched):
-        stacks = Stacks(chosen)
-        for entry in chosen:
-            errors[id(entry)] = _register(entry, stacks)
+        for entry, made, factors in with_factors(chosen):
+            errors[id(entry)] = _put(entry.weight, made, factors)
             bar.advance(_work(entry))
         for entry in untied:
             if entry.rank is None:  # factors are a copy already
@@ -134,22 +134,19 @@ def _check_material(entry: Entry) -> None:
         check_values(entry.weight)
 
 
-def _register(entry: Entry, stacks: Stacks) -> float:
+def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:
     """Put the factors in the weight's place; return the relative error."""
-    weight, module = entry.weight, entry.weight.module
-    dense = weight.tensor
+    dense, module = weight.tensor, weight.module
     assert dense is not None
-
-    def register(made: Any) -> None:
-        made.order = parameter_order(module)
-        register_parametrization(module, weight.attribute, made)
-
-    try:
-        stacks.with_factors(entry, register)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{weight.name}: {error}") from error
-    with torch.no_grad():
+    with naming(weight.name), torch.no_grad():
+        place(weight, made, factors)
         return relative_error(dense, getattr(module, weight.attribute))
+
+
+def place(weight: Weight, made: Any, factors: Sequence[Tensor]) -> None:
+    """Put factors in a weight's place that remember where it was."""
+    made.order = parameter_order(weight.module)
+    put_factors(weight.module, weight.attribute, made, factors)
 
 
 def parameter_order(module: nn.Module) -> tuple[str, ...]:

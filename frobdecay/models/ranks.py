@@ -25,7 +25,7 @@ from frobdecay.models.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.models.fitness import check_initialized, check_values
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.select import Index, Weight, check_met, names_exactly, weights
-from frobdecay.product.names import One, Selector, each, modules
+from frobdecay.product.names import One, Selector, each, modules, naming
 from frobdecay.weights.lowrank import LowRank
 
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
@@ -144,10 +144,8 @@ def _checked(model: nn.Module, rule: Mapping[Any, Any]) -> dict[Any, Any]:
     tree, every = modules(model), Index(weights(model))
     for key, value in rule.items():
         check_met(tree, every, key, "rank")
-        try:
+        with naming(f"rank[{key!r}]"):
             _check_rank(value)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"rank[{key!r}]: {error}") from None
     return rule
 
 

@@ -7,7 +7,7 @@ shape, dtype, device and rank are therefore decomposed as one batch, which compu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.models.candidates import Entry
+from frobdecay.product.names import naming
 from frobdecay.weights.lowrank import LowRank
 
 # Entries of a stack, unless one weight alone has more: 8 MB, and a few times that while the
@@ -23,72 +24,69 @@ from frobdecay.weights.lowrank import LowRank
 STACKED = 2**20
 
 
-class Stacks:
-    """Factors for weights that are registered one after the other, a stack ahead.
+def with_factors(chosen: Sequence[Entry]) -> Iterator[tuple[Entry, Any, Sequence[Tensor]]]:
+    """Decompose weights in order, each when its turn comes or with a stack that it is in.
 
     Args:
-        chosen: what is going to be registered, in this order.
+        chosen: the weights that have a rank; nothing is changed.
+
+    Yields:
+        each, its parametrization and the factors.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an initialization that fails, naming the weight.
     """
+    made = {id(entry): _made(entry) for entry in chosen}
+    stacks = {id(entry): stack for stack in _stacks(chosen, made) for entry in stack}
+    ready: dict[int, Sequence[Tensor]] = {}
+    for entry in chosen:
+        key, tensor = id(entry), entry.weight.tensor
+        assert tensor is not None
+        with naming(entry.weight.name):
+            if key in stacks and key not in ready:
+                ready |= _decomposed(stacks[key], made)
+            factors = ready.pop(key) if key in stacks else made[key].right_inverse(tensor)
+        yield entry, made[key], factors
 
-    def __init__(self, chosen: Sequence[Entry]) -> None:
-        self.made: dict[int, Any] = {id(entry): _made(entry) for entry in chosen}
-        self._stacks: dict[int, list[Entry]] = {}
-        self._ready: dict[int, tuple[Tensor, ...]] = {}
-        largest = max((entry.dense for entry in chosen), default=0)
-        alike: dict[Any, list[Entry]] = defaultdict(list)
-        for entry in chosen:
-            if (key := self._key(entry)) is not None:
-                alike[key].append(entry)
-        for entries in alike.values():
-            count = max(1, max(STACKED, largest) // entries[0].dense)
-            for start in range(0, len(entries), count):
-                stack = entries[start : start + count]
-                self._stacks |= {id(entry): stack for entry in stack if len(stack) > 1}
 
-    def _key(self, entry: Entry) -> Any:
-        """What weights of one stack share; None for initializations that are no function of it."""
-        made, tensor = self.made[id(entry)], entry.weight.tensor
-        own = isinstance(made, LowRank) and type(made).right_inverse is LowRank.right_inverse
-        if not own or made.init is not spectral_init or tensor is None:
-            return None
-        shape = made.matricize(entry.shape).matrix_shape
-        return shape[-2:], tensor.dtype, tensor.device, entry.rank, made.depth
+def _stacks(chosen: Sequence[Entry], made: dict[int, Any]) -> Iterator[list[Entry]]:
+    """What is to be decomposed together: at least two of a kind."""
+    largest = max((entry.dense for entry in chosen), default=0)
+    alike: dict[Any, list[Entry]] = defaultdict(list)
+    for entry in chosen:
+        if (key := _alike(entry, made[id(entry)])) is not None:
+            alike[key].append(entry)
+    for entries in alike.values():
+        count = max(1, max(STACKED, largest) // entries[0].dense)
+        parts = (entries[start : start + count] for start in range(0, len(entries), count))
+        yield from (part for part in parts if len(part) > 1)
 
-    def with_factors(self, entry: Entry, register: Callable[[Any], None]) -> None:
-        """Call ``register`` with the entry's parametrization, its decomposition done already."""
-        made = self.made[id(entry)]
-        stack = self._stacks.get(id(entry))
-        if stack is None:
-            register(made)
-            return
-        if id(entry) not in self._ready:
-            self._ready |= self._decomposed(stack)
-        factors = self._ready.pop(id(entry))
-        made.init = lambda weight, rank, *, depth: factors
-        try:
-            register(made)
-        finally:
-            made.init = spectral_init
 
-    def _decomposed(self, stack: Sequence[Entry]) -> dict[int, tuple[Tensor, ...]]:
-        """Factors of the weights of a stack, by entry's id, each with memory of its own."""
-        made = self.made[id(stack[0])]
-        matrices = []
-        for entry in stack:
-            assert entry.weight.tensor is not None
-            view = self.made[id(entry)].matricize(entry.shape)
-            matrices.append(view.matrix(entry.weight.tensor.detach()))
-        joined = torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
-        done = spectral_init(joined, stack[0].rank, depth=made.depth)
-        found, start = {}, 0
-        for entry, matrix in zip(stack, matrices, strict=True):
-            batch = matrix.shape[:-2]
-            end = start + prod(batch)
-            found[id(entry)] = tuple(
-                f[start:end].reshape(*batch, *f.shape[-2:]).clone() for f in done
-            )
-            start = end
-        return found
+def _alike(entry: Entry, made: Any) -> Any:
+    """What weights of one stack share; None for initializations that are no function of it."""
+    tensor = entry.weight.tensor
+    own = isinstance(made, LowRank) and type(made).right_inverse is LowRank.right_inverse
+    if not own or made.init is not spectral_init or tensor is None:
+        return None
+    shape = made.matricize(entry.shape).matrix_shape
+    return shape[-2:], tensor.dtype, tensor.device, entry.rank, made.depth
+
+
+def _decomposed(stack: Sequence[Entry], made: dict[int, Any]) -> dict[int, Sequence[Tensor]]:
+    """Factors of the weights of a stack, by entry's id, each with memory of its own."""
+    matrices = []
+    for entry in stack:
+        assert entry.weight.tensor is not None
+        made[id(entry)].adopt(entry.shape)
+        matrices.append(made[id(entry)].matricization.matrix(entry.weight.tensor.detach()))
+    joined = torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
+    done = spectral_init(joined, stack[0].rank, depth=made[id(stack[0])].depth)
+    counts = [prod(matrix.shape[:-2]) for matrix in matrices]
+    parts = zip(*(torch.split(factor, counts) for factor in done), strict=True)
+    return {
+        id(entry): [f.reshape(*matrix.shape[:-2], *f.shape[-2:]).clone() for f in factors]
+        for entry, matrix, factors in zip(stack, matrices, parts, strict=True)
+    }
 
 
 def _made(entry: Entry) -> Any:

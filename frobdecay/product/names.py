@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -59,6 +60,16 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 def strip_wrappers(name: str) -> str:
     """Leave out the segments of a qualified name that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put a name before what an error says, whatever its type wants to be made of."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        error.args = (f"{what}: {error}",)
+        raise
 
 
 def pick(

@@ -1,35 +1,56 @@
-"""Put a parametrization on a module, so that who comes later finds what he expects.
+"""Put factors in the place of a weight, known ones, so that who comes later finds what he expects.
 
-Wrappers answer for the module inside of them, where torch has to see the wrapper itself. PEFT finds
-its way in a model by the names of parameters, and puts the update of a single parameter
-(``target_parameters``, the experts of a mixture) on it as a parametrization; both expect that the
-parameter is its module's own. The package is never imported.
+Wrappers answer for the module inside of them, where torch has to see the wrapper itself.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from frobdecay.product.holding import copied_class, lists_of
+from frobdecay.weights.adapters import adaptable
 
 
-def register_parametrization(
-    module: nn.Module, attribute: str, parametrization: nn.Module, unsafe: bool = False
+def put_factors(
+    module: nn.Module, attribute: str, parametrization: nn.Module, factors: Sequence[Tensor]
 ) -> None:
-    """As torch's; also on modules that forward attributes, which torch takes for the one inside."""
+    """Register a parametrization with factors that are known: nothing is computed from the weight.
+
+    Args:
+        module: dense in this weight; also one that forwards attributes, which torch would take for
+            the module inside.
+        attribute: the weight's name there.
+        parametrization: fitted to the weight's shape.
+        factors: what becomes ``original0``, ``original1``, …; requires a gradient as the weight.
+
+    Raises:
+        ValueError: they multiply to something else than a tensor of the weight's shape and dtype.
+    """
     with _not_forwarding(module):
-        parametrize.register_parametrization(module, attribute, parametrization, unsafe=unsafe)
+        register_parametrization(module, attribute, _Known(parametrization, factors))
+    lists_of(module)[attribute][0] = parametrization
     adaptable(module, attribute)
+
+
+class _Known(nn.Module):
+    """Stands for a parametrization while torch asks for the factors of the weight."""
+
+    def __init__(self, parametrization: nn.Module, factors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.parametrization, self.factors = parametrization, factors
+
+    def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
+        """What is known already."""
+        return self.factors
+
+    def forward(self, *factors: Tensor) -> Any:
+        """The product, of which torch checks shape and dtype."""
+        return self.parametrization(*factors)
 
 
 _FORWARDING = ("__getattr__", "__setattr__", "__delattr__")
@@ -53,101 +74,3 @@ def _not_forwarding(module: nn.Module) -> Iterator[None]:
             for name in set(vars(blind)).intersection(lists_of(module)):
                 setattr(kind, name, vars(blind)[name])
         module.__class__ = kind if made is blind else copied_class(made, kind)
-
-
-def adaptable(module: nn.Module, attribute: str) -> None:
-    """Have a module that was just parametrized meet PEFT's expectations."""
-    lists: Any = module._modules["parametrizations"]
-    lists.__class__ = Parametrizations
-    lists.__dict__["module"] = module
-    lists[attribute].__class__ = FactorList
-    _search_factorized()
-
-
-class Parametrizations(nn.ModuleDict):
-    """``module.parametrizations``, on the way from a factor's name to the module that has it.
-
-    For that, tools leave ".weight" out of a parameter's name, and arrive at
-    ``embedding.parametrizations.original0``: here it is the embedding. (PEFT's prompt methods look
-    so for the parameter with as many rows as there are words.)
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("original") and "module" in self.__dict__:
-            return self.__dict__["module"]
-        return super().__getattr__(name)
-
-
-class FactorList(ParametrizationList):
-    """``module.parametrizations.weight``, on which PEFT puts adapters of parameters.
-
-    ``ParamWrapper`` registers a parametrization around every forward and removes it. It counts on
-    a single ``original``, and of the two kinds that it has it finds only one again.
-    """
-
-    @property
-    def original(self) -> Any:  # type: ignore[override]
-        """What PEFT freezes again, while it has its parametrization here."""
-        if any(_is_of_peft(one) for one in self):
-            return self.original0
-        raise AttributeError("a product has no original, but original0, original1, …")
-
-    def append(self, module: nn.Module) -> FactorList:
-        """Add a parametrization on top.
-
-        Raises:
-            ValueError: it cannot be applied to the weight (it wants factors of its own, as torch's
-                weight_norm and orthogonal do).
-        """
-        if not _is_of_peft(module):
-            try:
-                with torch.no_grad():
-                    module(self())
-            except Exception as error:
-                raise ValueError(
-                    f"{type(module).__name__} cannot be put on a factorized weight ({error}); "
-                    "merge or unroll the model first: frobdecay.merge(model)"
-                ) from error
-        elif hasattr(module, "rhs"):
-            whole = sys.modules[type(module).__module__]._LoraParameterProxy
-            module = whole(module.scaling * (module.lhs @ module.rhs))  # type: ignore[operator]
-        parametrize._cache.clear()  # of a weight that was read in an outer ``cached()``
-        return super().append(module)
-
-    def __delitem__(self, index: int | slice) -> None:
-        parametrize._cache.clear()
-        super().__delitem__(index)
-
-
-def _is_of_peft(parametrization: nn.Module) -> bool:
-    return type(parametrization).__module__.startswith("peft.")
-
-
-def _search_factorized() -> None:
-    """Have PEFT find a factorized parameter by the end of its name, as it finds any other.
-
-    It compares parametrized ones with whole names only; so it is given those, too.
-    """
-    tuner: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTuner", None)
-    search = getattr(tuner, "_inject_parameters", None)
-    if search is None or hasattr(search, "__wrapped__"):
-        return
-
-    @wraps(search)
-    def _inject_parameters(self: Any, peft_config: Any, model: nn.Module, **options: Any) -> Any:
-        asked = peft_config.target_parameters
-        peft_config.target_parameters = [*asked, *_meant(model, asked)]
-        try:
-            return search(self, peft_config=peft_config, model=model, **options)
-        finally:
-            peft_config.target_parameters = asked
-
-    tuner._inject_parameters = _inject_parameters
-
-
-def _meant(model: nn.Module, ends: list[str]) -> list[str]:
-    """Names of factorized parameters that end so, where adapters may be on them already."""
-    found = [path for path, one in model.named_modules() if isinstance(one, FactorList)]
-    names = [path.replace(".parametrizations.", ".") for path in found]
-    dotted = tuple(f".{end}" for end in ends)
-    return [name for name in names if re.sub(r"\.base_layer\b", "", name).endswith(dotted)]

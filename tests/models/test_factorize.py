@@ -684,3 +684,20 @@ def test_writes_by_an_optimizer_reach_the_weight_D22():
     assert not torch.equal(before, layer(x))
     held = layer.parametrizations.weight
     torch.testing.assert_close(layer.weight.materialize(), held.original0 @ held.original1.T)
+
+
+class UnusualError(ValueError):
+    """An error that is not made of a message."""
+
+    def __init__(self, code, place):
+        super().__init__(f"error {code} at {place}")
+
+
+def test_an_error_of_any_type_gets_the_name_of_the_weight():
+    """It is raised again as it is, not made again of a message alone."""
+
+    def failing(weight, rank, *, depth):
+        raise UnusualError(3, "home")
+
+    with pytest.raises(UnusualError, match=r"^0\.weight: error 3 at home$"):
+        factorize(nn.Sequential(nn.Linear(6, 4)), rank=2, init=failing)

@@ -18,6 +18,7 @@ from frobdecay.models.factorize import relative_error
 from frobdecay.models.plan import PlanRow, RankPlan
 from frobdecay.models.surgery import ordinary
 from frobdecay.product.holding import check_module, factorized
+from frobdecay.product.names import naming
 
 
 @ordinary("load")
@@ -78,10 +79,8 @@ def load_dense_(
                 continue
             dense = converted.pop(name)
             if id(held) not in done:
-                try:
+                with naming(name):
                     done[id(held)] = dense_to_factors(held, dense)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name}: {error}") from error
                 rows[id(held)] = _row(name, held, dense, done[id(held)])
             converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
     rest = _left_out(model, converted, absent, strict)

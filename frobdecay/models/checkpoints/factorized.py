@@ -41,12 +41,11 @@ from frobdecay.models.checkpoints.slots import (
     like,
     slots_of,
 )
-from frobdecay.models.factorize import parameter_order
+from frobdecay.models.factorize import place
 from frobdecay.models.fitness import check_unwrapped, reason_against, ties
 from frobdecay.models.select import Weight, weights
 from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties
-from frobdecay.weights.registration import register_parametrization
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -155,7 +154,9 @@ def load_factorized(model: M, path: FilePath) -> M:
     others = other_ties(model, untied)
     with transaction(touched):
         for weight, made in fresh:
-            _register(weight, made)
+            dense: Any = weight.tensor
+            shapes = made.factor_shapes(tuple(dense.shape))
+            place(weight, made, [dense.new_empty(shape) for shape in shapes])
         settle_recurrent(touched)
         restorable(touched)
         fill(model, values)
@@ -164,9 +165,7 @@ def load_factorized(model: M, path: FilePath) -> M:
     return model
 
 
-def _fit(
-    model: nn.Module, records: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[Weight, nn.Module]]:
+def _fit(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:
     """The weights to be factorized, each with its parametrization.
 
     Raises:
@@ -222,15 +221,3 @@ def _expected(model: nn.Module, fresh: list[tuple[Weight, Any]]) -> dict[str, Sl
                 place = (weight.module, f"original{i}", described, (id(made), i))
                 slots[factor_key(name, i)] = Slot(*place)
     return slots
-
-
-def _register(weight: Weight, made: Any) -> None:
-    """Put factors without numbers in the weight's place."""
-    made.order = parameter_order(weight.module)
-
-    def empty(tensor: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.new_empty(shape) for shape in made.factor_shapes(tuple(tensor.shape)))
-
-    made.right_inverse = empty  # on the instance, for this one call
-    register_parametrization(weight.module, weight.attribute, made, unsafe=True)
-    del made.right_inverse

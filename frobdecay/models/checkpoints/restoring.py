@@ -25,6 +25,7 @@ from frobdecay.models.surgery import ordinary, own_class, release, reorder
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import dense_type, factorized, lists_of
+from frobdecay.product.names import naming
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
 
@@ -108,7 +109,7 @@ def _assign(module: nn.Module, value: Any, attribute: str) -> None:
             f"expected a tensor or a plain nn.Parameter for the factorized {called}, got a "
             f"{type(value).__name__}; merge or unroll first: frobdecay.merge(model, include=...)"
         )
-    with _named(called):
+    with naming(called):
         _check_writable(held, "there is nothing to assign to")
         dtype = _factors(held)[0].dtype
         if value.is_floating_point() and value.dtype != dtype:
@@ -257,24 +258,16 @@ def _resetting(base: type, original: Callable[..., Any]) -> Callable[..., Any]:
             )
         where = f"cannot reset {base.__name__}"
         for attribute, held in lists.items():
-            with _named(f"{where}.{attribute}"):
+            with naming(f"{where}.{attribute}"):
                 _check_writable(held, "there is nothing to reset")
         with _dense_for_now(self, base, lists) as dense:
             result = original(self, *args, **kwargs)
         for attribute, weight in dense.items():
-            with _named(f"{where}.{attribute}"):
+            with naming(f"{where}.{attribute}"):
                 lists[attribute].right_inverse(weight.detach())
         return result
 
     return reset
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
+from frobdecay.weights import parametrization
 from frobdecay.weights.lowrank import LowRank
 
 needs_safetensors = pytest.mark.skipif(
@@ -976,3 +977,25 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch, act):
     (tmp_path / "model.safetensors").write_bytes(b"12345678{}")
     with pytest.raises(ImportError, match=r"pip install safetensors, or frobdecay\[cli\]"):
         act(Net(), tmp_path / "model.safetensors")
+
+
+class Settled(LowRank):
+    """It refuses other methods than it was made with."""
+
+    def __setattr__(self, name, value):
+        assert name != "right_inverse"
+        assert name != "init" or name not in vars(self)
+        super().__setattr__(name, value)
+
+
+@needs_safetensors
+def test_factors_that_are_known_are_put_in_place_without_a_change_of_methods(tmp_path, monkeypatch):
+    """Those of a stack, and those of a file: torch is told of them, and the checks are its own."""
+    monkeypatch.setitem(parametrization.KINDS, "Settled", Settled)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    factorize(model, rank=2, parametrization=Settled)
+    save_factorized(model, tmp_path / "f")
+    again = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    load_factorized(again, tmp_path / "f")
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not again[0].parametrizations.weight.unsafe
