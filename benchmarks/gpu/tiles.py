@@ -68,9 +68,9 @@ def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, ti
         [torch.randn(rows, r, device=device).mul_(rows**-0.5).to(dtype) for rows in (m, n)]
         for m, n, r in pairs
     ]
-    targets = [[torch.zeros_like(factor) for factor in two] for two in factors]
+    targets = [torch.zeros_like(factor) for two in factors for factor in two]
     plan = Grouped([Job(tuple(two), 0) for two in factors], tile=tile)
-    coefs = [[1e-4, 1e-4]] * len(pairs)
+    coefs = [1e-4] * len(targets)
     return plan, lambda: plan(targets, coefs)
 
 

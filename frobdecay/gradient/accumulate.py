@@ -26,6 +26,7 @@ from frobdecay.algebra.precision import Coefficient, full_precision
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.backends import BACKENDS, Choice, select
 from frobdecay.gradient.bucketed import Job
+from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
 from frobdecay.gradient.sharded import Exchange, exchanges, localized
 from frobdecay.product.factor import Factor, is_sharded
@@ -40,6 +41,7 @@ from frobdecay.product.product import (
 
 _MAX_PLANS = 8  # for lists that begin with one product: as many as backends to compare, twice
 _TABLE = "_parameters"  # in a module's attributes
+_GRAD = operator.attrgetter("grad")
 
 
 class Accumulator:
@@ -76,8 +78,11 @@ class Accumulator:
         for choice in self.choices:
             for k in choice.members:
                 together[choice.backend, jobs[k].views[0].device].append(k)
+        factors = [factor for product in self.products for factor in product.factors]
+        stops = list(itertools.accumulate(len(product.factors) for product in self.products))
+        self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
         self._runners = [
-            (members, BACKENDS[name].prepare([jobs[k] for k in members]))
+            (self._share(members), BACKENDS[name].prepare([jobs[k] for k in sorted(members)]))
             for (name, _), members in together.items()
         ]
         self._exchanges = [
@@ -88,20 +93,25 @@ class Accumulator:
             Choice(Exchange.name, tuple(members), exchange.reason)
             for members, exchange in self._exchanges
         ]
-        factors = [factor for product in self.products for factor in product.factors]
         self._devices = {factor.param.device.type for factor in factors}
-        self._squared_scales = [product.scale**2 for product in self.products]
+        self._squared_scales = [p.scale**2 for p in self.products for _ in p.factors]
         self._plain = all(
             factor.pattern is None and factor.index is None and not is_sharded(factor.param)
             for factor in factors
         )
         self._unscaled = all(scale == 1 for scale in self._squared_scales)
+        self._scaled: tuple[Sequence[Coefficient], list[Coefficient]] = (), []
+        self._viewers = [
+            None if part is None else factor
+            for part, product in zip(self._parts, self.products, strict=True)
+            for factor in (product if part is None else part).factors
+        ]
         self._places = [_place_of(factor) for factor in factors]
         self._params = [factor.param for factor in factors]
         self._names = [(p.name, factor.attribute) for p in self.products for factor in p.factors]
-        self._seen_params = _look(self._params)
-        stops = list(itertools.accumulate(len(product.factors) for product in self.products))
-        self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
+        self._likeness = Likeness(self._params)
+        self._addresses = list(map(Tensor.data_ptr, self._params))
+        self._known: tuple[list[bool] | None, Likeness] | None = None  # of targets
         self._watched_parts = [  # a DTensor has no memory but that of this process' part
             (factor, part_of(factor.param).data_ptr())
             for factor in factors
@@ -115,16 +125,33 @@ class Accumulator:
             The parameters of all factors, product by product: the list of the last call, unless
             everything was planned anew.
         """
-        params = [tables[_TABLE].get(name) for tables, name in self._places]
-        same = all(map(operator.is_, params, self._params)) and _look(params) == self._seen_params
+        params: list[Any] = [tables[_TABLE].get(name) for tables, name in self._places]
+        same = (
+            all(map(operator.is_, params, self._params))
+            and self._likeness.of(params)
+            and list(map(Tensor.data_ptr, params)) == self._addresses
+        )
         if not same or any(part_of(f.param).data_ptr() != at for f, at in self._watched_parts):
             self._plan()
         return self._params
+
+    @property
+    def trained(self) -> list[bool]:
+        """Of every parameter of ``refresh``, whether it requires a gradient."""
+        return self._likeness.trained
+
+    def _share(self, members: Sequence[int]) -> slice | list[int]:
+        """Which factors are those of some products: all of them, or their numbers."""
+        if len(members) == len(self.products):
+            return slice(None)
+        numbers = range(self._rows[-1].stop)
+        return [j for k in sorted(members) for j in numbers[self._rows[k]]]
 
     def rows(self, flat: Sequence[Any]) -> list[Any]:
         """Nest what was listed for all factors, product by product."""
         return [flat[row] for row in self._rows]
 
+    @_disable_dynamo
     def accumulate(
         self,
         targets: Sequence[Sequence[Tensor | None]],
@@ -140,44 +167,64 @@ class Accumulator:
             coefs: numbers or tensors without dimensions, nested like the targets.
         """
         self.refresh()
-        self.run(targets, coefs)
+        self.run([t for one in targets for t in one], [coef for one in coefs for coef in one])
 
     @torch.no_grad()
-    def run(
-        self,
-        targets: Sequence[Sequence[Tensor | None]],
-        coefs: Sequence[Sequence[Coefficient]],
-    ) -> None:
-        """As ``accumulate``, right after ``refresh``."""
+    def run(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
+        """As ``accumulate``, right after ``refresh``.
+
+        Args:
+            targets: of all factors, product by product.
+            coefs: of all factors. Given the same list again, its entries are not looked at.
+        """
         if self._watched_parts:
-            for product, one in zip(self.products, targets, strict=True):
+            for product, one in zip(self.products, self.rows(targets), strict=True):
                 check_targets(product, one)
-        self._check_targets(list(itertools.chain.from_iterable(targets)))
+        form = self._checked(targets)
         if not self._plain:
-            targets = [self._seen(k, one) for k, one in enumerate(targets)]
+            pairs = zip(self._viewers, targets, strict=True)
+            targets = [t if t is None or f is None else f.view(part_of(t)) for f, t in pairs]
         if not self._unscaled:
-            pairs = zip(coefs, self._squared_scales, strict=True)
-            coefs = [[coef * scale for coef in one] for one, scale in pairs]
+            coefs = self._times_scales(coefs)
         with self._full_precision():
             for _, exchange in self._exchanges:
                 exchange.start()
-            for members, run in self._runners:  # while the others' Grams are on their way
-                run([targets[k] for k in members], [coefs[k] for k in members])
+            for share, run in self._runners:  # while the others' Grams are on their way
+                if isinstance(share, slice):
+                    run(targets, coefs, form)
+                else:
+                    run([targets[i] for i in share], [coefs[i] for i in share], form)
             for members, exchange in self._exchanges:
                 exchange.wait()
-                exchange.add([targets[k] for k in members], [coefs[k] for k in members])
+                into, by = self.rows(targets), self.rows(coefs)
+                exchange.add([into[k] for k in members], [by[k] for k in members])
 
-    def _check_targets(self, targets: Sequence[Tensor | None]) -> None:
+    def _checked(self, targets: Sequence[Tensor | None]) -> object:
         """Refuse what cannot be written to, before anything is.
+
+        Returns:
+            The object of the last call, where targets are like those, see ``Runner``.
 
         Raises:
             TypeError, ValueError: names the product and the factor.
         """
-        for k, (target, shape) in enumerate(zip(targets, self._seen_params[2], strict=True)):
-            if target is not None and not (
-                target.is_contiguous() and target.shape == shape and not target.is_inference()
-            ):
-                _check_target(*self._names[k], target, shape)
+        wanted = [target for target in targets if target is not None]
+        absent = None if len(wanted) == len(targets) else [target is None for target in targets]
+        if self._known is None or self._known[0] != absent or not self._known[1].of(wanted):
+            for where, target, param in zip(self._names, targets, self._params, strict=True):
+                if target is not None:
+                    check_writable(*where, target, param.shape)
+            self._known = absent, Likeness(wanted)
+        return self._known[1]
+
+    def _times_scales(self, coefs: Sequence[Coefficient]) -> Sequence[Coefficient]:
+        given, scaled = self._scaled
+        if coefs is given:
+            return scaled
+        scaled = [coef * scale for coef, scale in zip(coefs, self._squared_scales, strict=True)]
+        if not any(isinstance(coef, Tensor) for coef in coefs):  # which may change in place
+            self._scaled = coefs, scaled
+        return scaled
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:
@@ -202,16 +249,6 @@ class Accumulator:
             stack.enter_context(full_precision(device))
         return stack
 
-    def _seen(self, k: int, targets: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The targets of a product that runs here alone, seen as its factors."""
-        part = self._parts[k]
-        if part is None:
-            return targets
-        return [
-            None if target is None else factor.view(part_of(target))
-            for factor, target in zip(part.factors, targets, strict=True)
-        ]
-
     def explain(self) -> str:
         """Say which products run on which backend, by which route, and why."""
         lines = []
@@ -227,41 +264,6 @@ class Accumulator:
             lines.append(f"{choice.backend:<12} {route:<6} {shape:<24} {shown}")
             lines.append(f"{'':<12} {choice.reason}")
         return "\n".join(lines)
-
-
-def _look(params: Sequence[Any]) -> tuple[list[Any], ...]:
-    """Where parameters lie in memory, and as what; lists, because one loop for each is fastest."""
-    return (
-        [param.data_ptr() for param in params],
-        [param.dtype for param in params],
-        [param.shape for param in params],
-        [param.stride() for param in params],
-    )
-
-
-def _check_target(name: str, attribute: str, target: Tensor, shape: torch.Size) -> None:
-    """Refuse what the penalty's gradient cannot be added to in place; the slow and careful way.
-
-    Raises:
-        TypeError, ValueError: names the product and the factor.
-    """
-    if target.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense gradient for {attribute}, got {target.layout}; the "
-            "penalty's gradient is dense: use sparse=False"
-        )
-    if target.shape != shape:
-        found = f"one of shape {tuple(target.shape)}, from before the factor was changed"
-    elif target.is_inference() and not torch.is_inference_mode_enabled():
-        found = "one made under inference_mode"
-    elif any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
-        found = "an expanded one, whose entries share memory"
-    else:
-        return
-    raise ValueError(
-        f"{name}: expected a gradient for {attribute} of shape {tuple(shape)} that can be written "
-        f"to, got {found}; clone it, or set it to None before backward()"
-    )
 
 
 class _Attributes:
@@ -296,6 +298,17 @@ class _Kept:
         self.plan: Accumulator | None = Accumulator(map(copy, products), backend)
         forget = partial(_forget, weakref.ref(self))
         self.others = [weakref.ref(product, forget) for product in products[1:]]
+        self._coefs: list[Coefficient] = []
+
+    def coefs(self, coef: Coefficient, params: Sequence[Tensor]) -> list[Coefficient]:
+        """One coefficient for all parameters, on their devices; for equal numbers the same list."""
+        if isinstance(coef, Tensor):
+            number = coef.detach().reshape(())
+            on = {d: number.to(d, non_blocking=True) for d in {param.device for param in params}}
+            return [on[param.device] for param in params]
+        if len(self._coefs) != len(params) or self._coefs[0] != coef:
+            self._coefs = [coef] * len(params)
+        return self._coefs
 
     def is_for(self, products: Sequence[Product], backend: str | None) -> bool:
         """Whether it is the plan for these very products, whose first one keeps it."""
@@ -319,6 +332,13 @@ def _kept(products: Sequence[Product], backend: str | None) -> _Kept:
     made = _Kept(products, backend)
     plans[:] = [made, *(known for known in plans if known.plan is not None)][:_MAX_PLANS]
     return made
+
+
+def gradients_of(params: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of those that are wanted."""
+    if all(wanted):
+        return list(map(_GRAD, params))
+    return [param.grad if want else None for param, want in zip(params, wanted, strict=True)]
 
 
 @_disable_dynamo
@@ -361,12 +381,7 @@ def add_penalty_grad_(
         plan = kept.plan
         assert plan is not None  # all products are alive
         params = plan.refresh()
-        grads = [param.grad if param.requires_grad else None for param in params]
-        coefs = [coef] * len(params)
-        if isinstance(coef, Tensor):  # which may be on another device
-            number = coef.detach().reshape(())
-            coefs = [number.to(param.device, non_blocking=True) for param in params]
-        plan.run(plan.rows(grads), plan.rows(coefs))
+        plan.run(gradients_of(params, plan.trained), kept.coefs(coef, params))
 
 
 def explain(products: Product | Iterable[Product], backend: str | None = None) -> str:

@@ -16,7 +16,7 @@ is one more entry in ``BACKENDS``.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -27,17 +27,13 @@ from torch import Tensor
 from frobdecay.algebra.chain import plan_of
 from frobdecay.algebra.precision import Coefficient, times_rows
 from frobdecay.algebra.structures import CHAIN
-from frobdecay.gradient.bucketed import Coefs, Job, Targets, prepare_bucketed
+from frobdecay.gradient.bucketed import Coefs, Job, Runner, Targets, prepare_bucketed, rows_of
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.refusals import refusals
 from frobdecay.product.product import BUCKET_BYTES, Product
 
 TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""
-
-Runner = Callable[[Targets, Coefs], None]
-"""``run(targets, coefs)``, indexed [job][factor]: adds coef·∇ to each target that is not None.
-A target may be the factor itself."""
 
 
 class Backend(Protocol):
@@ -99,10 +95,11 @@ class Reference:
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Plan nothing."""
+        rows = rows_of(jobs)
 
-        def run(targets: Targets, coefs: Coefs) -> None:
-            for one in zip(jobs, targets, coefs, strict=True):
-                _add_formed(*one)
+        def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
+            for job, row in zip(jobs, rows, strict=True):
+                _add_formed(job, targets[row], coefs[row])
 
         return run
 
@@ -120,9 +117,11 @@ class PerProduct(_General):
             and all(view.dtype == job.dtype for view in job.views)
             for job in jobs
         ]
+        rows = rows_of(jobs)
 
-        def run(targets: Targets, coefs: Coefs) -> None:
-            for job, direct, into, coef in zip(jobs, in_place, targets, coefs, strict=True):
+        def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
+            for job, direct, row in zip(jobs, in_place, rows, strict=True):
+                into, coef = targets[row], coefs[row]
                 if all(target is None for target in into):
                     continue  # a frozen or undecayed layer: its Grams would be for nothing
                 # In place, a target that is the factor itself would be read while it is written.

@@ -13,10 +13,12 @@ so that the number of calls is that of different factor shapes. Buffers live as 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +27,25 @@ from frobdecay.algebra.chain import chain_gradients, plan_of
 from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
 from frobdecay.algebra.structures import CHAIN, Structure
 
-Targets = Sequence[Sequence[Tensor | None]]
-Coefs = Sequence[Sequence[Coefficient]]
-Runner = Callable[[Targets, Coefs], None]
+Targets = Sequence[Tensor | None]
+"""Of all factors, job by job."""
+
+Coefs = Sequence[Coefficient]
+"""Of all factors, job by job."""
+
+
+class Runner(Protocol):
+    """What a backend has planned."""
+
+    def __call__(self, targets: Targets, coefs: Coefs, form: object = None) -> None:
+        """Add coef·∇ to each target that is not None. A target may be the factor itself.
+
+        Args:
+            targets: of all factors.
+            coefs: of all factors.
+            form: an object that is the last call's only if dtypes, shapes and strides of the
+                targets are; None where that is not known.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
     """Plan the execution of jobs on one device.
 
     Returns:
-        ``run(targets, coefs)``, both indexed [job][factor].
+        What runs them.
     """
     pairs, others = defaultdict(list), defaultdict(list)
     for k, job in enumerate(jobs):
@@ -65,10 +83,11 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
             pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
         else:
             others[job.dtype, tuple(view.shape for view in job.views), job.batch].append(k)
-    runners: list[Runner] = [_Pairs(jobs, members) for members in pairs.values()]
+    runners: list[Callable[[Targets, Coefs], None]] = []
+    runners += [_Pairs(jobs, members) for members in pairs.values()]
     runners += [_Chains(jobs, members) for members in others.values()]
 
-    def run(targets: Targets, coefs: Coefs) -> None:
+    def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
         for runner in runners:
             runner(targets, coefs)
 
@@ -111,6 +130,12 @@ def turns(addresses: Sequence[int], groups: Sequence[int]) -> list[int]:
     return found
 
 
+def rows_of(jobs: Sequence[Job]) -> list[slice]:
+    """Where the factors of each job are among all factors."""
+    stops = itertools.accumulate(len(job.views) for job in jobs)
+    return [slice(stop - len(job.views), stop) for job, stop in zip(jobs, stops, strict=True)]
+
+
 class _Stack:
     """Factors of one shape, gathered into one buffer, and a buffer for their updates.
 
@@ -119,7 +144,7 @@ class _Stack:
 
     def __init__(
         self,
-        slots: list[tuple[int, int]],
+        slots: list[int],
         views: list[Tensor],
         dtype: torch.dtype,
         columns: int | None = None,
@@ -148,8 +173,8 @@ class _Stack:
         On a GPU one call is one kernel, in which two sums into the same number would be a race.
         """
         into, parts, groups = [], [], []
-        for (k, j), part, group in zip(self.slots, self.parts, self.groups, strict=True):
-            if (target := targets[k][j]) is not None:
+        for slot, part, group in zip(self.slots, self.parts, self.groups, strict=True):
+            if (target := targets[slot]) is not None:
                 into.append(target)
                 parts.append(part)
                 groups.append(group)
@@ -163,17 +188,20 @@ class _Pairs:
     """Products U Vᵀ of one rank: a stack for each number of rows, one buffer of Grams."""
 
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
-        slots = defaultdict(list)
+        slots, views, rows = defaultdict(list), {}, rows_of(jobs)
         for k in members:
-            for j, view in enumerate(jobs[k].views):
-                slots[tuple(view.shape), view.dtype].append((k, j))
+            for slot, view in enumerate(jobs[k].views, rows[k].start):
+                slots[tuple(view.shape), view.dtype].append(slot)
+                views[slot] = view
         dtype, columns = jobs[members[0]].dtype, _columns(jobs[members[0]].views[0])
         self.stacks = [
-            _Stack(found, [jobs[k].views[j] for k, j in found], dtype, columns)
+            _Stack(found, [views[slot] for slot in found], dtype, columns)
             for found in slots.values()
         ]
         self.order = [slot for stack in self.stacks for slot in stack.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
+        pairs = [(rows[k].start, rows[k].start + 1) for k in members]
+        partner = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
         first = self.stacks[0].stack
         shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
         # matmul would take longer to look at the shapes than bmm takes to multiply
@@ -181,7 +209,7 @@ class _Pairs:
         self.grams = first.new_empty(shape)
         self.partners = torch.empty_like(self.grams)
         self.partner = torch.tensor(
-            [place[k, 1 - j] for k, j in self.order], dtype=torch.int64, device=first.device
+            [place[partner[slot]] for slot in self.order], dtype=torch.int64, device=first.device
         )
         sizes = [len(stack.slots) for stack in self.stacks]
         self.gram_parts, self.partner_parts = (
@@ -194,7 +222,7 @@ class _Pairs:
             gathered = stack.gather()
             self.multiply(gathered.mT, gathered, out=gram)
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
-        self.partners.mul_(_together([coefs[k][j] for k, j in self.order], self.partners))
+        self.partners.mul_(_together([coefs[slot] for slot in self.order], self.partners))
         for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
             self.multiply(stack.stack, gram, out=stack.update)
             stack.scatter(targets)
@@ -215,16 +243,20 @@ class _Chains:
 
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
         first = jobs[members[0]]
-        self.batch = first.batch + 1
+        self.batch, rows = first.batch + 1, rows_of(jobs)
         self.stacks = [
-            _Stack([(k, j) for k in members], [jobs[k].views[j] for k in members], first.dtype)
+            _Stack(
+                [rows[k].start + j for k in members],
+                [jobs[k].views[j] for k in members],
+                first.dtype,
+            )
             for j in range(len(first.views))
         ]
 
     def __call__(self, targets: Targets, coefs: Coefs) -> None:
         wanted: list[Coefficient | None] = [
-            _together([coefs[k][j] for k, j in stack.slots], stack.stack, self.batch + 2)
-            if any(targets[k][j] is not None for k, j in stack.slots)
+            _together([coefs[slot] for slot in stack.slots], stack.stack, self.batch + 2)
+            if any(targets[slot] is not None for slot in stack.slots)
             else None
             for stack in self.stacks
         ]

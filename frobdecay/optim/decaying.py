@@ -14,19 +14,25 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from frobdecay.algebra.precision import HALF, Coefficient
-from frobdecay.gradient.accumulate import Accumulator
+from frobdecay.gradient.accumulate import Accumulator, gradients_of
+from frobdecay.gradient.likeness import check_writable
 from frobdecay.optim.rates import DECAY, Group, Rate
 from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.product.product import Product
 
-Targets = list[list[Tensor | None]]
-Coefs = list[list[Coefficient]]
+
+class _Asked(NamedTuple):
+    """What a step asks of the factors: of groups' rates, of trained factors in their groups."""
+
+    of: tuple[Sequence[Rate | None], list[bool], list[int | None]]
+    due: list[Rate | None]
+    coefs: list[Coefficient]
 
 
 class Increments:
@@ -66,8 +72,8 @@ class Decay:
         self._params: list[Tensor] = []  # of all factors, product by product
         self._groups: Sequence[Group] = []
         self._groups_of: list[int | None] = []  # of each of the parameters
-        self._places: list[tuple[int, int]] = []  # of those that are in a group
-        self._held: list[Tensor] = []
+        self._lists: dict[int, list[Tensor]] = {}  # of the groups that hold some
+        self._last: _Asked | None = None  # where it asks for numbers
         self._unheld: list[int] = []
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
@@ -101,28 +107,22 @@ class Decay:
         return [k for k in self._unheld if self._params[k].requires_grad]
 
     def _is_current(self, groups: Sequence[Group]) -> bool:
-        """Whether the groups hold the parameters where they did."""
-        lists = [group["params"] for group in groups]
-        try:
-            found = [lists[g][k] for g, k in self._places]
-        except IndexError:
+        """Whether the groups that held parameters hold what they did."""
+        if not self._lists or max(self._lists) >= len(groups):
             return False
-        return bool(found) and all(map(operator.is_, found, self._held))
+        pairs = [(groups[g]["params"], known) for g, known in self._lists.items()]
+        return all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in pairs)
 
     def _locate(self, params: list[Tensor], groups: Sequence[Group]) -> None:
         """Find every factor's place in the groups."""
-        where = {
-            id(p): (g, k) for g, group in enumerate(groups) for k, p in enumerate(group["params"])
-        }
-        places = [where.get(id(param)) for param in params]
+        where = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         self._params = params
-        self._groups_of = [None if place is None else place[0] for place in places]
-        self._places = [place for place in places if place is not None]
-        self._held = [p for p, place in zip(params, places, strict=True) if place is not None]
-        self._unheld = [k for k, place in enumerate(places) if place is None]
+        self._groups_of = [where.get(id(param)) for param in params]
+        self._unheld = [k for k, g in enumerate(self._groups_of) if g is None]
         times = Counter(map(id, params))
         self._repeated = {key for key, count in times.items() if count > 1}
-        self._holding = {g for g, _ in self._places}
+        self._holding = {g for g in self._groups_of if g is not None}
+        self._lists = {g: list(groups[g]["params"]) for g in self._holding}
 
     def of_products(self, sizes: Sequence[Coefficient | None]) -> list[Coefficient | None]:
         """Of numbers that groups have, the one for each product; the largest, if they are known."""
@@ -133,31 +133,39 @@ class Decay:
             found.append(max(numbers) if numbers else own[0] if own else None)
         return found
 
-    def _due(self, rates: Sequence[Rate | None]) -> list[Rate | None]:
-        """What is asked of each factor."""
-        return [
-            None if g is None or not param.requires_grad else rates[g]
-            for param, g in zip(self._params, self._groups_of, strict=True)
+    def _asked(self, rates: Sequence[Rate | None]) -> _Asked:
+        """What is asked of each factor; of the same numbers the same lists as at the last step."""
+        trained, known = self.accumulator.trained, self._last
+        numbers = not any(rate is not None and isinstance(rate.coef, Tensor) for rate in rates)
+        if numbers and known is not None and known.of == (rates, trained, self._groups_of):
+            return known
+        due = [
+            rates[g] if g is not None and trains else None
+            for g, trains in zip(self._groups_of, trained, strict=True)
         ]
+        coefs = [0.0 if rate is None else rate.coef for rate in due]
+        asked = _Asked((rates, trained, self._groups_of), due, coefs)
+        if numbers:
+            self._last = asked
+            return asked
+        found: dict[tuple[int, torch.device], Coefficient] = {}  # maybe on one of several devices
+        for k, (param, coef) in enumerate(zip(self._params, coefs, strict=True)):
+            if isinstance(coef, Tensor):
+                key = id(coef), param.device
+                if key not in found:
+                    found[key] = coef.to(param.device, non_blocking=True)
+                coefs[k] = found[key]
+        return asked
 
     def _gradients(self, due: Sequence[Rate | None]) -> list[Tensor | None]:
         """The gradients, which decide whether and where factors decay; refuse what cannot be."""
-        grads = [
-            None if rate is None else param.grad
-            for param, rate in zip(self._params, due, strict=True)
-        ]
-        layouts = {grad.layout for grad in grads if grad is not None}
-        if layouts <= {torch.strided} and not any(rate is not None and rate.scaled for rate in due):
-            return grads
+        grads = gradients_of(self._params, [rate is not None for rate in due])
         for k, (rate, grad) in enumerate(zip(due, grads, strict=True)):
-            if rate is None or grad is None:
-                continue
-            if grad.layout is not torch.strided:
-                raise TypeError(
-                    f"{self._factor(k)[0].name}: expected dense gradients, got {grad.layout}; "
-                    "Frobenius decay moves every row of a factor: make the layer's gradients "
-                    "dense (sparse=False) or its λ zero"
-                )
+            if rate is None or grad is None or not (rate.decoupled or rate.scaled):
+                continue  # what is written to is checked by the accumulator
+            if rate.decoupled and grad.layout is not torch.strided:
+                product, j = self._factor(k)
+                check_writable(product.name, product.factors[j].attribute, grad, grad.shape)
             if rate.scaled and not rate.decoupled and grad.dtype == torch.float16:
                 raise ValueError(
                     f"{self._factor(k)[0].name}: expected float32 parameters under a GradScaler "
@@ -166,57 +174,47 @@ class Decay:
                 )
         return grads
 
-    def _sheet(
-        self, due: Sequence[Rate | None], targets: Sequence[Tensor | None]
-    ) -> tuple[Targets, Coefs]:
-        """Targets and coefficients as the accumulator takes them."""
-        coefs: list[Coefficient] = [0.0 if rate is None else rate.coef for rate in due]
-        if any(isinstance(coef, Tensor) for coef in coefs):  # maybe on one of several devices
-            coefs = [
-                coef.to(param.device, non_blocking=True) if isinstance(coef, Tensor) else coef
-                for param, coef in zip(self._params, coefs, strict=True)
-            ]
-        return self.accumulator.rows(targets), self.accumulator.rows(coefs)
-
     def add(self, rates: Sequence[Rate | None], rounder: StochasticRounder) -> None:
         """Decay every factor that has a gradient: coupled into it, decoupled beside it."""
-        increments, due = Increments(), self._due(rates)
-        targets = self._gradients(due)
+        increments, asked = Increments(), self._asked(rates)
+        targets = self._gradients(asked.due)
         if any(rate is not None and rate.decoupled for rate in rates):
-            for k, (param, rate) in enumerate(zip(self._params, due, strict=True)):
+            for k, (param, rate) in enumerate(zip(self._params, asked.due, strict=True)):
                 if rate is not None and rate.decoupled and targets[k] is not None:
                     in_place = param.dtype not in HALF and id(param) not in self._repeated
                     targets[k] = param if in_place else increments.of(param)
-        self.accumulator.run(*self._sheet(due, targets))
+        self.accumulator.run(targets, asked.coefs)
         increments.apply(rounder)
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
         """Compute the decoupled decay of the factors as they are now, to be applied later."""
-        increments, due = Increments(), self._due(rates)
+        increments, asked = Increments(), self._asked(rates)
         targets = [
             increments.of(param) if rate is not None and rate.decoupled else None
-            for param, rate in zip(self._params, due, strict=True)
+            for param, rate in zip(self._params, asked.due, strict=True)
         ]
-        self.accumulator.run(*self._sheet(due, targets))
+        self.accumulator.run(targets, asked.coefs)
         return increments
 
     @torch.no_grad()
     def add_coupled(self, rates: Sequence[Rate | None], *, value: bool) -> Tensor | None:
         """Add the coupled decay to the gradients, and return the penalty's value if asked."""
         self.find(self._groups)  # the closure may have changed what it liked
-        due = self._due([None if rate is None or rate.decoupled else rate for rate in rates])
-        targets, coefs = self._sheet(due, self._gradients(due))
-        total = self._value(targets, coefs) if value else None
-        self.accumulator.run(targets, coefs)
+        asked = self._asked([None if rate is None or rate.decoupled else rate for rate in rates])
+        targets = self._gradients(asked.due)
+        total = self._value(targets, asked.coefs) if value else None
+        self.accumulator.run(targets, asked.coefs)
         return total
 
-    def _value(self, targets: Targets, coefs: Coefs) -> Tensor | None:
+    def _value(
+        self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]
+    ) -> Tensor | None:
         total: Tensor | None = None
         # Of all products: sharded ones are measured together, whatever gradients are here.
         norms = self.accumulator.squared_norms()
-        rows = self.accumulator.rows(self._params)
+        rows = [self.accumulator.rows(flat) for flat in (self._params, targets, coefs)]
         for product, norm, params, target_row, coef_row in zip(
-            self.products, norms, rows, targets, coefs, strict=True
+            self.products, norms, *rows, strict=True
         ):
             if all(target is None for target in target_row):
                 continue

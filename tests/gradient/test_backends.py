@@ -19,6 +19,7 @@ from torch import nn
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.algebra.stars import CP, TUCKER
 from frobdecay.algebra.structures import CHAIN
+from frobdecay.gradient import likeness
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.product.factor import Factor
@@ -372,6 +373,48 @@ def test_changed_parameters_are_followed(backend, change):
             change(plain)
     check_gradients(pair, products, backend)
     check_gradients(plain, others, backend)
+
+
+UNLIKE = {
+    "dtype": lambda a: a.double(),
+    "strides": lambda a: a.T,
+    "shape": lambda a: a[:2],
+    "layout": lambda a: a.to_sparse(),
+    "device": lambda a: a.to("meta"),
+    "inference": torch.inference_mode()(torch.clone),
+}
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("unlike", UNLIKE.values(), ids=UNLIKE)
+def test_what_tensors_are_is_told_apart(monkeypatch, guarded, unlike):
+    """All at once or one by one; also those that are there twice, and under autocast."""
+    if not guarded:
+        monkeypatch.setattr(likeness, "_Guards", None)
+    a, b = torch.randn(3, 3), nn.Parameter(torch.randn(3, 3))
+    for pair in ([a, b], [a, a]):
+        known = likeness.Likeness(pair)
+        assert bool(known._guards) == (guarded and pair[0] is not pair[1])
+        assert not known.of([unlike(a), pair[1]])
+        assert not known.of([pair[0], unlike(pair[1].detach())])
+        assert not known.of(pair[:1])
+        with torch.autocast("cpu"):
+            assert known.of([t.clone() for t in pair])
+        assert known.trained == [False, pair[1].requires_grad]
+        assert known.of([torch.zeros(3, 3), torch.zeros(3, 3)])
+        assert known.trained == [False, False]
+
+
+def test_what_inference_mode_may_write_is_refused_outside():
+    """A gradient that could be written to at the last call."""
+    product = PRODUCTS["pair"](torch.float32)
+    with torch.inference_mode():
+        targets = [torch.zeros_like(param) for param in product.params]
+        accumulator = Accumulator(product)
+        for _ in range(2):
+            accumulator.accumulate([targets], [[1.0] * 2])
+    with pytest.raises(ValueError, match="one made under inference_mode"):
+        accumulator.accumulate([targets], [[1.0] * 2])
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
-from frobdecay.gradient.bucketed import Job
+from frobdecay.gradient.bucketed import Job, overlapping
 from frobdecay.gradient.triton import executor
 from frobdecay.gradient.triton.executor import Grouped, squared_norms
 from frobdecay.gradient.triton.refusals import refusals
-from frobdecay.gradient.triton.sheets import overlapping, sheets
+from frobdecay.gradient.triton.sheets import sheets
 from frobdecay.gradient.triton.tables import Slot, gram_table, pieces
 from frobdecay.gradient.triton.tiles import Tile
 from frobdecay.product.product import Product, gradients
@@ -79,7 +79,7 @@ def zeros(products, dtype=None):
 def run(grouped, products, targets, coef=1.0):
     """Run a plan, for plain factors without a scale."""
     with torch.no_grad():
-        grouped(targets, [[coef] * 2 for _ in products])
+        grouped([t for two in targets for t in two], [coef] * 2 * len(products))
 
 
 def expect(products, targets, tolerance, coef=1.0):
@@ -263,16 +263,55 @@ def test_targets_may_be_new_tensors_at_every_call(layouts):
 def test_a_target_moved_to_other_memory_is_followed():
     """The same tensor object, whose data were replaced between calls."""
     products = make("pair")
-    grouped, targets, coefs = plan(products), zeros(products), [[1.0] * 2]
+    grouped, targets, coefs = plan(products), zeros(products), [1.0] * 2
     with torch.no_grad():
-        grouped(targets, coefs)
+        grouped(targets[0], coefs)
         old = targets[0][0].data
         targets[0][0].data = torch.zeros_like(old)
-        grouped(targets, coefs)
+        grouped(targets[0], coefs)
     wanted = exact(products[0])[1]
     assert close(targets[0][0], wanted[0], 1e-6)
     assert close(old, wanted[0], 1e-6)
     assert close(targets[0][1], 2 * wanted[1], 1e-6)
+
+
+def test_a_target_that_is_turned_in_place_is_followed():
+    """The same tensor object in the same memory, with other strides."""
+    products = make(((4, 4), (4, 4)))
+    accumulator, targets = Accumulator(products, "triton"), zeros(products)
+    for _ in range(2):
+        accumulator.accumulate(targets, [[1.0] * 2])
+    for target in targets[0]:
+        target.data = target.data.zero_().T
+    accumulator.accumulate(targets, [[1.0] * 2])
+    expect(products, targets, 1e-6)
+
+
+def test_new_addresses_need_no_new_tables(monkeypatch):
+    """Nor do the same coefficients in another list: one row of addresses is uploaded."""
+    products = make("pair", count=3)
+    accumulator = Accumulator(products, "triton")
+    accumulator.accumulate(zeros(products), [[1.0] * 2] * 3)
+    monkeypatch.setattr(executor, "update_table", None)
+    monkeypatch.setattr(Grouped, "_rows_of_coefs", lambda self, _: self._coef_rows[1])
+    kept = []
+    for _ in range(3):
+        kept.append(zeros(products))
+        accumulator.accumulate(kept[-1], [[1.0] * 2] * 3)
+        expect(products, kept[-1], 1e-6)
+
+
+def test_after_an_error_nothing_is_taken_as_sent():
+    """Targets that were looked at in a call that failed are not those on the device."""
+    products = make("pair")
+    grouped, first, second, coefs = plan(products), zeros(products), zeros(products), [1.0] * 2
+    with torch.no_grad():
+        grouped(first[0], coefs, "form")
+        with pytest.raises(ValueError, match="could not convert"):
+            grouped(second[0], [1.0, "one"], "form")
+        grouped(second[0], coefs, "form")
+    expect(products, first, 1e-6)
+    expect(products, second, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -454,11 +493,9 @@ def test_overlapping_memory_is_found():
     """Slots that share memory are written one after the other, the others together."""
     memory = torch.zeros(40)
     views = [memory[:12].view(6, 2), memory[10:20].view(5, 2), memory[20:].view(10, 2)]
-    slots = [Slot(k, view, 0, 0, 16) for k, view in enumerate(views)]
-    groups = overlapping(slots)
+    groups = overlapping(views)
     assert groups[0] == groups[1] != groups[2]
-    targets = [(address, torch.float32, (2, 1)) for address in (100, 200, 300)]
-    found = sheets(slots, targets, groups)
+    found = sheets([100, 200, 300], [torch.float32] * 3, groups)
     assert [[bool(a) for a in sheet.addresses] for sheet in found] == [
         [True, False, True],
         [False, True, False],

@@ -507,7 +507,7 @@ def test_sparse_gradients_are_refused():
     """The decay of a lookup table would be dense: every row decays (D29)."""
     net = Net()
     wrapped = FrobeniusDecay(sgd(net), net.products())
-    with pytest.raises(TypeError, match="first: expected dense gradients"):
+    with pytest.raises(TypeError, match="first: expected a dense gradient"):
         train(net, wrapped, 1, sparse=True)
 
 

@@ -2,8 +2,8 @@
 
 Planning builds the kernels' tables (``tables``) and buffers once. A call then does this only:
 
-    compare     targets and coefficients with the last call's: first the objects, then what the
-                kernels need of them; where new gradients got the old memory, nothing is left
+    compare     targets and coefficients with the last call's; where new gradients got the old
+                memory, nothing is left
     upload      what differs, in one asynchronous copy of a few kilobytes from pinned memory
     launch A    all Grams
     launch B    all updates; once more for a second dtype of targets, or where targets overlap
@@ -17,7 +17,6 @@ capture, numbers keep their values, tensors are followed.
 from __future__ import annotations
 
 import operator
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,9 +28,9 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.gradient.bucketed import Coefs, Job, Targets
+from frobdecay.gradient.bucketed import Coefs, Job, Targets, overlapping
 from frobdecay.gradient.triton.refusals import load_kernels, refusals
-from frobdecay.gradient.triton.sheets import Seen, overlapping, sheets
+from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
 from frobdecay.gradient.triton.tiles import WAVES, Tile, tile_for
 from frobdecay.product.product import Product, listed
@@ -80,18 +79,23 @@ class Grouped:
         self._rank = largest
         self._programs = _programs(self.device) if programs is None else programs
         self._slots = self._make_slots(jobs)
-        self._overlapping = overlapping(self._slots)
+        self._overlapping = overlapping([slot.view for slot in self._slots])
         self._parts = self._plan_grams()
         pairs = [[u.gram, u.partner_gram, u.length] for u in self._slots[::2]]
         self._pairs = self._int64(pairs)
         self._updates: list[_Update] = []
         self._addresses: list[list[int]] = []
-        self._shapes: list[Any] = []
         self._tables: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor, int]] = {}
-        self._bound: tuple[list[Any], list[Coefficient]] | None = None
+        # Of the last call:
+        self._form: object = None
+        self._forms: Sequence[Form | None] = []
+        self._places: list[int] = []  # of targets; these are not kept, to die with their step
+        self._aligned: list[int] = []
+        self._coefs: Coefs | None = None  # None where some had to be converted
         self._kept: list[Tensor | None] = []
-        self._seen: list[Seen | None] = []  # of the last call: targets
-        self._places: list[int] = []  # their addresses
+        self._numbers: list[float] = []
+        self._pointers: list[int] = []
+        self._coef_rows: tuple[int, Tensor] | None = None
         self._sent: list[Any] = []  # what was uploaded
         self._memory = torch.empty(0, dtype=torch.int64, device=self.device)
         self._spare: Tensor | None = None
@@ -127,14 +131,13 @@ class Grouped:
         return torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
 
     @_disable_dynamo
-    def __call__(self, targets: Targets, coefs: Coefs) -> None:
-        """Add coefs[k][j] · ∇½‖W_k‖² to targets[k][j]; None to skip one."""
-        into = [target for two in targets for target in two]
-        wanted = [target for target in into if target is not None]
+    def __call__(self, targets: Targets, coefs: Coefs, form: object = None) -> None:
+        """Add coef · ∇½‖W‖² to the target of every factor; see ``Runner``."""
+        wanted = [target for target in targets if target is not None]
         if not wanted:
             return
         with self.on_device():
-            table = self._bind(into, [coef for two in coefs for coef in two])
+            table = self._bind(targets, coefs, form)
             self._keep_for_stream()
             self.launch_grams()
             self._launch_updates(table)
@@ -179,50 +182,60 @@ class Grouped:
             self._kernels.launch_norms(self._pairs, self._grams, norms)
         return norms
 
-    def _bind(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> Tensor:
+    def _bind(self, targets: Targets, coefs: Coefs, form: object) -> Tensor:
         """The table of this call on the device, see ``_upload``."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and self._is_bound(targets, coefs):
-            return self._memory
-        seen = [None if t is None else (t.data_ptr(), t.dtype, t.stride()) for t in targets]
-        if seen != self._seen:
-            self._plan_updates(seen)
-            self._seen, self._places = seen, [0 if one is None else one[0] for one in seen]
-        tensors = [_on(self.device, coef) for coef in coefs]
-        numbers = [0.0 if t is not None else float(c) for c, t in zip(coefs, tensors, strict=True)]
-        table = self._upload(
-            numbers, [0 if t is None else t.data_ptr() for t in tensors], capturing
+        moved = self._is_moved(targets, form)
+        known = self._coefs is not None and (
+            coefs is self._coefs or all(map(operator.is_, coefs, self._coefs))
         )
-        if capturing:
-            self._bound = None
-            return table
-        # Weak, for targets: gradients of the last step must not outlive it here. Coefficients are
-        # kept, so that temporaries stay where the table says.
-        followed = all(t is None or t is c for c, t in zip(coefs, tensors, strict=True))
-        refs = [_nothing if target is None else weakref.ref(target) for target in targets]
-        self._bound = (refs, list(coefs)) if followed else None
-        self._kept = tensors
+        if known and not moved and not capturing:
+            return self._memory
+        bound, tensors, self._coefs = self._coefs, self._kept, None  # until they are uploaded
+        if not known:
+            tensors = [_on(self.device, coef) for coef in coefs]
+            pairs = list(zip(coefs, tensors, strict=True))
+            self._numbers = [0.0 if t is not None else float(c) for c, t in pairs]
+            self._pointers = [0 if t is None else t.data_ptr() for t in tensors]
+            self._coef_rows = None
+            bound = coefs if all(t is None or t is c for c, t in pairs) else None
+        table = self._upload(capturing)
+        if not capturing:
+            self._coefs = bound
+            self._kept = tensors  # so that temporaries stay where the table says
         return table
 
-    def _is_bound(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> bool:
-        """Whether all are the same objects, in the same memory, as at the last call."""
-        if self._bound is None:
+    def _is_moved(self, targets: Targets, form: object) -> bool:
+        """Plan the launches for these targets, unless the last ones lay and were as they are."""
+        try:
+            places = list(map(Tensor.data_ptr, targets))  # type: ignore[arg-type]
+        except TypeError:  # one is None
+            places = [0 if target is None else target.data_ptr() for target in targets]
+        forms = self._forms
+        if form is None or form is not self._form:
+            forms = [
+                None if target is None else (target.dtype, target.stride()) for target in targets
+            ]
+        if places == self._places and forms == self._forms:
+            self._form = form
             return False
-        refs, known = self._bound
-        return (
-            all(map(operator.is_, coefs, known))
-            and all(map(operator.is_, targets, [ref() for ref in refs]))
-            and [0 if t is None else t.data_ptr() for t in targets] == self._places
-        )
+        # What a table of launch B depends on, besides its dtypes: strides, and alignment.
+        aligned = [place % 16 for place in places]
+        if forms != self._forms or aligned != self._aligned:
+            self._check_strides(forms)
+            self._tables, self._forms, self._aligned = {}, forms, aligned
+        self._plan_updates(places)
+        self._form, self._places = form, places
+        return True
 
-    def _upload(self, numbers: list[float], pointers: list[int], capturing: bool) -> Tensor:
+    def _upload(self, capturing: bool) -> Tensor:
         """Bring addresses and coefficients to the device, unless they are there.
 
         Returns:
             int64: a row of target addresses for each launch B, one with the addresses of the
             coefficients, and one with those coefficients that are numbers, in float32.
         """
-        send = [self._addresses, numbers, pointers]
+        send = [self._addresses, self._numbers, self._pointers]
         shape = (len(self._addresses) + 2, len(self._slots))
         if capturing:
             host, table = self._buffers_of_graph(send, shape)
@@ -235,14 +248,21 @@ class Grouped:
             if self._memory.shape != shape:
                 self._memory = torch.empty(shape, dtype=torch.int64, device=self.device)
             table, self._sent = self._memory, send
-        first = table[-1].data_ptr()
-        places = [p if p else first + 4 * k for k, p in enumerate(pointers)]
-        host[:-1] = torch.tensor([*self._addresses, places], dtype=torch.int64, device="cpu")
-        host[-1].view(torch.float32)[: len(numbers)] = torch.tensor(
-            numbers, dtype=torch.float32, device="cpu"
-        )
+        host[:-2] = torch.tensor(self._addresses, dtype=torch.int64, device="cpu")
+        host[-2:] = self._rows_of_coefs(table[-1].data_ptr())
         table.copy_(host, non_blocking=True)
         return table
+
+    def _rows_of_coefs(self, first: int) -> Tensor:
+        """The last two rows of the table, of which the last one lies at ``first``."""
+        if self._coef_rows is None or self._coef_rows[0] != first:
+            places = [p if p else first + 4 * k for k, p in enumerate(self._pointers)]
+            rows = torch.tensor([places, [0] * len(places)], dtype=torch.int64, device="cpu")
+            rows[1].view(torch.float32)[: len(places)] = torch.tensor(
+                self._numbers, dtype=torch.float32, device="cpu"
+            )
+            self._coef_rows = first, rows
+        return self._coef_rows[1]
 
     def _buffers_of_graph(self, send: list[Any], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """What a graph uploads from and to: its own, and never written again with other values.
@@ -267,24 +287,20 @@ class Grouped:
             shape, dtype=torch.int64, device="cpu", pin_memory=self.device.type == "cuda"
         )
 
-    def _plan_updates(self, targets: Sequence[Seen | None]) -> None:
-        """Which launches B these targets need, and a row of addresses for each."""
-        for slot, target in zip(self._slots, targets, strict=True):
-            if target is not None and max(target[2][slot.batch :]) >= MAX_STRIDE:
+    def _check_strides(self, forms: Sequence[Form | None]) -> None:
+        for slot, form in zip(self._slots, forms, strict=True):
+            if form is not None and max(form[1][slot.batch :]) >= MAX_STRIDE:
                 raise ValueError(
-                    f"expected targets with strides below {MAX_STRIDE}, got {target[2]} for factor "
+                    f"expected targets with strides below {MAX_STRIDE}, got {form[1]} for factor "
                     f"{slot.number % 2} of pair {slot.number // 2}: make it contiguous, or plan "
                     "with backend='bucketed'"
                 )
-        # What a table of launch B depends on, besides its dtypes: strides, and alignment.
-        shapes = [
-            (slot.view.stride(), 0) if target is None else (target[2], target[0] % 16)
-            for slot, target in zip(self._slots, targets, strict=True)
-        ]
-        if shapes != self._shapes:
-            self._shapes, self._tables = shapes, {}
+
+    def _plan_updates(self, places: Sequence[int]) -> None:
+        """Which launches B targets in these places need, and a row of addresses for each."""
+        dtypes = [None if form is None else form[0] for form in self._forms]
         self._addresses, self._updates = [], []
-        for row, sheet in enumerate(sheets(self._slots, targets, self._overlapping)):
+        for row, sheet in enumerate(sheets(places, dtypes, self._overlapping)):
             self._addresses.append(sheet.addresses)
             for part in self._parts:
                 if any(sheet.addresses[slot.number] for slot in part.slots):
@@ -295,9 +311,15 @@ class Grouped:
 
     def _update_table(self, part: _Part, dtype: torch.dtype) -> tuple[Tensor, int]:
         if (part.dtype, dtype) not in self._tables:
+            forms = [self._forms[slot.number] for slot in part.slots]
             rows, layouts = update_table(
                 part.slots,
-                [self._shapes[slot.number] for slot in part.slots],
+                [
+                    (slot.view.stride(), 0)
+                    if form is None
+                    else (form[1], self._aligned[slot.number])
+                    for slot, form in zip(part.slots, forms, strict=True)
+                ],
                 dtype.itemsize,
                 self.tile.update_rows,
                 self._programs,
@@ -326,10 +348,6 @@ def _programs(device: torch.device) -> int:
         return _INTERPRETED_PROGRAMS
     properties = torch.cuda.get_device_properties(device)
     return int(properties.multi_processor_count) * WAVES
-
-
-def _nothing() -> None:
-    """Stand in for a weak reference to no target."""
 
 
 def _on(device: torch.device, coef: Coefficient) -> Tensor | None:

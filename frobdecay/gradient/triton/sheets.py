@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from frobdecay.gradient.triton.tables import Slot
+from frobdecay.gradient.bucketed import turns
 
-Seen = tuple[int, torch.dtype, tuple[int, ...]]
-"""Of a target: address, dtype, strides."""
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""Of a target: dtype, strides."""
 
 
 @dataclass
@@ -31,51 +31,22 @@ class Sheet:
     addresses: list[int]
 
 
-def overlapping(slots: Sequence[Slot]) -> list[int]:
-    """Number the slots so that those whose memory may overlap have one number."""
-    spans = []
-    for slot in slots:
-        axes = zip(slot.view.shape, slot.view.stride(), strict=True)
-        last = sum((size - 1) * step for size, step in axes)
-        stop = slot.address + (last + 1) * slot.view.element_size()
-        spans.append((slot.address, stop, slot.number))
-    groups, end, group = [0] * len(slots), 0, 0
-    for start, stop, number in sorted(spans):
-        group += start >= end
-        end = max(end, stop)
-        groups[number] = group
-    return groups
-
-
 def sheets(
-    slots: Sequence[Slot], targets: Sequence[Seen | None], groups: Sequence[int]
+    places: Sequence[int], dtypes: Sequence[torch.dtype | None], groups: Sequence[int]
 ) -> list[Sheet]:
     """Distribute targets over launches, so that no two programs of one write the same numbers.
 
     Args:
-        slots: all of a plan.
-        targets: address, dtype and strides, one a slot; None for none.
+        places: addresses of the targets, one a slot; 0 for none.
+        dtypes: of the targets, one a slot.
         groups: from ``overlapping``.
     """
-    addresses = [0 if target is None else target[0] for target in targets]
-    taken = [address for address in addresses if address]
-    dtypes = {target[1] for target in targets if target is not None}
-    if len(dtypes) == 1 and len({*taken}) == len(taken) and len({*groups}) == len(groups):
-        return [Sheet(dtypes.pop(), addresses)]
-    return _in_turns(slots, targets, groups)
-
-
-def _in_turns(
-    slots: Sequence[Slot], targets: Sequence[Seen | None], groups: Sequence[int]
-) -> list[Sheet]:
-    found: dict[tuple[int, torch.dtype], Sheet] = {}
-    turns: dict[object, int] = {}
-    for slot, group, target in zip(slots, groups, targets, strict=True):
-        if target is None:
-            continue
-        address, dtype, _ = target
-        turn = max(turns.get(("group", group), 0), turns.get(("address", address), 0))
-        turns["group", group] = turns["address", address] = turn + 1
-        sheet = found.setdefault((turn, dtype), Sheet(dtype, [0] * len(slots)))
-        sheet.addresses[slot.number] = address
+    wanted = [slot for slot, place in enumerate(places) if place]
+    order = turns([places[slot] for slot in wanted], [groups[slot] for slot in wanted])
+    found: dict[tuple[int, torch.dtype | None], Sheet] = {}
+    for turn, slot in zip(order, wanted, strict=True):
+        dtype = dtypes[slot]
+        if dtype is not None:
+            sheet = found.setdefault((turn, dtype), Sheet(dtype, [0] * len(places)))
+            sheet.addresses[slot] = places[slot]
     return list(found.values())
