@@ -259,6 +259,7 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu("its mesh is of CPUs")
 @pytest.mark.covers("P26")
 def test_sharded_weights_are_refused(tmp_path):
     """Sharded weights are refused by name where whole ones are needed, half sharded ones by all."""

@@ -17,6 +17,7 @@ from benchmarks.data import load
 from benchmarks.models import resnet
 from benchmarks.training import ARMS, Protocol, Run, train
 
+pytestmark = pytest.mark.cpu("loads there; trains on the device that its options name")
 RNG = np.random.default_rng(0)
 
 

@@ -157,7 +157,11 @@ def test_any_mixture_is_exact_to_the_precision_of_each(backend, products):
 @pytest.mark.parametrize("shape", [(96, 5), (96, 11), (512, 16), (64, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_less_accurate_than_the_reference(backend, shape, dtype):
-    """Against float64, a fast path's error is at most 1.5 times the reference's."""
+    """Against float64, a fast path's error is at most 1.5 times the reference's.
+
+    On a GPU, where the reference's sums are in cuBLAS's own order, or within rounding.
+    """
+    room = 16 * torch.finfo(torch.float32).eps if torch.cuda.is_available() else 1e-12
     errors = {}
     for name in (backend, "reference"):
         torch.manual_seed(0)
@@ -170,7 +174,7 @@ def test_no_less_accurate_than_the_reference(backend, shape, dtype):
             for found, wanted in zip(target, exact(product)[1], strict=True)
         ]
         errors[name] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
-    assert errors[backend] <= 1.5 * errors["reference"] + 1e-12
+    assert errors[backend] <= 1.5 * errors["reference"] + room
 
 
 @NAMES
@@ -524,6 +528,7 @@ def test_autocast_does_not_reach_the_grams():
     assert torch.equal(products[0].params[0].grad, plain)
 
 
+@pytest.mark.cpu("the choice between its backends")
 @pytest.mark.covers("D21")
 def test_small_products_share_calls_and_large_ones_do_not():
     """No loop over small products (D21); the choice follows size, and ``explain`` states it."""
@@ -536,6 +541,7 @@ def test_small_products_share_calls_and_large_ones_do_not():
     assert "a copy costs more than a call" in text
 
 
+@pytest.mark.cpu("its vectors")
 @pytest.mark.covers("C12", "P9")
 @pytest.mark.parametrize(("rank", "columns"), [(5, 5), (8, 8), (9, 16), (15, 16), (17, 17)])
 def test_ranks_that_nearly_fill_a_vector_are_padded_to_it(rank, columns):
@@ -651,6 +657,7 @@ def test_sparse_gradients_are_refused():
         add_penalty_grad_(product, 0.1)
 
 
+@pytest.mark.cpu("its threads")
 @pytest.mark.parametrize("stored", ["tall", "wide"])
 @pytest.mark.parametrize(("threads", "split"), [(1, False), (2, True), (3, False)])
 def test_tall_grams_are_split_between_threads_and_exact(threads, split, stored):

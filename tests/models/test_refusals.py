@@ -87,6 +87,7 @@ def test_decompositions_refuse_ranks_that_do_not_fit(decompose, ranks, message):
         decompose(torch.randn(3, 4, 5), ranks)
 
 
+@pytest.mark.filterwarnings("error")
 def test_als_that_does_not_converge_says_so_before_anything_changed():
     """A warning, which as an error leaves the model dense."""
     model = nn.Sequential(nn.Linear(12, 10))

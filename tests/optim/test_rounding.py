@@ -1,6 +1,7 @@
 """Stochastic rounding: exact in expectation, never beyond the neighbours, reproducible."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -32,7 +33,7 @@ def test_the_result_is_a_neighbour(dtype, data):
     exact = torch.full((32,), x)
     rounded = round_stochastically(exact, dtype).double()
     nearest = exact[:1].to(dtype)
-    steps = [torch.nextafter(nearest, torch.full_like(nearest, s)) for s in (-1e38, 1e38)]
+    steps = [torch.nextafter(nearest, torch.full_like(nearest, s)) for s in (-math.inf, math.inf)]
     low, high = (step.double().item() for step in steps)
     assert bool(((rounded >= low) & (rounded <= high)).all())
     assert bool(((rounded - x).abs() <= (high - low)).all())

@@ -425,7 +425,7 @@ def test_diagnostics_measure_heads(make):
     found = products(model)
     for product, row in zip(found, diagnostics.measure(found, lr=0.1), strict=True):
         dense = product.materialize().detach().flatten(1, -2)
-        singular = torch.linalg.svdvals(dense)[..., : row.spectrum.shape[-1]]
+        singular = torch.linalg.svdvals(dense)[..., : row.spectrum.shape[-1]].cpu()
         assert torch.allclose(row.spectrum, singular, rtol=1e-9, atol=1e-9)
         assert row.effective_step == pytest.approx(0.1 / float(dense.square().sum()))
 
@@ -622,6 +622,7 @@ def _mesh():
     distributed.destroy_process_group()
 
 
+@pytest.mark.cpu("its mesh is of CPUs")
 @pytest.mark.usefixtures("_mesh")
 def test_balancing_refuses_sharded_weights():
     """Every process has a part of them only."""

@@ -164,6 +164,7 @@ def test_a_write_raises(name, grad):
     torch.testing.assert_close(layer.weight.clone(), before)
 
 
+@pytest.mark.cpu("numpy reads no other memory")
 def test_an_array_of_the_weight_is_read_only():
     """A write to numpy's array over the formed weight would be lost as well."""
     W = weight("o i -> o i", (6, 5)).detach()
@@ -372,6 +373,7 @@ def test_distributed_data_parallel_takes_the_factors(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu("elsewhere the device is in it, as in those of all tensors")
 def test_the_representation_names_the_product():
     """The repr tells shape, rank and pattern and forms nothing."""
     W = weight("(b o) i -> b o i", (6, 5), depth=1, b=3)
@@ -417,6 +419,7 @@ def test_a_frozen_factor_stays_a_constant(frozen):
     assert [f.grad is None for f in factors] == [frozen == 0, frozen == 1]
 
 
+@pytest.mark.cpu("numpy reads no other memory")
 def test_numpy_reads_the_dense_values():
     """A detached weight converts to an array."""
     W = weight("o i -> o i", (6, 5))

@@ -547,6 +547,7 @@ def _out(leave, out, mode):
     return "dense"
 
 
+@pytest.mark.cpu("a child of fork has no GPU")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore")
 def test_no_way_through_cpp_reads_memory_that_is_not_there():

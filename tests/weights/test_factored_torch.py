@@ -52,10 +52,11 @@ def test_dynamic_shapes_compile_once(rank, compiler):
 def test_functions_of_the_weight_compile(use, compiler):
     """Fallbacks, transposes, conversions and metadata trace without a graph break."""
     layer = factored(nn.Linear(6, 6, dtype=torch.float64), rank=2)
+    indices = torch.tensor([1, 2])
     functions = {
         "mul": lambda x: (layer.weight * 2 + layer.weight.view(6, 6)) @ x.T,
         "matmul": lambda x: x @ layer.weight.T @ layer.weight,
-        "embedding": lambda x: F.embedding(torch.tensor([1, 2]), layer.weight, padding_idx=1) @ x.T,
+        "embedding": lambda x: F.embedding(indices, layer.weight, padding_idx=1) @ x.T,
         "convert": lambda x: F.linear(x.float(), layer.weight.to(torch.float32)),
         "metadata": lambda x: x.reshape(-1, layer.weight.shape[1]) * layer.weight.requires_grad,
         "split": lambda x: sum(F.linear(x, part) for part in layer.weight.chunk(2)),
