@@ -6,7 +6,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 from torch import nn
@@ -21,9 +20,9 @@ from frobdecay.models.fitness import (
     tie_against,
     ties,
 )
-from frobdecay.models.plan import PlanRow
-from frobdecay.models.select import Weight, select, weights
-from frobdecay.product.names import Selector, modules, naming
+from frobdecay.models.plan import PlanRow, parameters
+from frobdecay.models.select import Walk, Weight, select
+from frobdecay.product.names import Selector, naming
 from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
 
 OnTied = Literal["skip", "untie", "error"]
@@ -47,20 +46,22 @@ class Entry:
         weight: which one.
         make: rank -> its parametrization.
         view: how it is read as a matrix or as a tensor.
-        rank: r, or one for each mode or bond, once decided.
+        made: the parametrization at the rank that was decided.
         reason: why it stays dense.
         untied: names of the weights that it shared memory with, where it gets a copy of its own.
         copied: parameters that the copy adds to the model.
+        error: of the factors.
         shape, dense: the weight's shape and number of parameters.
     """
 
     weight: Weight
     make: Callable[[Rank], Any] | None = None
     view: Matricization | Tensorization | None = None
-    rank: Any = None
+    made: Any = None
     reason: str | None = None
     untied: tuple[str, ...] = ()
     copied: int = 0
+    error: float | None = None
     shape: tuple[int, ...] = ()
     dense: int = 0
 
@@ -72,7 +73,7 @@ class Entry:
     @property
     def open(self) -> bool:
         """Whether nothing is decided yet."""
-        return self.reason is None and self.rank is None
+        return self.reason is None and self.made is None
 
     def rank_at(self, scale: Rank) -> Any:
         """The rank in numbers of columns; a float is a fraction of min(m, n)."""
@@ -83,35 +84,36 @@ class Entry:
     def size(self, rank: Rank) -> int:
         """Parameters of the factors."""
         assert self.make is not None
-        assert self.view is not None
-        return sum(map(prod, self.make(rank).factor_shapes(self.view.shape)))
+        return parameters(self.make(rank), self.shape)
 
     def size_at(self, scale: float) -> int:
         """Parameters at a fraction of min(m, n), of the dense weight where factors have more."""
         return min(self.dense, self.size(scale))
 
+    def take(self, rank: Rank) -> None:
+        """Have this rank."""
+        assert self.make is not None
+        self.made = self.make(rank)
+
     def settle(self, rank: Rank) -> None:
         """Take the rank if it pays, else say that it does not."""
         if (after := self.size(rank)) < self.dense:
-            self.rank = rank
+            self.take(rank)
         else:
             self.reason = f"does not pay: {after:,} parameters at rank {rank}"
 
-    def row(self, error: float | None = None) -> PlanRow:
+    def row(self) -> PlanRow:
         """The entry as a row of the plan."""
         name, shape, dense = self.weight.name, self.shape, self.dense
         remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
         remark = "; ".join([*remarks, *filter(None, [self.reason])]) or None
-        if self.rank is None:
-            return PlanRow(name, shape, None, None, dense, dense, None, remark)
-        assert self.view is not None
-        matrix, after = self.view.matrix_shape, self.size(self.rank)
-        tensor = isinstance(self.view, Tensorization)
-        return PlanRow(name, shape, matrix, self.rank, dense, after, error, remark, tensor)
+        if self.made is None:
+            return PlanRow(name, shape, before=dense, after=dense, reason=remark)
+        return PlanRow.of(name, shape, self.made, self.error, remark)
 
 
 def candidates(
-    model: nn.Module,
+    walk: Walk,
     include: Selector | None,
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
@@ -121,8 +123,8 @@ def candidates(
     """All chosen weights, with how they are read or the reason against them."""
     if on_tied not in ("skip", "untie", "error"):
         raise ValueError(f"expected on_tied to be 'skip', 'untie' or 'error', got {on_tied!r}")
-    tied, tree = ties(model), modules(model)
-    found = [Entry(weight) for weight in select(model, include, exclude)]
+    tied = ties(walk)
+    found = [Entry(weight) for weight in select(walk, include, exclude)]
     given = getattr(parametrization, "keywords", {})  # of a partial: they win
     options = {name: value for name, value in options.items() if name not in given}
     tensors = _reads_tensors(parametrization, options)
@@ -130,7 +132,7 @@ def candidates(
         if entry.weight.excluded:
             entry.reason = "excluded"
             continue
-        entry.reason = reason_against(entry.weight) or adapter_against(entry.weight, tree)
+        entry.reason = reason_against(entry.weight) or adapter_against(entry.weight, walk.modules)
         if entry.weight.met:
             entry.reason = entry.reason or _unknown(entry.weight)
         shared = tie_against(entry.weight, tied) if entry.reason is None else None
@@ -143,8 +145,8 @@ def candidates(
             _fit(entry, parametrization, options, tensors)
         if entry.reason is not None and (entry.weight.named or (shared and on_tied == "error")):
             raise ValueError(f"{entry.weight.name} cannot be factorized: {entry.reason}")
-    _count_copies(model, found)
-    check_any(model, found, [entry.open for entry in found])
+    _count_copies(walk, found)
+    check_any(walk.model, found, [entry.open for entry in found])
     _check_pattern_used([entry for entry in found if entry.open], parametrization)
     return found
 
@@ -157,13 +159,13 @@ def _unknown(weight: Weight) -> str:
     return f"a parameter of {kind}, a module type without a default; name it{how} to factorize"
 
 
-def _count_copies(model: nn.Module, found: list[Entry]) -> None:
+def _count_copies(walk: Walk, found: list[Entry]) -> None:
     """Note what the copies add: the last of those that share a parameter adds nothing."""
     for entry in found:
         entry.untied = entry.untied if entry.open else ()
     if not any(entry.untied for entry in found):
         return
-    left = Counter(id(weight.tensor) for weight in weights(model))
+    left = Counter(id(weight.tensor) for weight in walk.weights)
     for entry in found:
         if entry.untied:
             left[id(entry.weight.tensor)] -= 1

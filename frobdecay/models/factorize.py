@@ -16,10 +16,10 @@ from frobdecay.algebra.scaling import relative_distance
 from frobdecay.algebra.spectral import Init
 from frobdecay.models.candidates import Entry, OnTied
 from frobdecay.models.checkpoints.restoring import restorable
-from frobdecay.models.fitness import check_unwrapped, check_values
+from frobdecay.models.fitness import check_values, unwrapped
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
-from frobdecay.models.ranks import RankRule, plan_entries, planned, size
+from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Weight
 from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
@@ -94,44 +94,36 @@ def factorize(
         >>> list(model.state_dict())
         ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
     """
-    check_unwrapped(model, "factorize")
-    options = {"init": init}
-    found = plan_entries(
-        model, ratio, rank, None, include, exclude, parametrization, options, on_tied
+    walk, options = unwrapped(model, "factorize"), {"init": init}
+    found, before = plan_entries(
+        walk, ratio, rank, None, include, exclude, parametrization, options, on_tied
     )
-    before = size(model, found)
-    chosen = [entry for entry in found if entry.rank is not None]
-    untied = [entry for entry in found if entry.untied]
+    chosen = [entry for entry in found if entry.made is not None]
+    untied = [entry.weight for entry in found if entry.untied]
+    dense = [entry.weight for entry in found if entry.untied and entry.made is None]
     for entry in chosen:
-        _check_material(entry)
-    errors: dict[int, float] = {}
-    others = other_ties(model, untied)
-    work = sum(map(_work, chosen))
-    touched = [entry.weight.module for entry in [*chosen, *untied]]
-    with Progress(work, progress, "factorizing") as bar, transaction(touched):
-        for entry, made, factors in with_factors(chosen):
-            errors[id(entry)] = _put(entry.weight, made, factors)
+        if entry.weight.tensor is not None and entry.weight.tensor.is_meta:
+            check_values(entry.weight)
+    others = other_ties(walk, untied)
+    inside = [entry.weight.module for entry in chosen]
+    touched = [*inside, *(weight.module for weight in dense)]
+    with Progress(sum(map(_work, chosen)), progress, "factorizing") as bar, transaction(touched):
+        for entry, factors in with_factors(chosen):
+            entry.error = _put(entry.weight, entry.made, factors)
             bar.advance(_work(entry))
-        for entry in untied:
-            if entry.rank is None:  # factors are a copy already
-                untie(entry)
-        settle_recurrent([entry.weight.module for entry in chosen])
-        restorable([entry.weight.module for entry in chosen])
+        for weight in dense:  # factors are a copy already
+            untie(weight)
+        settle_recurrent(inside)
+        restorable(inside)
     forget_ties(others)
-    settle_encoders(model)
-    return planned(found, before, errors)
+    settle_encoders(walk.modules)
+    return planned(found, before)
 
 
 def _work(entry: Entry) -> float:
     """The time of a decomposition, in a unit of its own: m·n·min(m, n)."""
     assert entry.view is not None
     return entry.dense * min(entry.view.matrix_shape[len(entry.view.batch) :])
-
-
-def _check_material(entry: Entry) -> None:
-    tensor = entry.weight.tensor
-    if tensor is not None and tensor.is_meta:
-        check_values(entry.weight)
 
 
 def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:

@@ -16,22 +16,21 @@ from torch.nn.parameter import is_lazy
 
 from frobdecay.algebra.scaling import DTYPES, is_finite
 from frobdecay.models.memory import overlaps
-from frobdecay.models.select import Weight, weights
-from frobdecay.product.holding import check_module, lists_of
-from frobdecay.product.names import modules
+from frobdecay.models.select import Walk, Weight
+from frobdecay.product.holding import lists_of
 from frobdecay.product.partitions import why_partitioned
 from frobdecay.weights.layouts import is_kind, refusal
 
 
-def check_unwrapped(model: nn.Module, act: str) -> None:
-    """Refuse models that hold on to their parameters from outside.
+def unwrapped(model: nn.Module, act: str) -> Walk:
+    """Walk a model, unless something holds on to its parameters from outside.
 
     Raises:
         TypeError: it is no model.
         ValueError: a data-parallel wrapper is in the model.
     """
-    check_module(model)
-    for path, module in model.named_modules():
+    walk = Walk(model)
+    for path, module in walk.all:
         kind = type(module).__name__
         if isinstance(module, nn.parallel.DistributedDataParallel) or kind in (
             "FullyShardedDataParallel",
@@ -41,22 +40,24 @@ def check_unwrapped(model: nn.Module, act: str) -> None:
                 f"{path or 'the model'} is wrapped in {kind}, which would go on with the present "
                 f"parameters; {act} before wrapping"
             )
+    return walk
 
 
-def check_initialized(model: nn.Module) -> None:
-    """Refuse lazy parameters: neither they nor the model can be counted.
+def counted(model: nn.Module) -> int:
+    """Count the parameters of a model.
 
     Raises:
-        TypeError: it is no model.
-        ValueError: naming the first.
+        ValueError: a lazy parameter, naming the first.
     """
-    check_module(model)
+    count = 0
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"{name} has no shape yet (a lazy module); run the model once on an example "
                 "input before factorizing it"
             )
+        count += parameter.numel()
+    return count
 
 
 def check_values(weight: Weight) -> None:
@@ -193,7 +194,7 @@ def _hooked(weight: Weight) -> str | None:
     return None
 
 
-def ties(model: nn.Module) -> dict[int, list[str]]:
+def ties(walk: Walk) -> dict[int, list[str]]:
     """List the parameters and buffers that share memory.
 
     Returns:
@@ -201,11 +202,11 @@ def ties(model: nn.Module) -> dict[int, list[str]]:
     """
     owners: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
-    for weight in weights(model):
+    for weight in walk.weights:
         if weight.tensor is not None:
             owners[id(weight.tensor)].extend(weight.names[:1])
             tensors[id(weight.tensor)] = weight.tensor
-    for path, module in modules(model).items():
+    for path, module in walk.modules.items():
         for name, held in _others(module):
             owners[id(held)].append(f"{path}.{name}".lstrip("."))
             tensors[id(held)] = held

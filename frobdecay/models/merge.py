@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.models.fitness import check_unwrapped
-from frobdecay.models.select import Weight, select, weights
+from frobdecay.models.fitness import unwrapped
+from frobdecay.models.select import Walk, Weight, select
 from frobdecay.models.surgery import (
     ordinary,
     release,
@@ -53,8 +53,8 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
         >>> list(merge(model).state_dict())
         ['0.weight', '0.bias']
     """
-    check_unwrapped(model, "merge")
-    chosen = _chosen(model, include, exclude)
+    walk = unwrapped(model, "merge")
+    chosen = _chosen(walk, include, exclude)
     with torch.no_grad():
         dense = [_dense(weight) for weight in chosen]  # all before any is put in place
     touched = [weight.module for weight in chosen]
@@ -62,21 +62,20 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
         for weight, (tensor, requires_grad) in zip(chosen, dense, strict=True):
             _put_back(weight, nn.Parameter(tensor, requires_grad))
         settle_recurrent(touched)
-    settle_encoders(model)
+    settle_encoders(walk.modules)
     return model
 
 
-def _chosen(model: nn.Module, include: Selector | None, exclude: Selector | None) -> list[Weight]:
+def _chosen(walk: Walk, include: Selector | None, exclude: Selector | None) -> list[Weight]:
     """The factorized weights that are meant, none of them sharded."""
-    if include is None and exclude is None:
-        found = [w for w in weights(model) if w.attribute in factorized(w.module)]
-    else:
-        picked = [w for w in select(model, include, exclude) if not w.excluded]
+    found = walk.factorized
+    if include is not None or exclude is not None:
+        picked = [w for w in select(walk, include, exclude) if not w.excluded]
         found = [w for w in picked if w.attribute in factorized(w.module)]
         if include is not None and not found:
             raise ValueError(
                 f"include={include!r} matches no factorized weight; factorized are "
-                f"{[w.name for w in weights(model) if w.attribute in factorized(w.module)][:8]}"
+                f"{[w.name for w in walk.factorized][:8]}"
             )
     for weight in found:
         held = factorized(weight.module)[weight.attribute]
@@ -149,8 +148,8 @@ def unroll(model: nn.Module) -> nn.Module:
           (1): Linear(in_features=2, out_features=8, bias=True)
         )
     """
-    check_unwrapped(model, "unroll")
-    chosen = _chosen(model, None, None)
+    walk = unwrapped(model, "unroll")
+    chosen = _chosen(walk, None, None)
     if not chosen:
         return model
     readers = Readers(model, [weight.module for weight in chosen])
@@ -162,9 +161,7 @@ def unroll(model: nn.Module) -> nn.Module:
         )
     chains = {id(weight.module): unrolled(weight.module) for weight in chosen}
     parents = [
-        parent
-        for parent in model.modules()
-        if any(id(child) in chains for child in parent.children())
+        parent for _, parent in walk.all if any(id(child) in chains for child in parent.children())
     ]
     with transaction(parents):
         for parent in parents:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from frobdecay.algebra.tensorize import Tensorization
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,28 @@ class PlanRow:
 
     name: str
     shape: tuple[int, ...]
-    matrix: tuple[int, ...] | None
-    rank: int | tuple[int, ...] | None
-    before: int
-    after: int
+    matrix: tuple[int, ...] | None = None
+    rank: int | tuple[int, ...] | None = None
+    before: int = 0
+    after: int = 0
     error: float | None = None
     reason: str | None = None
     tensor: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        made: Any,
+        error: float | None = None,
+        reason: str | None = None,
+    ) -> PlanRow:
+        """What a parametrization makes of a weight of this shape."""
+        view, after = made.matricize(shape), parameters(made, shape)
+        tensor = isinstance(view, Tensorization)
+        ranked = view.matrix_shape, made.resolve(shape)
+        return cls(name, shape, *ranked, prod(shape), after, error, reason, tensor)
 
     def cells(self) -> tuple[str, ...]:
         """The row as it is printed."""
@@ -47,6 +66,11 @@ class PlanRow:
             "" if self.error is None else f"{self.error:.3f}",
             self.reason or "",
         )
+
+
+def parameters(made: Any, shape: tuple[int, ...]) -> int:
+    """How many numbers the factors of a weight of this shape have."""
+    return sum(map(prod, made.factor_shapes(shape)))
 
 
 _HEAD = ("weight", "shape", "matrix", "rank", "before", "after", "error", "remarks")

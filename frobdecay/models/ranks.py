@@ -22,10 +22,10 @@ from frobdecay.algebra.scaling import Unit, times_power, work_dtype
 from frobdecay.algebra.svd import gram
 from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
 from frobdecay.models.candidates import Entry, OnTied, candidates, check_any
-from frobdecay.models.fitness import check_initialized, check_values
+from frobdecay.models.fitness import check_values, counted
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.select import Index, Weight, check_met, names_exactly, weights
-from frobdecay.product.names import One, Selector, each, modules, naming
+from frobdecay.models.select import Index, Walk, Weight, check_met, names_exactly
+from frobdecay.product.names import One, Selector, each, naming
 from frobdecay.weights.lowrank import LowRank
 
 RankRule = Rank | Mapping[Any, Rank] | RankPlan
@@ -71,23 +71,20 @@ def plan_ranks(
         >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
         {'weight': 10}
     """
-    found = plan_entries(model, ratio, rank, energy, include, exclude, parametrization, {}, on_tied)
-    return planned(found, size(model, found), {})
+    walk = Walk(model)
+    return planned(
+        *plan_entries(walk, ratio, rank, energy, include, exclude, parametrization, {}, on_tied)
+    )
 
 
-def size(model: nn.Module, found: list[Entry]) -> int:
-    """Count the parameters of a model, with the copies of those that are to be untied."""
-    return sum(p.numel() for p in model.parameters()) + sum(entry.copied for entry in found)
-
-
-def planned(found: list[Entry], before: int, errors: Mapping[int, float]) -> RankPlan:
-    """The plan of decided entries; ``errors`` has those of the initialization, by entry's id."""
-    rows = tuple(entry.row(errors.get(id(entry))) for entry in found)
+def planned(found: list[Entry], before: int) -> RankPlan:
+    """The plan of decided entries, of a model with ``before`` parameters."""
+    rows = tuple(entry.row() for entry in found)
     return RankPlan(rows, before, before + sum(row.after - row.before for row in rows))
 
 
 def plan_entries(
-    model: nn.Module,
+    walk: Walk,
     ratio: float | None,
     rank: RankRule | None,
     energy: float | None,
@@ -96,11 +93,12 @@ def plan_entries(
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
     on_tied: OnTied,
-) -> list[Entry]:
+) -> tuple[list[Entry], int]:
     """The work of ``plan_ranks`` and the first half of ``factorize``.
 
     Returns:
-        The weights looked at, in module order, each with a rank or a reason.
+        The weights looked at, in module order, each with a rank or a reason; and how many
+        parameters the model has, with the copies of those that are to be untied.
     """
     given = {"ratio": ratio, "rank": rank, "energy": energy}
     names = [f"{name}=" for name, value in given.items() if value is not None]
@@ -112,19 +110,20 @@ def plan_entries(
     _check_share("ratio", ratio, below=True)
     _check_share("energy", energy, below=False)
     rule = rank.ranks if isinstance(rank, RankPlan) else rank
-    check_initialized(model)
+    before = counted(walk.model)
     if isinstance(rule, Mapping):
-        rule = _checked(model, rule)
+        rule = _checked(walk, rule)
         include = list(rule) if include is None else include
-    found = candidates(model, include, exclude, parametrization, options, on_tied)
+    found = candidates(walk, include, exclude, parametrization, options, on_tied)
+    before += sum(entry.copied for entry in found)
     if rule is not None:
-        _explicit(model, found, rule)
+        _explicit(walk, found, rule)
     elif ratio is not None:
-        _by_ratio(model, found, ratio)
+        _by_ratio(found, before, ratio)
     else:
         assert energy is not None
         _by_energy(found, energy)
-    return found
+    return found, before
 
 
 def _check_share(name: str, value: float | None, below: bool) -> None:
@@ -138,29 +137,29 @@ def _check_share(name: str, value: float | None, below: bool) -> None:
         raise ValueError(f"expected {name} above 0 and {bound}, got {value}{hint}")
 
 
-def _checked(model: nn.Module, rule: Mapping[Any, Any]) -> dict[Any, Any]:
+def _checked(walk: Walk, rule: Mapping[Any, Any]) -> dict[Any, Any]:
     """A dict of ranks by selectors that match something; names without wrappers' segments."""
     rule = dict(zip(each(list(rule), "the keys of rank"), rule.values(), strict=True))
-    tree, every = modules(model), Index(weights(model))
+    every = Index(walk.weights)
     for key, value in rule.items():
-        check_met(tree, every, key, "rank")
+        check_met(walk.modules, every, key, "rank")
         with naming(f"rank[{key!r}]"):
             _check_rank(value)
     return rule
 
 
-def _explicit(model: nn.Module, found: list[Entry], rule: Any) -> None:
+def _explicit(walk: Walk, found: list[Entry], rule: Any) -> None:
     """The ranks that were asked for."""
     if not isinstance(rule, Mapping):
         _check_rank(rule)
         rule = {nn.Module: rule}
-    keys = _keys(modules(model), [entry.weight for entry in found], rule)
+    keys = _keys(walk.modules, [entry.weight for entry in found], rule)
     for i, entry in enumerate(found):
         if entry.open and i in keys:
-            entry.rank = entry.rank_at(rule[keys[i]])
+            entry.take(entry.rank_at(rule[keys[i]]))
         elif entry.open:
             entry.reason = "no rank given for it"
-    check_any(model, found, [entry.rank is not None for entry in found])
+    check_any(walk.model, found, [entry.made is not None for entry in found])
 
 
 def _check_rank(value: Any) -> None:
@@ -183,9 +182,8 @@ def _keys(
     return first | holders | own
 
 
-def _by_ratio(model: nn.Module, found: list[Entry], ratio: float) -> None:
+def _by_ratio(found: list[Entry], total: int, ratio: float) -> None:
     """The common scale whose parameter count comes nearest to the target."""
-    total = size(model, found)
     target = ratio * total
     candidates = [entry for entry in found if entry.open]
     fixed = total - sum(entry.dense for entry in candidates)

@@ -25,8 +25,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from frobdecay.product.holding import lists_of
-from frobdecay.product.names import One, Selector, each, fits, is_plain, modules, near_names, shown
+from frobdecay.product.holding import check_module, factorized, lists_of
+from frobdecay.product.names import One, Selector, each, fits, is_plain, near_names, shown, walk
 from frobdecay.weights.layouts import Layout, layouts
 
 _NONSENSE = "\0"  # an attribute that no pattern spells
@@ -82,18 +82,37 @@ class Weight:
         return layouts(self.module).get(self.attribute)
 
 
-def weights(model: nn.Module) -> list[Weight]:
-    """List the parameters of a model once each, in module order, factorized ones too."""
-    paths: dict[int, list[str]] = {}
-    found: dict[int, nn.Module] = {}
-    for path, module in modules(model).items():
-        paths.setdefault(id(module), []).append(path)
-        found[id(module)] = module
-    return [
-        Weight(tuple(paths[key]), module, attribute, known)
-        for key, module in found.items()
-        for attribute, known in _attributes(module).items()
-    ]
+class Walk:
+    """What one walk over a model finds; it is handed to whoever asks for a part.
+
+    Attributes:
+        model: the root; names are relative to it.
+        all: names and modules, wrappers and what they wrap under one name.
+        modules: name -> module, without wrappers.
+        weights: the parameters once each, in module order, factorized ones too.
+
+    Raises:
+        TypeError: it is no model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_module(model)
+        self.model = model
+        self.all = list(walk(model))
+        self.modules = dict(self.all)
+        paths: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            paths.setdefault(id(module), []).append(path)
+        self.weights = [
+            Weight(tuple(paths[key]), module, attribute, known)
+            for key, module in {id(module): module for module in self.modules.values()}.items()
+            for attribute, known in _attributes(module).items()
+        ]
+
+    @property
+    def factorized(self) -> list[Weight]:
+        """Those of the weights that are products."""
+        return [one for one in self.weights if one.attribute in factorized(one.module)]
 
 
 def _attributes(module: nn.Module) -> dict[str, bool]:
@@ -108,12 +127,12 @@ def _attributes(module: nn.Module) -> dict[str, bool]:
 
 
 def select(
-    model: nn.Module, include: Selector | None = None, exclude: Selector | None = None
+    walk: Walk, include: Selector | None = None, exclude: Selector | None = None
 ) -> list[Weight]:
     """Choose weights.
 
     Args:
-        model: the root; names are relative to it.
+        walk: over the model.
         include: what to take; by default all weights of the module types in the table.
         exclude: what to leave out of that.
 
@@ -125,8 +144,7 @@ def select(
         TypeError: a selector of an unknown kind.
         ValueError: a selector that matches nothing.
     """
-    tree = modules(model)
-    found = weights(model)
+    tree, found = walk.modules, walk.weights
     where = Index(found)
     taken = {i: False for i, weight in enumerate(found) if weight.known}
     met: set[int] = set(range(len(found)))

@@ -24,37 +24,36 @@ from frobdecay.weights.lowrank import LowRank
 STACKED = 2**20
 
 
-def with_factors(chosen: Sequence[Entry]) -> Iterator[tuple[Entry, Any, Sequence[Tensor]]]:
+def with_factors(chosen: Sequence[Entry]) -> Iterator[tuple[Entry, Sequence[Tensor]]]:
     """Decompose weights in order, each when its turn comes or with a stack that it is in.
 
     Args:
         chosen: the weights that have a rank; nothing is changed.
 
     Yields:
-        each, its parametrization and the factors.
+        each, and the factors.
 
     Raises:
         TypeError, ValueError, RuntimeError: an initialization that fails, naming the weight.
     """
-    made = {id(entry): _made(entry) for entry in chosen}
-    stacks = {id(entry): stack for stack in _stacks(chosen, made) for entry in stack}
+    stacks = {id(entry): stack for stack in _stacks(chosen) for entry in stack}
     ready: dict[int, Sequence[Tensor]] = {}
     for entry in chosen:
         key, tensor = id(entry), entry.weight.tensor
         assert tensor is not None
         with naming(entry.weight.name):
             if key in stacks and key not in ready:
-                ready |= _decomposed(stacks[key], made)
-            factors = ready.pop(key) if key in stacks else made[key].right_inverse(tensor)
-        yield entry, made[key], factors
+                ready |= _decomposed(stacks[key])
+            factors = ready.pop(key) if key in stacks else entry.made.right_inverse(tensor)
+        yield entry, factors
 
 
-def _stacks(chosen: Sequence[Entry], made: dict[int, Any]) -> Iterator[list[Entry]]:
+def _stacks(chosen: Sequence[Entry]) -> Iterator[list[Entry]]:
     """What is to be decomposed together: at least two of a kind."""
     largest = max((entry.dense for entry in chosen), default=0)
     alike: dict[Any, list[Entry]] = defaultdict(list)
     for entry in chosen:
-        if (key := _alike(entry, made[id(entry)])) is not None:
+        if (key := _alike(entry)) is not None:
             alike[key].append(entry)
     for entries in alike.values():
         count = max(1, max(STACKED, largest) // entries[0].dense)
@@ -62,34 +61,28 @@ def _stacks(chosen: Sequence[Entry], made: dict[int, Any]) -> Iterator[list[Entr
         yield from (part for part in parts if len(part) > 1)
 
 
-def _alike(entry: Entry, made: Any) -> Any:
+def _alike(entry: Entry) -> Any:
     """What weights of one stack share; None for initializations that are no function of it."""
-    tensor = entry.weight.tensor
+    made, tensor = entry.made, entry.weight.tensor
     own = isinstance(made, LowRank) and type(made).right_inverse is LowRank.right_inverse
     if not own or made.init is not spectral_init or tensor is None:
         return None
     shape = made.matricize(entry.shape).matrix_shape
-    return shape[-2:], tensor.dtype, tensor.device, entry.rank, made.depth
+    return shape[-2:], tensor.dtype, tensor.device, made.rank, made.depth
 
 
-def _decomposed(stack: Sequence[Entry], made: dict[int, Any]) -> dict[int, Sequence[Tensor]]:
+def _decomposed(stack: Sequence[Entry]) -> dict[int, Sequence[Tensor]]:
     """Factors of the weights of a stack, by entry's id, each with memory of its own."""
     matrices = []
     for entry in stack:
         assert entry.weight.tensor is not None
-        made[id(entry)].adopt(entry.shape)
-        matrices.append(made[id(entry)].matricization.matrix(entry.weight.tensor.detach()))
+        entry.made.adopt(entry.shape)
+        matrices.append(entry.made.matricization.matrix(entry.weight.tensor.detach()))
     joined = torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
-    done = spectral_init(joined, stack[0].rank, depth=made[id(stack[0])].depth)
+    done = spectral_init(joined, stack[0].made.rank, depth=stack[0].made.depth)
     counts = [prod(matrix.shape[:-2]) for matrix in matrices]
     parts = zip(*(torch.split(factor, counts) for factor in done), strict=True)
     return {
         id(entry): [f.reshape(*matrix.shape[:-2], *f.shape[-2:]).clone() for f in factors]
         for entry, matrix, factors in zip(stack, matrices, parts, strict=True)
     }
-
-
-def _made(entry: Entry) -> Any:
-    assert entry.make is not None
-    assert entry.rank is not None
-    return entry.make(entry.rank)

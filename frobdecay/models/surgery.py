@@ -6,7 +6,7 @@ parametrize or merge one would then break the other. ``own_class`` parts them fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -134,16 +134,17 @@ def settle_recurrent(modules: Iterable[nn.Module]) -> None:
 _PACKED = "_packs_padding"
 
 
-def settle_encoders(model: nn.Module) -> None:
+def settle_encoders(tree: Mapping[str, nn.Module]) -> None:
     """Keep the encoders that hold factors from nested tensors, and no others any longer.
 
     ``nn.TransformerEncoder`` asks its first layer alone whether all of them are of torch's fast
     path, and then hands them its padded input as a nested tensor, which none but that path takes.
     """
-    for encoder in model.modules():
+    for path, encoder in tree.items():
         if not isinstance(encoder, nn.TransformerEncoder):
             continue
-        held = any(lists_of(module) for module in encoder.layers.modules())
+        layers = f"{path}.layers.".lstrip(".")
+        held = any(lists_of(module) for name, module in tree.items() if name.startswith(layers))
         if held and encoder.use_nested_tensor:
             encoder.use_nested_tensor, encoder.__dict__[_PACKED] = False, True
         elif not held and encoder.__dict__.pop(_PACKED, False):

@@ -14,35 +14,33 @@ from typing import Any
 
 from torch import nn
 
-from frobdecay.models.candidates import Entry
-from frobdecay.product.names import modules
+from frobdecay.models.select import Walk, Weight
 
 Ties = dict[str, str]
 
 
-def untie(entry: Entry) -> None:
+def untie(weight: Weight) -> None:
     """Give the module a copy of the weight that it shares; for use in a transaction."""
-    tensor = entry.weight.tensor
+    tensor = weight.tensor
     assert tensor is not None
     own = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-    entry.weight.module._parameters[entry.weight.attribute] = own
+    weight.module._parameters[weight.attribute] = own
 
 
-def other_ties(model: nn.Module, untied: Iterable[Entry]) -> list[tuple[Any, Ties, Ties]]:
+def other_ties(walk: Walk, untied: Iterable[Weight]) -> list[tuple[Any, Ties, Ties]]:
     """Look up, while all weights are dense, what stays tied in transformers' models.
 
     Returns:
         The models that lose a tie, with their own ties that stay, and with those below too.
     """
-    names = {name for entry in untied for name in entry.weight.names}
-    found: dict[str, Any] = modules(model) if names else {}
-    others = []
-    for path, module in found.items():
+    names = {name for weight in untied for name in weight.names}
+    others: list[tuple[Any, Ties, Ties]] = []
+    for path, module in walk.modules.items() if names else ():
         prefix = f"{path}." if path else ""
         every = getattr_static(module, "all_tied_weights_keys", None)  # not of one inside
         if isinstance(every, dict):
             # Its own are patterns, which it expands to names.
-            tables = (module.get_expanded_tied_weights_keys(), every)
+            tables = (module.get_expanded_tied_weights_keys(), every)  # type: ignore[operator]
             own, rest = (
                 {to: by for to, by in table.items() if not {prefix + to, prefix + by} & names}
                 for table in tables

@@ -38,15 +38,16 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List all modules by qualified name, shared ones under every name.
+    """List all modules by qualified name, shared ones under every name; see ``walk``."""
+    return dict(walk(model))
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Qualified names and modules, wrappers before what they wrap.
 
     The segments that wrappers add (``torch.compile``, checkpointing, data parallel) are left out,
     and so are the modules inside parametrizations.
     """
-    return dict(_walk(model, ""))
-
-
-def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
@@ -54,7 +55,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         if child is None or fixed or (name == "parametrizations" and lists_of(module)):
             continue
         transparent = name in _WRAPPERS or (parallel and name == "module")
-        yield from _walk(child, path if transparent else f"{path}.{name}".lstrip("."))
+        yield from walk(child, path if transparent else f"{path}.{name}".lstrip("."))
 
 
 def strip_wrappers(name: str) -> str:

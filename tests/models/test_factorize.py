@@ -701,3 +701,36 @@ def test_an_error_of_any_type_gets_the_name_of_the_weight():
 
     with pytest.raises(UnusualError, match=r"^0\.weight: error 3 at home$"):
         factorize(nn.Sequential(nn.Linear(6, 4)), rank=2, init=failing)
+
+
+class Counted(dict):
+    """A module's children, which count how often one goes through them."""
+
+    passes = 0
+
+    def items(self):
+        """Of a walk."""
+        self.passes += 1
+        return super().items()
+
+    def values(self):
+        """Of a walk, too."""
+        self.passes += 1
+        return super().values()
+
+
+@pytest.mark.parametrize("act", [factorize, plan_ranks])
+@pytest.mark.parametrize("rule", [{"rank": 2}, {"rank": {"1": 2, "2.*": 1}}, {"ratio": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"include": ["1", "2.*"]}, {"on_tied": "untie"}])
+def test_a_model_is_walked_twice_at_most(act, rule, options):
+    """Once for its names, once to count its parameters: in a large model both take a while."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    tied = nn.Embedding(12, 12)
+    tied.weight = nn.Parameter(torch.randn(12, 12))
+    model = nn.Sequential(tied, nn.Linear(12, 12), nn.TransformerEncoder(layer, 2))
+    model[1].weight = tied.weight if options.get("on_tied") else model[1].weight
+    parts = [model, *model, model[2].layers[1]]
+    for module in parts:
+        module._modules = Counted(module._modules)
+    act(model, **rule, **options)
+    assert [module._modules.passes for module in parts] == [2] * len(parts)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from math import prod
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.tensorize import Tensorization
-from frobdecay.models.checkpoints.records import factor_key, factorized_weights, weight_of
+from frobdecay.models.checkpoints.records import factor_key, weight_of
 from frobdecay.models.checkpoints.restoring import dense_to_factors
 from frobdecay.models.checkpoints.slots import check_same
 from frobdecay.models.factorize import relative_error
 from frobdecay.models.plan import PlanRow, RankPlan
+from frobdecay.models.select import Walk
 from frobdecay.models.surgery import ordinary
-from frobdecay.product.holding import check_module, factorized
+from frobdecay.product.holding import factorized
 from frobdecay.product.names import naming
 
 
@@ -57,8 +57,7 @@ def load_dense_(
         >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
         (True, True)
     """
-    check_module(model)
-    if not factorized_weights(model):
+    if not Walk(model).factorized:
         inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
         raise ValueError(
             f"expected a model with factorized weights, got a dense {type(model).__name__}; "
@@ -140,20 +139,15 @@ def _is_buffer(value: Any) -> bool:
 
 def _unused(name: str, value: Any, reason: str) -> PlanRow:
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    return PlanRow(name, shape, None, None, 0, 0, None, reason)
+    return PlanRow(name, shape, reason=reason)
 
 
 def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> PlanRow:
-    first = held[0]
+    first, *others = held
     with torch.no_grad():
-        formed = first(*factors)
-        for other in list(held)[1:]:
-            formed = other(formed)
+        formed = reduce(lambda value, other: other(value), others, first(*factors))
         error = relative_error(dense.to(factors[0].device), formed)
-    shape, after = tuple(dense.shape), sum(factor.numel() for factor in factors)
-    view, rank = first.matricize(shape), first.resolve(shape)
-    tensor = isinstance(view, Tensorization)
-    return PlanRow(name, shape, view.matrix_shape, rank, prod(shape), after, error, tensor=tensor)
+    return PlanRow.of(name, tuple(dense.shape), first, error)
 
 
 def _shapes(state_dict: Mapping[str, Any]) -> dict[str, str]:

@@ -19,14 +19,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from frobdecay.models.candidates import Entry
 from frobdecay.models.checkpoints.files import FilePath, read_safetensors, write_safetensors
 from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 from frobdecay.models.checkpoints.records import (
     HEADER,
     RECORDS_VERSION,
     factor_key,
-    factorized_weights,
     parse_records,
     rebuild,
     record_of,
@@ -42,8 +40,8 @@ from frobdecay.models.checkpoints.slots import (
     slots_of,
 )
 from frobdecay.models.factorize import place
-from frobdecay.models.fitness import check_unwrapped, reason_against, ties
-from frobdecay.models.select import Weight, weights
+from frobdecay.models.fitness import reason_against, ties, unwrapped
+from frobdecay.models.select import Walk, Weight
 from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties
 
@@ -82,8 +80,8 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
         >>> torch.equal(again.weight, model.weight)
         True
     """
-    check_unwrapped(model, "save model.module, or save")
-    records = {weight.name: record_of(weight) for weight in factorized_weights(model)}
+    walk = unwrapped(model, "save model.module, or save")
+    records = {weight.name: record_of(weight) for weight in walk.factorized}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Hashable, str] = {}
@@ -128,7 +126,7 @@ def load_factorized(model: M, path: FilePath) -> M:
     Example:
         See ``save_factorized``.
     """
-    check_unwrapped(model, "load")
+    walk = unwrapped(model, "load")
     try:
         if (what := recognized(path)) != SAFETENSORS:
             raise ValueError(f"expected a safetensors file of save_factorized, got {what}")
@@ -139,7 +137,7 @@ def load_factorized(model: M, path: FilePath) -> M:
                 "load_state_dict; a factorized one has to be written by save_factorized"
             )
         records, tied = parse_records(metadata[HEADER], tensors)
-        fresh = _fit(model, records)
+        fresh = _fit(walk, records)
         slots = _expected(model, fresh)
         values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
         found = {name: like(value.shape, value.dtype) for name, value in values.items()}
@@ -149,9 +147,8 @@ def load_factorized(model: M, path: FilePath) -> M:
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
     touched = [weight.module for weight, _ in fresh]
-    tied_before = ties(model)
-    untied = [Entry(weight) for weight, _ in fresh if id(weight.tensor) in tied_before]
-    others = other_ties(model, untied)
+    tied_before = ties(walk)
+    others = other_ties(walk, [weight for weight, _ in fresh if id(weight.tensor) in tied_before])
     with transaction(touched):
         for weight, made in fresh:
             dense: Any = weight.tensor
@@ -161,18 +158,18 @@ def load_factorized(model: M, path: FilePath) -> M:
         restorable(touched)
         fill(model, values)
     forget_ties(others)
-    settle_encoders(model)
+    settle_encoders(walk.modules)
     return model
 
 
-def _fit(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:
+def _fit(walk: Walk, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:
     """The weights to be factorized, each with its parametrization.
 
     Raises:
         ValueError: the model has no such weights, or is factorized in another way.
     """
-    known = {name: weight for weight in weights(model) for name in weight.names}
-    present = {weight.name: record_of(weight) for weight in factorized_weights(model)}
+    known = {name: weight for weight in walk.weights for name in weight.names}
+    present = {weight.name: record_of(weight) for weight in walk.factorized}
     extra = [name for name in present if name not in records]
     if extra:
         raise ValueError(f"it has {extra[:8]} dense, which the model has factorized; merge them")

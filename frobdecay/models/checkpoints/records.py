@@ -21,9 +21,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from frobdecay.models.select import Weight, weights
+from frobdecay.models.select import Weight
 from frobdecay.product.holding import factorized
 from frobdecay.weights.parametrization import KINDS
 
@@ -32,11 +32,6 @@ RECORDS_VERSION = 1
 
 # Beyond these a record is no weight's; a file must not make us count to what it says.
 _ENTRIES, _MANY = 2**40, 64
-
-
-def factorized_weights(model: nn.Module) -> list[Weight]:
-    """The factorized weights of a model, in module order."""
-    return [weight for weight in weights(model) if weight.attribute in factorized(weight.module)]
 
 
 def factor_key(name: str, i: int | str) -> str:
