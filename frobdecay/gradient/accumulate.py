@@ -314,7 +314,7 @@ class _Kept:
         """Whether it is the plan for these very products, whose first one keeps it."""
         if self.backend != backend or len(self.others) != len(products) - 1:
             return False
-        return all(ref() is product for ref, product in zip(self.others, products[1:], strict=True))
+        return all(map(operator.is_, [ref() for ref in self.others], products[1:]))
 
 
 def _forget(kept: weakref.ref[_Kept], _: object) -> None:

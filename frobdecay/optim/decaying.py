@@ -157,12 +157,15 @@ class Decay:
                 coefs[k] = found[key]
         return asked
 
-    def _gradients(self, due: Sequence[Rate | None]) -> list[Tensor | None]:
+    def _gradients(self, asked: _Asked) -> list[Tensor | None]:
         """The gradients, which decide whether and where factors decay; refuse what cannot be."""
+        rates, due = asked.of[0], asked.due
         grads = gradients_of(self._params, [rate is not None for rate in due])
+        if not any(rate is not None and (rate.decoupled or rate.scaled) for rate in rates):
+            return grads  # what is written to is checked by the accumulator
         for k, (rate, grad) in enumerate(zip(due, grads, strict=True)):
-            if rate is None or grad is None or not (rate.decoupled or rate.scaled):
-                continue  # what is written to is checked by the accumulator
+            if rate is None or grad is None:
+                continue
             if rate.decoupled and grad.layout is not torch.strided:
                 product, j = self._factor(k)
                 check_writable(product.name, product.factors[j].attribute, grad, grad.shape)
@@ -177,7 +180,7 @@ class Decay:
     def add(self, rates: Sequence[Rate | None], rounder: StochasticRounder) -> None:
         """Decay every factor that has a gradient: coupled into it, decoupled beside it."""
         increments, asked = Increments(), self._asked(rates)
-        targets = self._gradients(asked.due)
+        targets = self._gradients(asked)
         if any(rate is not None and rate.decoupled for rate in rates):
             for k, (param, rate) in enumerate(zip(self._params, asked.due, strict=True)):
                 if rate is not None and rate.decoupled and targets[k] is not None:
@@ -201,7 +204,7 @@ class Decay:
         """Add the coupled decay to the gradients, and return the penalty's value if asked."""
         self.find(self._groups)  # the closure may have changed what it liked
         asked = self._asked([None if rate is None or rate.decoupled else rate for rate in rates])
-        targets = self._gradients(asked.due)
+        targets = self._gradients(asked)
         total = self._value(targets, asked.coefs) if value else None
         self.accumulator.run(targets, asked.coefs)
         return total

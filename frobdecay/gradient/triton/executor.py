@@ -298,7 +298,7 @@ class Grouped:
 
     def _plan_updates(self, places: Sequence[int]) -> None:
         """Which launches B targets in these places need, and a row of addresses for each."""
-        dtypes = [None if form is None else form[0] for form in self._forms]
+        dtypes = [torch.float32 if form is None else form[0] for form in self._forms]
         self._addresses, self._updates = [], []
         for row, sheet in enumerate(sheets(places, dtypes, self._overlapping)):
             self._addresses.append(sheet.addresses)

@@ -32,21 +32,21 @@ class Sheet:
 
 
 def sheets(
-    places: Sequence[int], dtypes: Sequence[torch.dtype | None], groups: Sequence[int]
+    places: Sequence[int], dtypes: Sequence[torch.dtype], groups: Sequence[int]
 ) -> list[Sheet]:
     """Distribute targets over launches, so that no two programs of one write the same numbers.
 
     Args:
         places: addresses of the targets, one a slot; 0 for none.
-        dtypes: of the targets, one a slot.
+        dtypes: of the targets, one a slot; any for none.
         groups: from ``overlapping``.
     """
     wanted = [slot for slot, place in enumerate(places) if place]
     order = turns([places[slot] for slot in wanted], [groups[slot] for slot in wanted])
-    found: dict[tuple[int, torch.dtype | None], Sheet] = {}
+    found: dict[tuple[int, torch.dtype], Sheet] = {}
     for turn, slot in zip(order, wanted, strict=True):
-        dtype = dtypes[slot]
-        if dtype is not None:
-            sheet = found.setdefault((turn, dtype), Sheet(dtype, [0] * len(places)))
-            sheet.addresses[slot] = places[slot]
+        key = turn, dtypes[slot]
+        if key not in found:
+            found[key] = Sheet(dtypes[slot], [0] * len(places))
+        found[key].addresses[slot] = places[slot]
     return list(found.values())
