@@ -1,6 +1,6 @@
 """A product: which parameters are its factors, and what they multiply to.
 
-``Product`` is the noun that joins everything: the registry finds products, backends add the
+``Product`` is the noun that joins everything: ``find`` lists them, backends add the
 gradient of their penalty, the optimizer and the diagnostics read them. It is a record of *where*
 the factors live, *how* they are seen, and how they combine: the ``Structure`` has the mathematics.
 """
