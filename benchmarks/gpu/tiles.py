@@ -3,7 +3,7 @@
 For each model and way to multiply (float32 by IEEE and by TF32, bf16) the two launches are timed
 alone, replayed from a CUDA graph, so that the host's part is left out; once with the tile that
 the kernels have, and with others. Beside them stand the limits of the device, measured in the
-same run: a large matrix product of that kind, and a large copy. Factors count as read twice,
+same run: a large matrix product of that kind, and a large copy. Factors count as read once,
 gradients as read and written once.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
+from dataclasses import fields as fields_of
 from statistics import median
 from typing import Any
 
@@ -36,32 +37,73 @@ KINDS = {  # how it is called -> dtype, torch's precision of float32 products
     "tf32": (torch.float32, "high"),
     "bf16": (torch.bfloat16, "highest"),
 }
-TRIED = ("resnet110", "bert", "lora7b")
-FIELDS = "block, inner, gram rows, update rows, gram warps, update warps, stages"
+TRIED = {"lora7b": ("float32", "bf16"), "bert": tuple(KINDS)}
 REPEATS = 10
-BUDGET = 180
-"""Seconds for all tiles; half of them at most to compile."""
+BUDGET = 100
+"""Seconds for all tiles; what is left of them when everything is compiled is for timing."""
 GEMM_SIZE, COPY_BYTES = 8192, 1 << 30
 
+_A = ("block", "gram_rows", "gram_warps", "gram_stages", "waves")
+_B = ("inner", "columns", "update_rows", "update_warps", "update_stages", "waves")
+_SHORT_A = [*itertools.product((16,), (64, 128, 256), (1, 2, 4), (3,), (4, 16))]
+_SHORT_B = [*itertools.product((16,), (16,), (64, 128, 256), (2, 4), (3,), (4, 16))]
+# Float32 by IEEE is multiplied without tensor cores, all rows of a step unrolled: small steps.
+_IEEE_A = [(64, 32, 8, 3, 4), (64, 32, 8, 4, 8), (64, 16, 8, 4, 4), (64, 64, 8, 3, 8)]
+_IEEE_B = [
+    (32, 64, 64, 8, 3, 8),
+    (16, 64, 64, 8, 3, 4),
+    (16, 128, 64, 8, 3, 4),
+    (16, 256, 64, 8, 2, 4),
+]
+_TENSOR_A = [
+    (64, 64, 4, 3, 4),
+    (64, 64, 4, 3, 8),
+    (64, 32, 4, 4, 8),
+    (64, 128, 4, 2, 4),
+    (64, 128, 8, 3, 4),
+    (128, 32, 8, 3, 4),
+    (128, 64, 8, 2, 4),
+    (128, 64, 8, 3, 4),
+    (128, 32, 4, 3, 4),
+]
+_TENSOR_B = [
+    (32, 64, 64, 4, 3, 4),
+    (32, 64, 64, 4, 3, 8),
+    (64, 64, 64, 4, 3, 4),
+    (64, 64, 128, 8, 3, 4),
+    (32, 256, 64, 8, 2, 4),
+    (32, 256, 64, 8, 3, 4),
+    (32, 256, 64, 8, 2, 2),
+    (16, 256, 64, 8, 3, 4),
+    (64, 256, 64, 8, 2, 4),
+    (32, 256, 32, 8, 3, 4),
+    (32, 256, 128, 8, 2, 4),
+    (64, 256, 128, 8, 2, 2),
+    (32, 128, 64, 4, 3, 4),
+    (64, 128, 64, 4, 2, 4),
+    (32, 128, 128, 8, 3, 4),
+]
 
-def tiles(rank: int) -> Iterator[Tile]:
-    """The tile in use, then those that differ in a few respects."""
+
+def tiles(rank: int, kind: str) -> Iterator[tuple[str, Tile]]:
+    """The tile in use, then those that differ from it in one launch, named first."""
     used = tile_for(rank)
-    yield used
-    for gram_rows, update_rows in itertools.product((32, 64, 128, 256), (32, 64, 128, 256)):
-        if gram_rows == update_rows and gram_rows * used.block <= 8192:
-            yield replace(used, gram_rows=gram_rows, update_rows=update_rows)
-    for warps in (1, 2, 4, 8):
-        yield replace(used, gram_warps=warps, update_warps=max(warps, 2))
-    for stages in (2, 4):
-        yield replace(used, stages=stages)
-    if rank > 64:
-        yield replace(used, block=128, gram_rows=32)
-        yield replace(used, inner=64)
+    yield "in use", used
+    if rank <= 16:
+        others = {"Grams": (_A, _SHORT_A), "updates": (_B, _SHORT_B)}
+    elif kind == "float32":
+        others = {"Grams": (_A, _IEEE_A), "updates": (_B, _IEEE_B)}
+    else:
+        others = {"Grams": (_A, _TENSOR_A), "updates": (_B, _TENSOR_B)}
+    for launch, (fields, values) in others.items():
+        for one in values:
+            tile = replace(used, **dict(zip(fields, one, strict=True)))
+            if tile != used:
+                yield launch, tile
 
 
 def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, tile: Tile) -> Any:
-    """A plan for random factors of these shapes, and a call that adds into gradients."""
+    """A plan for random factors of these shapes; calls that add into gradients, and in place."""
     dtype, precision = KINDS[kind]
     torch.set_float32_matmul_precision(precision)
     factors = [
@@ -71,21 +113,23 @@ def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, ti
     targets = [torch.zeros_like(factor) for two in factors for factor in two]
     plan = Grouped([Job(tuple(two), 0) for two in factors], tile=tile)
     coefs = [1e-4] * len(targets)
-    return plan, lambda: plan(targets, coefs)
+    flat, tiny = [factor for two in factors for factor in two], [-1e-12] * len(targets)
+    return plan, lambda: plan(targets, coefs), lambda: plan(flat, tiny)
 
 
 def _compile(kind: str, rank: int, tile: Tile, device: str) -> None:
     """Compile what a tile needs, into Triton's cache on disk, on small factors."""
     with torch.no_grad():
-        _, run = _plan([(512, 512, rank)], torch.device(device), kind, tile)
-        run()
+        _, *runs = _plan([(512, 512, rank)], torch.device(device), kind, tile)
+        for run in runs:
+            run()
         measure.synchronize(torch.device(device))
 
 
 def _compile_all(wanted: list[tuple[str, int, Tile]], device: str, seconds: float) -> None:
     """In as many processes as there are cores: one compiles a few kernels a second at best."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), mp_context=context) as pool:
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=context) as pool:
         futures = [pool.submit(_compile, *one, device) for one in wanted]
         end = time.perf_counter() + seconds
         while time.perf_counter() < end and not all(future.done() for future in futures):
@@ -135,35 +179,47 @@ def _rows(name: str, kind: str, device: torch.device, end: float) -> list[dict[s
     case = CASES[name]
     rank = max(r for _, _, r in case.pairs)
     rate, bandwidth = limits(device, kind)
-    traffic = 4 * case.parameters * KINDS[kind][0].itemsize
+    traffic = 3 * case.parameters * KINDS[kind][0].itemsize
     least = max(case.flops / rate, traffic / bandwidth)
     found: list[dict[str, Any]] = []
-    for tile in dict.fromkeys(tiles(rank)):
+    used = 0.0
+    for launch, tile in tiles(rank, kind):
         if time.perf_counter() > end and found:
             break
-        row = {"": name, "kind": kind, FIELDS: " ".join(map(str, astuple(tile)))}
+        row = {"": name, "kind": kind, "launch": launch, "tile": " ".join(map(str, astuple(tile)))}
         try:
-            plan, run = _plan(case.pairs, device, kind, tile)
+            plan, run, in_place = _plan(case.pairs, device, kind, tile)
             both = microseconds(run, device)
-            grams = microseconds(plan.launch_grams, device)
-            row |= {"µs": both, "Grams, µs": grams, "least, µs": least, "of it": least / both}
+            if launch != "updates":
+                grams = microseconds(plan.launch_grams, device)
+                used = used or grams
+                row["Grams, µs"] = grams
+            if launch != "Grams":
+                row["updates, µs"] = both - used
+                row["in place, µs"] = microseconds(in_place, device) - used
+            row |= {"least, µs": least, "of it": least / both}
         except Exception as error:  # too large for the device: part of the answer
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
         found.append(row)
     return found
 
 
-@part("tune", 200, alone=True)
+@part("tune", 120, alone=True)
 def tiles_tried(report: Report) -> None:
-    """What two launches take with other tiles than those in use."""
+    """What the two launches take with other tiles than those in use."""
     device = report.device
-    names = TRIED if device.type == "cuda" else ("tiny",)
-    ranks = {name: max(r for _, _, r in CASES[name].pairs) for name in names}
-    wanted = [(kind, r, tile) for r in ranks.values() for kind in KINDS for tile in tiles(r)]
+    tried = TRIED if device.type == "cuda" else {"tiny": ("float32",)}
+    wanted = [
+        (kind, rank, tile)
+        for name, kinds in tried.items()
+        for rank in [max(r for _, _, r in CASES[name].pairs)]
+        for kind in kinds
+        for _, tile in tiles(rank, kind)
+    ]
     start = time.perf_counter()
     if device.type == "cuda":
-        _compile_all(list(dict.fromkeys(wanted)), str(device), BUDGET / 2)
-    several = list(itertools.product(names, KINDS))
+        _compile_all(list(dict.fromkeys(wanted)), str(device), 0.6 * BUDGET)
+    several = [(name, kind) for name, kinds in tried.items() for kind in kinds]
     share = (BUDGET - (time.perf_counter() - start)) / len(several)
     best = []
     with torch.no_grad():
@@ -171,9 +227,10 @@ def tiles_tried(report: Report) -> None:
             end = start + BUDGET - share * (len(several) - 1 - k)
             rows = _rows(name, kind, device, end if device.type == "cuda" else 0)
             report.table(f"{CASES[name].title}, {kind}: in use, then others", rows)
-            timed = [row for row in rows if "µs" in row]
-            if timed:
-                fastest = min(timed, key=lambda row: float(row["µs"]))
-                best.append({**fastest, "in use, µs": rows[0].get("µs")})
+            for what in ("Grams, µs", "updates, µs", "in place, µs"):
+                timed = [row for row in rows if what in row]
+                fastest = min(timed, key=lambda row: float(row[what]))
+                best.append({**fastest, f"in use: {what}": rows[0][what]})
     report.table("the fastest tiles", best)
-    report.note("traffic", ["factors read twice, gradients read and written once"])
+    fields = ", ".join(field.name for field in fields_of(Tile))
+    report.note("columns", [f"tile: {fields}", "least: factors read once, gradients twice"])

@@ -34,7 +34,7 @@ kernels = pytest.importorskip("frobdecay.gradient.triton.launches", exc_type=Imp
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
-SMALL = Tile(16, 16, 16, 16, 1, 4, 2)  # many tiles from few numbers
+SMALL = Tile(16, 16, 1, 2, 16, 16, 16, 4, 2)  # many tiles from few numbers
 PAIRS = [
     name
     for name, product in ((name, make(torch.float32)) for name, make in PRODUCTS.items())

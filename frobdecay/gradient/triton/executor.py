@@ -32,7 +32,7 @@ from frobdecay.gradient.bucketed import Coefs, Job, Targets, overlapping
 from frobdecay.gradient.triton.refusals import load_kernels, refusals
 from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
-from frobdecay.gradient.triton.tiles import WAVES, Tile, tile_for
+from frobdecay.gradient.triton.tiles import Tile, tile_for
 from frobdecay.product.product import Product, listed
 
 _INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
@@ -77,7 +77,7 @@ class Grouped:
         largest = max(job.views[0].shape[-1] for job in jobs)
         self.tile = tile_for(largest) if tile is None else tile
         self._rank = largest
-        self._programs = _programs(self.device) if programs is None else programs
+        self._programs = _programs(self.device, self.tile) if programs is None else programs
         self._slots = self._make_slots(jobs)
         self._overlapping = overlapping([slot.view for slot in self._slots])
         self._parts = self._plan_grams()
@@ -343,11 +343,11 @@ class Grouped:
                 tensor.record_stream(stream)
 
 
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, tile: Tile) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count) * WAVES
+    return int(properties.multi_processor_count) * tile.waves
 
 
 def _on(device: torch.device, coef: Coefficient) -> Tensor | None:

@@ -34,7 +34,7 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         "PRECISION": _precision(dtype),
         "UPCAST": INTERPRETED,
         "num_warps": tile.gram_warps,
-        "num_stages": tile.stages,
+        "num_stages": tile.gram_stages,
     }
 
 
@@ -75,7 +75,7 @@ def update_options(
     half = target_dtype.itemsize < 4
     # In place, all columns at once: none may be written while others still need it. Of half as
     # many rows, for all to stay in registers.
-    whole = in_place and not single
+    whole, all_columns = in_place and not single, 1 << (rank - 1).bit_length()
     return {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
@@ -83,14 +83,18 @@ def update_options(
         "LAYOUTS": layouts,
         "ROWS": tile.update_rows // 2 if whole else tile.update_rows,
         "BLOCK": tile.block if single else tile.inner,
-        "COLUMNS": 1 << (rank - 1).bit_length() if whole else tile.block,
+        "COLUMNS": all_columns
+        if whole
+        else tile.block
+        if single
+        else min(tile.columns, all_columns),
         "SINGLE": single,
         "IN_PLACE": in_place,
         "TERMS": 0 if dtype == torch.float32 else 2 if half else 3,
         "PRECISION": "tf32" if dtype == torch.float16 else _precision(dtype),
         "UPCAST": INTERPRETED,
         "num_warps": tile.update_warps,
-        "num_stages": tile.stages,
+        "num_stages": tile.update_stages,
     }
 
 

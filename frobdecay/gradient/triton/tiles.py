@@ -8,42 +8,45 @@ MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""
 
-WAVES = 4
-"""Programs of a launch for each multiprocessor: several, to hide each other's latency."""
-
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernels cut matrices up; all but the pipeline's depth are powers of two.
+    """How the kernels cut matrices up; all but depths of pipelines are powers of two.
 
     Attributes:
-        block: columns of a Gram's tile, and of a factor's; at least 16, which a tensor core needs.
+        block: columns of a Gram's tile; at least 16, which a tensor core needs.
+        gram_rows: rows multiplied at a time by launch A.
+        gram_warps: warps of a program of launch A.
+        gram_stages: depth of launch A's software pipeline.
         inner: columns of a factor that launch B multiplies at a time, where ``block`` does not
             hold the whole rank.
-        gram_rows: rows multiplied at a time by launch A.
+        columns: of the target that launch B has at a time, where ``block`` does not hold the
+            whole rank and no target is the factor itself.
         update_rows: rows multiplied at a time by launch B; half of them where a program
             has to hold all columns of more than one block, in place.
-        gram_warps: warps of a program of launch A.
         update_warps: warps of a program of launch B.
-        stages: depth of the software pipeline.
+        update_stages: depth of launch B's software pipeline.
+        waves: programs of a launch for each multiprocessor: several, to hide each other's latency.
     """
 
     block: int
-    inner: int
     gram_rows: int
-    update_rows: int
     gram_warps: int
+    gram_stages: int
+    inner: int
+    columns: int
+    update_rows: int
     update_warps: int
-    stages: int
+    update_stages: int
+    waves: int = 4
 
 
-# By the largest rank they are for. First choices, by registers and shared memory of the compiled
-# kernels, not by time: benchmarks/gpu.py times these and alternatives on a device.
+# By the largest rank they are for: python -m benchmarks.gpu tune times these and alternatives.
 TILES: dict[int, Tile] = {
-    16: Tile(16, 16, 128, 128, 1, 4, 3),
-    32: Tile(32, 32, 64, 64, 2, 4, 3),
-    64: Tile(64, 64, 64, 64, 8, 8, 3),
-    MAX_RANK: Tile(64, 32, 64, 64, 8, 8, 3),
+    16: Tile(16, 128, 1, 3, 16, 16, 128, 4, 3),
+    32: Tile(32, 64, 2, 3, 32, 32, 64, 4, 3),
+    64: Tile(64, 64, 8, 3, 64, 64, 64, 8, 3),
+    MAX_RANK: Tile(64, 64, 8, 3, 32, 64, 64, 8, 3),
 }
 
 
