@@ -59,7 +59,7 @@ ARGUMENTS = {
         {"rank": 2, "include": re.compile("fir")}, ValueError, "matches nothing.*first"),
     "include type": ({"rank": 2, "include": nn.LSTM}, ValueError, "LSTM matches no module"),
     "include predicate": (
-        {"rank": 2, "include": lambda name, module: False}, ValueError, "true for no weight"),
+        {"rank": 2, "include": lambda name, module: False}, ValueError, "nothing; it is called"),
     "include number": ({"rank": 2, "include": 3}, TypeError, "expected include"),
     "include list": ({"rank": 2, "include": ["bad", 3]}, TypeError, "got 3"),
     "include empty": ({"rank": 2, "include": []}, ValueError, "no weight to factorize"),

@@ -22,13 +22,11 @@ from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Weight
 from frobdecay.models.stacking import with_factors
-from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
+from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
-from frobdecay.product.holding import lists_of
 from frobdecay.product.names import Selector, naming
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.product_tensor import ProductTensor
-from frobdecay.weights.registration import put_factors
 
 
 @ordinary("factorize")
@@ -131,22 +129,8 @@ def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:
     dense, module = weight.tensor, weight.module
     assert dense is not None
     with naming(weight.name), torch.no_grad():
-        place(weight, made, factors)
+        place(module, weight.attribute, made, factors)
         return relative_error(dense, getattr(module, weight.attribute))
-
-
-def place(weight: Weight, made: Any, factors: Sequence[Tensor]) -> None:
-    """Put factors in a weight's place that remember where it was."""
-    made.order = parameter_order(weight.module)
-    put_factors(weight.module, weight.attribute, made, factors)
-
-
-def parameter_order(module: nn.Module) -> tuple[str, ...]:
-    """The names of the module's parameters while all were dense."""
-    for held in lists_of(module).values():
-        if getattr(held[0], "order", ()):
-            return tuple(held[0].order)
-    return tuple(module._parameters)
 
 
 def relative_error(dense: Tensor, product: Tensor) -> float:

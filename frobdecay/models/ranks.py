@@ -24,7 +24,7 @@ from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
 from frobdecay.models.candidates import Entry, OnTied, candidates, check_any
 from frobdecay.models.fitness import check_values, counted
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.select import Index, Walk, Weight, check_met, names_exactly
+from frobdecay.models.select import Walk, Weight, asked, choice_of, names_exactly
 from frobdecay.product.names import One, Selector, each, naming
 from frobdecay.weights.lowrank import LowRank
 
@@ -140,9 +140,8 @@ def _check_share(name: str, value: float | None, below: bool) -> None:
 def _checked(walk: Walk, rule: Mapping[Any, Any]) -> dict[Any, Any]:
     """A dict of ranks by selectors that match something; names without wrappers' segments."""
     rule = dict(zip(each(list(rule), "the keys of rank"), rule.values(), strict=True))
-    every = Index(walk.weights)
     for key, value in rule.items():
-        check_met(walk.modules, every, key, "rank")
+        walk.choice.met(key, "rank")
         with naming(f"rank[{key!r}]"):
             _check_rank(value)
     return rule
@@ -171,12 +170,12 @@ def _keys(
     tree: dict[str, nn.Module], found: list[Weight], rule: Mapping[Any, Any]
 ) -> dict[int, One]:
     """Each weight's key: its own name, then its module's, then the first that matches."""
-    where = Index(found)
+    choice, known = choice_of(found, tree), [i for i, w in enumerate(found) if w.known]
     own: dict[int, One] = {}
     holders: dict[int, One] = {}
     first: dict[int, One] = {}
     for key in rule:
-        for i in where.matching(tree, key):
+        for i in asked(found, key, choice.taking(key, known)):
             exact = own if key in found[i].names else holders
             (exact if names_exactly(found[i], key) else first).setdefault(i, key)
     return first | holders | own

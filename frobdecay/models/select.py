@@ -19,14 +19,14 @@ Names are matched in ``product/names.py``, which chooses products likewise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from frobdecay.product.holding import check_module, factorized, lists_of
-from frobdecay.product.names import One, Selector, each, fits, is_plain, near_names, shown, walk
+from frobdecay.product.names import Choice, Named, One, Selector, around, each, fits, shown, walk
 from frobdecay.weights.layouts import Layout, layouts
 
 _NONSENSE = "\0"  # an attribute that no pattern spells
@@ -67,9 +67,7 @@ class Weight:
     @cached_property
     def above(self) -> tuple[str, ...]:
         """Qualified names of the module that holds it and of all around it; the root's is ""."""
-        parts = [path.split(".") for path in self.paths if path]
-        ups = [".".join(names[:k]) for names in parts for k in range(1, len(names) + 1)]
-        return ("", *dict.fromkeys(ups))
+        return tuple(dict.fromkeys(up for name in self.names for up in around(name)))
 
     @property
     def tensor(self) -> Tensor | None:
@@ -109,6 +107,11 @@ class Walk:
             for attribute, known in _attributes(module).items()
         ]
 
+    @cached_property
+    def choice(self) -> Choice:
+        """All weights, to be matched."""
+        return choice_of(self.weights, self.modules)
+
     @property
     def factorized(self) -> list[Weight]:
         """Those of the weights that are products."""
@@ -144,18 +147,24 @@ def select(
         TypeError: a selector of an unknown kind.
         ValueError: a selector that matches nothing.
     """
-    tree, found = walk.modules, walk.weights
-    where = Index(found)
-    taken = {i: False for i, weight in enumerate(found) if weight.known}
-    met: set[int] = set(range(len(found)))
+    found, choice = walk.weights, walk.choice
+    known = [i for i, weight in enumerate(found) if weight.known]
+    taken, met, left = dict.fromkeys(known, False), set(range(len(found))), set[int]()
     if include is not None:
-        those = each(include, "include")
-        taken = _union(_included(tree, where, one) for one in those)
-        met = {i for one in those for i in _met(tree, where, one)}
-    out = each(exclude, "exclude") if exclude is not None else []
-    for one in out:
-        check_met(tree, where, one, "exclude")
-    left = {i for one in out for i in where.matching(tree, one, loose=True)}
+        taken, met = {}, set()
+        for one in each(include, "include"):
+            loosely = choice.met(one, "include", known)
+            exactly = {i: names_exactly(found[i], one) for i in asked(found, one, loosely)}
+            if not exactly:
+                raise ValueError(
+                    f"include={shown(one)} matches no weight that can be factorized: what it "
+                    "matches has only vectors, or is of a module type without a known layout; "
+                    "name a parameter with two or more dimensions"
+                )
+            taken |= {i: named or taken.get(i, False) for i, named in exactly.items()}
+            met.update(loosely)
+    for one in each(exclude, "exclude") if exclude is not None else ():
+        left.update(choice.met(one, "exclude"))
     return [
         replace(weight, named=taken.get(i, False), met=i not in taken, excluded=i in left)
         for i, weight in enumerate(found)
@@ -163,56 +172,14 @@ def select(
     ]
 
 
-class Index:
-    """Where a selector can match: a plain name is looked up, so that many of them take no longer.
-
-    Args:
-        found: all weights.
-    """
-
-    def __init__(self, found: Sequence[Weight]) -> None:
-        self.found = found
-        self._every = range(len(found))
-        self._named: dict[str, list[int]] = {}
-        for i, weight in enumerate(found):
-            for name in {*weight.names, *weight.above}:
-                self._named.setdefault(name, []).append(i)
-
-    def holds(self, one: One) -> bool:
-        """Whether a selector is a plain name, of a weight or of a module around one."""
-        return is_plain(one) and one in self._named
-
-    def matching(self, tree: dict[str, nn.Module], one: One, loose: bool = False) -> Iterator[int]:
-        """Positions of the weights that a selector takes (see ``matches``), in order."""
-        near = self._named.get(str(one), ()) if is_plain(one) else self._every
-        return (i for i in near if matches(tree, self.found[i], one, loose))
+def choice_of(found: Sequence[Weight], tree: Mapping[str, nn.Module]) -> Choice:
+    """Weights, to be matched; loosely, those of unknown types as those of known ones."""
+    return Choice([Named(one.names, one.above, one.module) for one in found], tree)
 
 
-def _union(parts: Iterable[dict[int, bool]]) -> dict[int, bool]:
-    named: dict[int, bool] = {}
-    for part in parts:
-        for i, exactly in part.items():
-            named[i] = named.get(i, False) or exactly
-    return named
-
-
-def _met(tree: dict[str, nn.Module], where: Index, one: One) -> Iterator[int]:
-    """Indices of what a name, a pattern or a type comes across, of unknown types too."""
-    if isinstance(one, str | re.Pattern | type):
-        yield from where.matching(tree, one, loose=True)
-
-
-def _included(tree: dict[str, nn.Module], where: Index, one: One) -> dict[int, bool]:
-    """Index of every weight that one selector takes -> whether it was named exactly."""
-    met = {i: names_exactly(where.found[i], one) for i in where.matching(tree, one)}
-    if not met:
-        check_met(tree, where, one, "include")
-        raise ValueError(
-            f"include={shown(one)} matches no weight that can be factorized: what it matches has "
-            "only vectors, or is of a module type without a known layout; name a parameter with "
-            "two or more dimensions"
-        )
-    return met
+def asked(found: Sequence[Weight], one: One, taken: Iterable[int]) -> list[int]:
+    """Positions of those weights that a selector that takes them also asks for."""
+    return [i for i in taken if found[i].known or _asks(one, found[i])]
 
 
 def names_exactly(weight: Weight, one: One) -> bool:
@@ -220,48 +187,20 @@ def names_exactly(weight: Weight, one: One) -> bool:
     return isinstance(one, str) and one in (*weight.names, *weight.paths)
 
 
-def matches(tree: dict[str, nn.Module], weight: Weight, one: One, loose: bool = False) -> bool:
-    """Whether a selector takes a weight; loosely (to exclude), unknown types as known ones."""
-    known = loose or weight.known
+def _asks(one: One, weight: Weight) -> bool:
+    """Whether a selector means this weight, of a type without a default, and not just any."""
     if isinstance(one, type):
-        if known:
-            return any(isinstance(tree[up], one) for up in weight.above)
         return isinstance(weight.module, one) and _is_matrix(weight)
-    if isinstance(one, str | re.Pattern):
-        if known:
-            return any(fits(one, name) for name in (*weight.names, *weight.above[1:]))
-        if names_exactly(weight, one):
-            return one in weight.names or _is_matrix(weight)
-        return any(_spells(one, weight, i) for i in range(len(weight.paths)))
-    return known and any(bool(one(name, weight.module)) for name in weight.names)
+    if not isinstance(one, str | re.Pattern):
+        return False
+    if names_exactly(weight, one):
+        return one in weight.names or _is_matrix(weight)
+    nonsense = (f"{path}.{_NONSENSE}".lstrip(".") for path in weight.paths)
+    pairs = zip(weight.names, nonsense, strict=True)
+    return _is_matrix(weight) and any(
+        fits(one, name) and not fits(one, other) for name, other in pairs
+    )
 
 
 def _is_matrix(weight: Weight) -> bool:
     return weight.tensor is not None and weight.tensor.ndim >= 2
-
-
-def _spells(one: str | re.Pattern[str], weight: Weight, i: int) -> bool:
-    """Whether a pattern matches this parameter, but not just anything in its module."""
-    path = weight.paths[i]
-    nonsense = f"{path}.{_NONSENSE}" if path else _NONSENSE
-    return _is_matrix(weight) and fits(one, weight.names[i]) and not fits(one, nonsense)
-
-
-def check_met(tree: dict[str, nn.Module], where: Index, one: One, what: str) -> None:
-    """Refuse a selector that matches neither a module nor a parameter."""
-    if where.holds(one):
-        return
-    found = where.found
-    names = [*filter(None, tree), *(name for weight in found for name in weight.names)]
-    if isinstance(one, type):
-        if not any(isinstance(module, one) for module in tree.values()):
-            kinds = sorted({type(module).__name__ for module in tree.values()})
-            raise ValueError(f"{what}={shown(one)} matches no module; the model has {kinds}")
-    elif isinstance(one, str | re.Pattern):
-        if not any(fits(one, name) for name in names):
-            raise ValueError(f"{what}={shown(one)} matches nothing; {near_names(one, names)}")
-    elif not any(matches(tree, weight, one, loose=True) for weight in found):
-        raise ValueError(
-            f"{what}={shown(one)} is true for no weight; it is called with names such as "
-            f"{[weight.name for weight in found if weight.known][:5]} and the module"
-        )

@@ -17,6 +17,7 @@ from frobdecay.product.find import VERSION
 from frobdecay.product.holding import copied_class, lists_of
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.product_tensor import transforms_active
+from frobdecay.weights.registration import put_factors
 
 
 @contextmanager
@@ -85,6 +86,13 @@ def release(module: nn.Module, attribute: str) -> None:
     if not len(held):
         del module._modules["parametrizations"]
         module.__class__ = type(module).__bases__[0]
+
+
+def place(module: nn.Module, attribute: str, made: Any, factors: Sequence[Tensor]) -> None:
+    """Put factors in a weight's place; they remember where it was among the parameters."""
+    before = (getattr(held[0], "order", ()) for held in lists_of(module).values())
+    made.order = tuple(next(filter(None, before), module._parameters))
+    put_factors(module, attribute, made, factors)
 
 
 def reorder(module: nn.Module, order: Sequence[str]) -> None:

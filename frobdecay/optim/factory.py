@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.optim.frobenius import FrobeniusDecay, Mode
-from frobdecay.optim.groups import Pattern, split_param_groups
+from frobdecay.optim.groups import split_param_groups
+from frobdecay.product.names import Selector
 
 _UNFIT = {"model", "optimizer_dict"}  # what Trainer passes to optimizers of the backward pass
 
@@ -44,7 +45,7 @@ class FrobeniusDecayFactory:
         optimizer: Callable[..., Optimizer] | None = None,
         args: Any = None,
         weight_decay: Coefficient | None = None,
-        no_decay: Pattern | Sequence[Pattern] = (),
+        no_decay: Selector = (),
         decay: Coefficient | None = None,
         mode: Mode = "auto",
         backend: str | None = None,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.product.find import products
+from frobdecay.product.names import Choice, Named, Selector, around, each, strip_wrappers
 from frobdecay.product.product import check_coefficient
-
-Pattern = str | re.Pattern[str] | type[nn.Module]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original\d*$")
@@ -25,7 +22,7 @@ def split_param_groups(
     model: nn.Module,
     weight_decay: Coefficient,
     *,
-    no_decay: Pattern | Sequence[Pattern] = (),
+    no_decay: Selector = (),
 ) -> list[dict[str, Any]]:
     """Make the param groups of a model: the usual two, and one for the factors.
 
@@ -40,9 +37,9 @@ def split_param_groups(
         model: factorized or not; is not changed.
         weight_decay: λ, a number or a tensor without dimensions.
         no_decay: more that shall not decay, factors too: exact names or globs of parameters or
-            modules (with all below), compiled regular expressions, module types, or a list of
-            those. A factorized weight goes by its own name, ``"head.weight"``. What a module's
-            ``no_weight_decay()`` names, as timm's models have it, is left out as well.
+            modules (with all below), compiled regular expressions, module types, predicates(name,
+            parameter), or a list of those. A factorized weight goes by its own name, too. What a
+            module's ``no_weight_decay()`` names, as timm's models have it, is left out as well.
 
     Returns:
         Those groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
@@ -90,39 +87,24 @@ def split_param_groups(
     return list(groups.values())
 
 
-def _spared(model: nn.Module, no_decay: Pattern | Sequence[Pattern]) -> set[int]:
+def _spared(model: nn.Module, no_decay: Selector) -> set[int]:
     """Ids of the parameters that the user or a module excepts by name."""
-    names = [
-        (_ORIGINAL.sub(r"\1", name), name, id(param))
+    tree = {
+        strip_wrappers(path): module for path, module in model.named_modules(remove_duplicate=False)
+    }
+    params = [
+        (strip_wrappers(name), param)
         for name, param in model.named_parameters(remove_duplicate=False)
     ]
-    patterns = [no_decay] if isinstance(no_decay, str | re.Pattern | type) else no_decay
-    spared: set[int] = set()
-    for pattern in patterns:
-        if isinstance(pattern, type):
-            met = {id(p) for m in model.modules() if isinstance(m, pattern) for p in m.parameters()}
-        elif isinstance(pattern, str | re.Pattern):
-            met = {key for *both, key in names if any(_fits(pattern, name) for name in both)}
-        else:
-            raise TypeError(f"expected no_decay to hold names, patterns or types, got {pattern!r}")
-        if not met:
-            near = get_close_matches(str(pattern), [dense for dense, _, _ in names], cutoff=0.5)
-            raise ValueError(
-                f"no_decay={pattern!r} matches no parameter; near matches: "
-                f"{', '.join(near) or 'none'}"
-            )
-        spared |= met
-    for path, module in model.named_modules():
+    things = [
+        Named((_ORIGINAL.sub(r"\1", name), name), around(name), param) for name, param in params
+    ]
+    choice = Choice(things, tree, "no parameter")
+    spared = {i for one in each(no_decay, "no_decay") for i in choice.met(one, "no_decay")}
+    for path, module in tree.items():
         for name in _excepted(module):
-            pattern = f"{path}.{name}".lstrip(".")
-            spared |= {key for *both, key in names if any(_fits(pattern, n) for n in both)}
-    return spared
-
-
-def _fits(pattern: str | re.Pattern[str], name: str) -> bool:
-    if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch(name) is not None
-    return name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+            spared.update(choice.taking(f"{path}.{name}".lstrip(".")))
+    return {id(params[i][1]) for i in spared}
 
 
 def _excepted(module: nn.Module) -> Iterable[str]:

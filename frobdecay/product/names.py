@@ -1,17 +1,17 @@
 """What things in a model are called, and which names a selector means.
 
 A selector is an exact name, a glob, a compiled regular expression, a type or a predicate; it is
-matched here, whether weights are chosen by it or products (``pick``).
+matched here, whether weights are chosen by it, products (``pick``) or parameters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -73,6 +73,89 @@ def naming(what: str) -> Iterator[None]:
         raise
 
 
+def around(name: str) -> tuple[str, ...]:
+    """What the modules around a name are called, the root, "", first."""
+    parts = name.split(".")
+    return tuple(".".join(parts[:k]) for k in range(len(parts)))
+
+
+class Named(NamedTuple):
+    """Something in a model that selectors may mean.
+
+    Attributes:
+        names: all that it is called.
+        above: what the modules around it are called.
+        value: what a predicate is asked about, beside a name.
+    """
+
+    names: tuple[str, ...]
+    above: tuple[str, ...]
+    value: Any
+
+
+class Choice:
+    """Which of some named things a selector takes: the one matcher of names.
+
+    Args:
+        things: what there is.
+        tree: name -> module, for selectors by type and for names of what holds none of the things.
+        nothing: what messages say is matched where nothing is.
+    """
+
+    def __init__(
+        self, things: Sequence[Named], tree: Mapping[str, nn.Module], nothing: str = "nothing"
+    ) -> None:
+        self.things, self.tree, self.nothing = things, tree, nothing
+        self._named: dict[str, list[int]] = {}
+        for i, thing in enumerate(things):
+            for name in {*thing.names, *thing.above} - {""}:
+                self._named.setdefault(name, []).append(i)
+
+    def taking(self, one: One, among: Iterable[int] | None = None) -> list[int]:
+        """Positions of what a selector takes, in order.
+
+        Args:
+            one: a plain name is looked up, so that many of them take no longer.
+            among: positions that a predicate is asked about; all unless given.
+        """
+        if isinstance(one, type):
+            up = {name for name, module in self.tree.items() if isinstance(module, one)}
+            return [i for i, thing in enumerate(self.things) if not up.isdisjoint(thing.above)]
+        if isinstance(one, str) and not _GLOB.search(one):
+            return self._named.get(one, [])
+        if isinstance(one, str | re.Pattern):
+            return sorted({i for name, at in self._named.items() if fits(one, name) for i in at})
+        every = range(len(self.things)) if among is None else among
+        return [i for i in every if any(one(n, self.things[i].value) for n in self.things[i].names)]
+
+    def met(self, one: One, what: str, among: Iterable[int] | None = None) -> list[int]:
+        """As ``taking``.
+
+        Raises:
+            ValueError: a selector that takes none, and that no module is called or typed like.
+        """
+        if (found := self.taking(one, among)) or self._is_module(one):
+            return found
+        if isinstance(one, type):
+            kinds = sorted({type(module).__name__ for module in self.tree.values()})
+            hint = f"no module; the model has {kinds}"
+        elif isinstance(one, str | re.Pattern):
+            names = [*filter(None, self.tree), *(name for t in self.things for name in t.names)]
+            hint = f"{self.nothing}; {near_names(one, names)}"
+        else:
+            every = self.things if among is None else [self.things[i] for i in among]
+            asked = [thing.names[0] for thing in every][:5]
+            kind = type(every[0].value).__name__ if every else "thing"
+            hint = f"{self.nothing}; it is called with names such as {asked} and a {kind}"
+        raise ValueError(f"{what}={shown(one)} matches {hint}")
+
+    def _is_module(self, one: One) -> bool:
+        if isinstance(one, type):
+            return any(isinstance(module, one) for module in self.tree.values())
+        names = filter(None, self.tree) if isinstance(one, str | re.Pattern) else ()
+        return any(fits(one, name) for name in names)  # type: ignore[arg-type]
+
+
 def pick(
     found: Sequence[Product],
     include: ProductSelector | None = None,
@@ -97,21 +180,12 @@ def pick(
 
 def _picked(found: Sequence[Product], selector: ProductSelector, what: str) -> set[int]:
     """Positions of the products that any of the selectors takes."""
-    taken: set[int] = set()
-    names = [product.name for product in found]
-    for one in each(selector, what):  # type: ignore[arg-type]
+    choice = Choice([Named((product.name,), (), product) for product in found], {}, "no product")
+    several = each(selector, what)  # type: ignore[arg-type]
+    for one in several:
         if isinstance(one, type):
             raise TypeError(f"expected {what} to choose products by name, got the type {one!r}")
-        if isinstance(one, str | re.Pattern):
-            met = {k for k, name in enumerate(names) if fits(one, name)}
-            near = f"; {near_names(one, names)}"
-        else:
-            met = {k for k, product in enumerate(found) if one(product.name, product)}  # type: ignore[arg-type]
-            near = f"; it is called with names such as {names[:5]} and the product"
-        if not met:
-            raise ValueError(f"{what}={shown(one)} takes no product{near}")
-        taken |= met
-    return taken
+    return {k for one in several for k in choice.met(one, what)}
 
 
 def each(selector: Selector, what: str) -> list[One]:
@@ -125,11 +199,6 @@ def each(selector: Selector, what: str) -> list[One]:
                 f"type, a predicate(name, module), or a list of those, got {one!r}"
             )
     return [strip_wrappers(one) if isinstance(one, str) else one for one in listed]
-
-
-def is_plain(one: One) -> bool:
-    """Whether a selector is a name, and no pattern of names."""
-    return isinstance(one, str) and not _GLOB.search(one)
 
 
 def fits(one: str | re.Pattern[str], name: str) -> bool:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from frobdecay.models import select
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.models.ranks import plan_ranks
+from frobdecay.product import names
 from frobdecay.weights.lowrank import LowRank
 
 
@@ -155,7 +155,7 @@ def test_a_rank_for_each_name_takes_no_longer_for_each_of_many(rule, monkeypatch
     size = 60
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(size)))
     ranks = {f"{k}.weight" if rule == "names" else str(k): 1 + k % 3 for k in range(size)}
-    counted = _calls(monkeypatch, select, "fits")
+    counted = _calls(monkeypatch, names, "fits")
     plan = plan_ranks(model, rank=ranks | ({"*": 4} if "glob" in rule else {}))
     assert plan.ranks == {f"{k}.weight": 1 + k % 3 for k in range(size)}
     assert len(counted) < 20 * size

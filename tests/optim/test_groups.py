@@ -112,6 +112,7 @@ def test_a_model_without_products_has_two_groups():
         (["token", re.compile(r"body\..\.weight")], ["token", "body.0.weight", U, V]),
         (nn.Embedding, ["embed.weight"]),
         ("head.weight", ["embed.weight"]),
+        (lambda name, param: name == "body.2.weight", [U, V]),
     ],
 )
 def test_no_decay_takes_names_patterns_and_types(net, no_decay, moved):
@@ -136,8 +137,8 @@ def test_a_modules_own_list_is_honoured(net, inside):
     ("arguments", "error", "message"),
     [
         ((nn.Linear(2, 2), 0.1, "wieght"), ValueError, "'wieght' matches no parameter.*weight"),
-        ((nn.Linear(2, 2), 0.1, nn.Conv2d), ValueError, "Conv2d.* matches no parameter"),
-        ((nn.Linear(2, 2), 0.1, [3]), TypeError, "names, patterns or types, got 3"),
+        ((nn.Linear(2, 2), 0.1, nn.Conv2d), ValueError, "Conv2d matches no module"),
+        ((nn.Linear(2, 2), 0.1, [3]), TypeError, "expected no_decay to be a name, .*got 3"),
         ((nn.Linear(2, 2), -0.1, ()), ValueError, "weight_decay"),
         (([nn.Parameter(torch.ones(1))], 0.1, ()), TypeError, "expected a model, got a list"),
     ],

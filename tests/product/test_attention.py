@@ -324,11 +324,11 @@ def test_exclude_takes_from_what_include_chose():
 @pytest.mark.parametrize(
     ("selector", "error", "message"),
     [
-        ("encoder.layers.0.query_key", ValueError, "takes no product; near matches: encoder"),
-        ("*.key_query", ValueError, r"takes no product; .*query_key"),
-        (re.compile("query_key"), ValueError, "takes no product"),
+        ("encoder.layers.0.query_key", ValueError, "matches no product; near matches: encoder"),
+        ("*.key_query", ValueError, r"matches no product; .*query_key"),
+        (re.compile("query_key"), ValueError, "matches no product"),
         (lambda name, product: False, ValueError, r"called with names such as \['encoder"),
-        (["*.query_key", "fc"], ValueError, "'fc' takes no product"),
+        (["*.query_key", "fc"], ValueError, "'fc' matches no product"),
         (nn.MultiheadAttention, TypeError, "by name, got the type"),
         (3, TypeError, "got 3"),
     ],

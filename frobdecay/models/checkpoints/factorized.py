@@ -39,10 +39,9 @@ from frobdecay.models.checkpoints.slots import (
     like,
     slots_of,
 )
-from frobdecay.models.factorize import place
 from frobdecay.models.fitness import reason_against, ties, unwrapped
 from frobdecay.models.select import Walk, Weight
-from frobdecay.models.surgery import ordinary, settle_encoders, settle_recurrent, transaction
+from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties
 
 M = TypeVar("M", bound=nn.Module)
@@ -147,13 +146,11 @@ def load_factorized(model: M, path: FilePath) -> M:
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
     touched = [weight.module for weight, _ in fresh]
-    tied_before = ties(walk)
-    others = other_ties(walk, [weight for weight, _ in fresh if id(weight.tensor) in tied_before])
+    before = ties(walk)
+    others = other_ties(walk, [weight for weight, _ in fresh if id(weight.tensor) in before])
     with transaction(touched):
         for weight, made in fresh:
-            dense: Any = weight.tensor
-            shapes = made.factor_shapes(tuple(dense.shape))
-            place(weight, made, [dense.new_empty(shape) for shape in shapes])
+            place(weight.module, weight.attribute, made, _empty(weight, made))
         settle_recurrent(touched)
         restorable(touched)
         fill(model, values)
@@ -218,3 +215,9 @@ def _expected(model: nn.Module, fresh: list[tuple[Weight, Any]]) -> dict[str, Sl
                 place = (weight.module, f"original{i}", described, (id(made), i))
                 slots[factor_key(name, i)] = Slot(*place)
     return slots
+
+
+def _empty(weight: Weight, made: Any) -> list[Tensor]:
+    """Factors without numbers."""
+    assert weight.tensor is not None
+    return [weight.tensor.new_empty(s) for s in made.factor_shapes(tuple(weight.tensor.shape))]
