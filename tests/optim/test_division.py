@@ -371,7 +371,9 @@ REFUSED = {
     "negative": (sgd, {"decay": -1e-4}, ValueError, "at least 0"),
     "nan": (sgd, {"decay": float("nan")}, ValueError, "finite"),
     "inf": (sgd, {"decay": float("inf")}, ValueError, "finite"),
-    "negative tensor": (sgd, {"decay": torch.tensor(-1.0)}, ValueError, "at least 0"),
+    "negative tensor": (  # on a GPU it would not be waited for
+        sgd, {"decay": torch.tensor(-1.0, device="cpu")}, ValueError, "at least 0",
+    ),
     "many": (sgd, {"decay": torch.ones(2)}, ValueError, "one number"),
     "bool": (sgd, {"decay": True}, TypeError, "number"),
     "text": (sgd, {"decay": "1e-4"}, TypeError, "number"),
