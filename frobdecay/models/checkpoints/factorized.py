@@ -30,14 +30,14 @@ from frobdecay.models.checkpoints.records import (
     record_of,
 )
 from frobdecay.models.checkpoints.restoring import restorable
-from frobdecay.models.checkpoints.slots import (
-    Slot,
+from frobdecay.models.checkpoints.tensors import (
     check_buffers,
     check_same,
     check_ties,
     fill,
+    identity,
     like,
-    slots_of,
+    named_tensors,
 )
 from frobdecay.models.fitness import reason_against, ties, unwrapped
 from frobdecay.models.select import Walk, Weight
@@ -84,12 +84,12 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Hashable, str] = {}
-    for name, slot in slots_of(model).items():
-        source = first.setdefault(slot.identity, name)
+    for name, tensor in named_tensors(model).items():
+        source = first.setdefault(identity(tensor), name)
         if source != name:
             tied[name] = source
         else:
-            tensors[name] = slot.tensor.detach()
+            tensors[name] = tensor.detach()
     structure = {"version": RECORDS_VERSION, "weights": records, "tied": tied}
     write_safetensors(path, tensors, {HEADER: json.dumps(structure)})
 
@@ -137,11 +137,11 @@ def load_factorized(model: M, path: FilePath) -> M:
             )
         records, tied = parse_records(metadata[HEADER], tensors)
         fresh = _fit(walk, records)
-        slots = _expected(model, fresh)
+        expected = _expected(model, fresh)
         values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
-        found = {name: like(value.shape, value.dtype) for name, value in values.items()}
-        check_same({name: slot.like for name, slot in slots.items()}, found, "it", "the model")
-        check_ties(slots, tied)
+        theirs, ours = ({n: like(t) for n, t in some.items()} for some in (values, expected))
+        check_same(ours, theirs, "it", "the model")
+        check_ties(expected, tied)
         check_buffers(model)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
@@ -203,21 +203,19 @@ def _structure(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": record["kind"], "shape": list(record["shape"]), **config}
 
 
-def _expected(model: nn.Module, fresh: list[tuple[Weight, Any]]) -> dict[str, Slot]:
-    """The slots that the model will have."""
-    slots = slots_of(model)
+def _expected(model: nn.Module, fresh: list[tuple[Weight, Any]]) -> dict[str, Tensor]:
+    """The tensors that the model will have, factors without numbers among them."""
+    tensors = named_tensors(model)
     for weight, made in fresh:
-        assert weight.tensor is not None
+        factors = _empty(weight, made, "meta")
         for name in weight.names:
-            del slots[name]
-            for i, shape in enumerate(made.factor_shapes(tuple(weight.tensor.shape))):
-                described = like(shape, weight.tensor.dtype)
-                place = (weight.module, f"original{i}", described, (id(made), i))
-                slots[factor_key(name, i)] = Slot(*place)
-    return slots
+            del tensors[name]
+            tensors |= {factor_key(name, i): factor for i, factor in enumerate(factors)}
+    return tensors
 
 
-def _empty(weight: Weight, made: Any) -> list[Tensor]:
-    """Factors without numbers."""
-    assert weight.tensor is not None
-    return [weight.tensor.new_empty(s) for s in made.factor_shapes(tuple(weight.tensor.shape))]
+def _empty(weight: Weight, made: Any, device: str | None = None) -> list[Tensor]:
+    """Factors without numbers, where the weight is unless said otherwise."""
+    dense: Any = weight.tensor
+    shapes = made.factor_shapes(tuple(dense.shape))
+    return [dense.new_empty(shape, device=device) for shape in shapes]

@@ -92,7 +92,8 @@ def rebuild(name: str, record: Mapping[str, Any]) -> Any:
     try:
         made: Any = KINDS[kind](**config)
         made.adopt(tuple(shape))
-        made.factor_shapes(tuple(shape))
+        if not all(map(_is_shape, shapes := made.factor_shapes(tuple(shape)))):
+            raise ValueError(f"no factors are of shapes {_short(shapes)}")
     except Exception as error:  # whatever a kind, which may be another's, does with what it gets
         raise ValueError(f"{name}: {kind} cannot be made from its record: {error}") from error
     return made

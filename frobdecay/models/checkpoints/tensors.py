@@ -1,11 +1,9 @@
-"""The names of a model's ``state_dict``, and what has to be true of a file that is to fill them."""
+"""The tensors of a model by their names in files, and what is to be true of a file for them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,73 +12,46 @@ from frobdecay.product.factor import is_sharded
 from frobdecay.product.names import strip_wrappers
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One name of a ``state_dict``: where its tensor lives, and what it has to be like.
-
-    Attributes:
-        module, attribute: where; the tensor is looked up there.
-        like: its shape and dtype, in words.
-        identity: equal for names of one tensor (tied).
-    """
-
-    module: nn.Module
-    attribute: str
-    like: str
-    identity: Hashable
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor as it is now."""
-        tensor: Tensor = getattr(self.module, self.attribute)
-        return tensor
-
-
-def like(shape: Iterable[int], dtype: torch.dtype) -> str:
-    """What two tensors have to agree in, in words: ``"float32 8×4"``."""
-    return f"{str(dtype).removeprefix('torch.')} {'×'.join(map(str, shape)) or 'scalar'}"
-
-
-def slots_of(model: nn.Module) -> dict[str, Slot]:
-    """All parameters and persistent buffers by the name that no wrapper changes.
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the ``state_dict`` of a model has, by names that no wrapper changes.
 
     Raises:
-        ValueError: the model keeps something else in its ``state_dict``, or only a shard.
+        ValueError: it has something else than parameters and buffers, or only a shard.
     """
-    slots: dict[str, Slot] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(
-                f"{path or 'the model'} is a DataParallel, whose names are those of the model "
-                "inside of it; take its .module"
-            )
-        passing = module._non_persistent_buffers_set
-        kept = ((k, v) for k, v in module._buffers.items() if k not in passing)
-        for attribute, tensor in chain(module._parameters.items(), kept):
-            if tensor is not None:
-                name = strip_wrappers(f"{path}.{attribute}".lstrip("."))
-                if is_sharded(tensor):
-                    raise ValueError(
-                        f"{name} is sharded (DTensor); load before fully_shard or "
-                        "parallelize_module, and save a model that was gathered"
-                    )
-                slots[name] = Slot(
-                    module, attribute, like(tensor.shape, tensor.dtype), _identity(tensor)
-                )
-    other = {strip_wrappers(key) for key in model.state_dict(keep_vars=True)} ^ set(slots)
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            "a DataParallel has names before those of the model inside of it; take its .module"
+        )
+    params = dict(model.named_parameters(remove_duplicate=False))
+    held = {**params, **dict(model.named_buffers(remove_duplicate=False))}
+    state = model.state_dict(keep_vars=True)
+    other = {name for name in state if state[name] is not held.get(name)} | params.keys() - state
     if other:
         raise ValueError(
             f"{type(model).__name__} keeps more or less than parameters and buffers in its "
             f"state_dict, which this file format cannot hold: {sorted(other)[:8]}"
         )
-    return slots
+    for name, tensor in state.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{name} is sharded (DTensor); load before fully_shard or parallelize_module, and "
+                "save a model that was gathered"
+            )
+    return {strip_wrappers(name): tensor for name, tensor in state.items()}
 
 
-def _identity(tensor: Tensor) -> Hashable:
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for names of one tensor (tied)."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if tensor.is_meta or not plain or not tensor.numel():
         return id(tensor)
     return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def like(tensor: Tensor) -> str:
+    """What two tensors have to agree in, in words: ``"float32 8×4"``."""
+    shape = "×".join(map(str, tensor.shape)) or "scalar"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}"
 
 
 def check_same(
@@ -109,25 +80,25 @@ def check_same(
         raise ValueError("; ".join(problems))
 
 
-def check_ties(slots: Mapping[str, Slot], tied: Mapping[str, str]) -> None:
+def check_ties(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
     """Refuse a file that ties other names than the model does.
 
     Args:
-        slots: of the model.
-        tied: name -> the name that the file has its numbers under; both are in ``slots``.
+        tensors: of the model.
+        tied: name -> the name that the file has its numbers under; both are in ``tensors``.
 
     Raises:
         ValueError: naming both.
     """
     for name, source in tied.items():
-        if slots[name].identity != slots[source].identity:
+        if identity(tensors[name]) != identity(tensors[source]):
             raise ValueError(
                 f"{name} and {source} are one tensor in it, but two in the model; tie them first "
                 "(model.tie_weights(), in transformers)"
             )
     groups: dict[Hashable, set[str]] = defaultdict(set)
-    for name, slot in slots.items():
-        groups[slot.identity].add(tied.get(name, name))
+    for name, tensor in tensors.items():
+        groups[identity(tensor)].add(tied.get(name, name))
     for names in groups.values():
         if len(names) > 1:
             raise ValueError(
@@ -157,14 +128,15 @@ def check_buffers(model: nn.Module) -> None:
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into a model; what cannot be written to is replaced, ties kept."""
     made: dict[int, Tensor] = {}
-    for name, slot in slots_of(model).items():
-        tensor, value = slot.tensor, values[name]
+    state = model.state_dict(keep_vars=True)
+    for key, tensor in state.items():
+        value = values[strip_wrappers(key)]
         if not tensor.is_meta and not tensor.is_inference():
             tensor.copy_(value)
             continue
         if id(tensor) not in made:
-            device = "cpu" if tensor.is_meta else tensor.device
-            copy = value.to(device, copy=True)  # not a part of a file in memory
+            copy = value.clone()  # not a part of a file in memory
             parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if parameter else copy
-        setattr(slot.module, slot.attribute, made[id(tensor)])
+        state[key] = made[id(tensor)]
+    model.load_state_dict(state, assign=True)
