@@ -64,28 +64,31 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
-def is_zero(tensor: Tensor, batch: int = 0) -> bool:
-    """Whether any of a batch of matrices (or tensors) is zero throughout."""
-    tensor = tensor.detach()
-    return not bool(tensor.flatten(batch).any(-1).all() if batch else tensor.any())
-
-
-def check_not_zero(tensor: Tensor, batch: int = 0) -> None:
-    """Refuse what has factors that never train: all of them zero, and so all their gradients.
+def why_dead(tensor: Tensor, batch: int = 0) -> str | None:
+    """Say that factors would never train: all of them zero, and so all their gradients.
 
     Args:
         tensor: (*batch, …).
         batch: number of leading axes that tell apart what is factorized one by one.
 
-    Raises:
-        ValueError: it, or one of the batch, is zero.
+    Returns:
+        None unless the tensor, or one of the batch, is zero throughout.
     """
-    if is_zero(tensor, batch):
-        wanted = "of which no matrix is zero" if batch else "that is not zero"
-        raise ValueError(
-            f"expected a weight {wanted}, whose factors would be zero and never train; initialize "
-            "it first, or merge it to have it dense"
-        )
+    tensor = tensor.detach()
+    if bool(tensor.flatten(batch).any(-1).all() if batch else tensor.any()):
+        return None
+    part = "zero in one of its matrices" if batch else "zero"
+    return f"{part}, and its factors would be zero and never train; initialize it first"
+
+
+def check_not_zero(tensor: Tensor, batch: int = 0) -> None:
+    """Refuse what has factors that never train; see ``why_dead``.
+
+    Raises:
+        ValueError: it is zero.
+    """
+    if reason := why_dead(tensor, batch):
+        raise ValueError(f"the weight is {reason}, or merge it to have it dense")
 
 
 # --- powers of two --------------------------------------------------------------------------------

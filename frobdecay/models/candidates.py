@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.algebra.scaling import is_zero
+from frobdecay.algebra.scaling import why_dead
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization
 from frobdecay.models.fitness import (
     adapter_against,
@@ -255,9 +255,8 @@ def _check_numbers(entry: Entry, derives: bool) -> None:
     view, batch = entry.view, 0
     if isinstance(view, Matricization) and view.batch:
         tensor, batch = view.matrix(tensor), len(view.batch)
-    if derives and is_zero(tensor, batch):
-        part = "zero in one of its matrices" if batch else "zero"
-        entry.reason = f"{part}, and its factors would be zero and never train; initialize it first"
+    if derives:
+        entry.reason = why_dead(tensor, batch)
 
 
 def _check_pattern_used(found: list[Entry], parametrization: Callable[..., nn.Module]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.scaling import work_dtype
+from frobdecay.algebra.scaling import is_finite, why_dead, work_dtype
 from frobdecay.algebra.spectral import split_evenly, with_inner
 from frobdecay.algebra.structures import CHAIN
 from frobdecay.algebra.svd import resolution
@@ -94,7 +94,7 @@ def _check_balanceable(products: list[Product]) -> None:
                         "change the other: balance only one of them"
                     )
             seen[id(param)].append((product.name, factor))
-            if not factor.view(param).isfinite().all():
+            if not is_finite(factor.view(param)):
                 raise ValueError(f"{where} is not finite; initialize it first")
         for view in product.views()[1:-1]:
             if view.ndim > product.batch + 2 or view.shape[-1] != view.shape[-2]:
@@ -124,11 +124,8 @@ def _balanced(product: Product) -> tuple[Tensor, ...]:
         core = core @ view
     q_right, r_right = torch.linalg.qr(views[-1].flatten(product.batch, -2))
     p, s, qh = torch.linalg.svd(core @ r_right.mT, full_matrices=False)
-    if not bool((s[..., 0] > 0).all()):
-        raise ValueError(
-            f"{product.name}: the product is zero, and so would be its balanced factors, which "
-            "then never train; leave it as it is, or initialize it first"
-        )
+    if reason := why_dead(s, product.batch):
+        raise ValueError(f"{product.name}: the product is {reason}, or leave it as it is")
     r = views[0].shape[-1]
     left, right = split_evenly(q_left @ p, s, q_right @ qh.mT, r, resolution(torch.float64))
     made = with_inner(left, right, len(views) - 2)
