@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.algebra.scaling import root_mean_square
+from frobdecay.algebra.scaling import is_finite, root_mean_square
 from frobdecay.cli.read import Checkpoint, check_memory, printable, read
 from frobdecay.diagnostics.measurement import measure
 from frobdecay.models.checkpoints.files import write_figure
@@ -26,7 +26,6 @@ from frobdecay.models.checkpoints.records import (
     dense_weight,
     factor_key,
     factors_of,
-    rebuild,
     weight_of,
 )
 from frobdecay.models.plan import RankPlan, tabulated
@@ -153,36 +152,23 @@ _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     """Plan for a model of the file's weights, dense, and note in the rows what is planned."""
-    model = nn.Module()
-    for i, row in enumerate(rows):
-        if row.kind != "dense" or checkpoint.tensors[row.name].is_floating_point():
-            model.add_module(str(i), _layer(row.shape, bool(row.matrix)))
-    factors = {
-        factor_key(name, k)
-        for name, record in checkpoint.records.items()
-        for k in range(len(rebuild(name, record).factor_shapes(tuple(record["shape"]))))
-    }
-    for key, tensor in checkpoint.tensors.items():
-        counted = tensor.ndim < 2 and tensor.is_floating_point() and key not in factors
-        if counted:
-            model.add_module(f"vector {len(model._modules)}", _layer(tuple(tensor.shape), False))
+    model, layers = nn.Module(), {str(i): row for i, row in enumerate(rows) if row.matrix}
+    for name, row in layers.items():
+        model.add_module(name, _layer(row.shape))
+    rest = _total(checkpoint) - sum(row.parameters for row in layers.values())
+    model.rest = nn.Parameter(torch.empty(rest, device="meta"))
     plan = plan_ranks(model, ratio=ratio)
-    planned = {entry.name: entry for entry in plan.rows}
-    for i, row in enumerate(rows):
-        entry = planned.get(f"{i}.weight")
-        if entry is not None and isinstance(entry.rank, int):  # LowRank's
+    for entry in plan.rows:
+        if isinstance(entry.rank, int):  # LowRank's
+            row = layers[entry.name.removesuffix(".weight")]
             row.planned_rank, row.planned_parameters = entry.rank, entry.after
     return plan
 
 
-def _layer(shape: tuple[int, ...], matrix: bool) -> nn.Module:
+def _layer(shape: tuple[int, ...]) -> nn.Module:
     """A module with nothing but a weight of this shape, of the type that has such weights."""
-    if not matrix:
-        layer = nn.Module()
-    elif len(shape) == 2:
-        layer = nn.Linear(1, 1, bias=False, device="meta")
-    else:
-        layer = _LAYERS[len(shape)](1, 1, 1, bias=False, device="meta")
+    sizes = [1] * min(len(shape), 3)
+    layer: nn.Module = _LAYERS[len(shape)](*sizes, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"))
     return layer
 
@@ -200,7 +186,7 @@ def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
         finite = isfinite(measured.norm)
     else:
         tensor = _tensor(row, checkpoint)
-        finite = bool(tensor.isfinite().all())
+        finite = is_finite(tensor)
         if finite:
             sigma = singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
             top = float(sigma.max())
@@ -261,42 +247,34 @@ def _as_json(
 
 
 def _print(checkpoint: Checkpoint, rows: list[Row], plan: RankPlan | None, energy: float) -> None:
-    numbers = ["kind", "read as", "parameters", "‖W‖", "stable rank", f"rank @ {energy:g}"]
-    planned = ["rank", "energy", "parameters"] if plan else []
-    numbers += [f"planned {head}" for head in planned]
-    lines = [["weight", "shape", *numbers, "remarks"]]
-    for row in rows:
-        cells = [
-            printable(row.name),
-            _times(row.shape),
-            row.kind if row.rank is None else f"{row.kind} {_times(row.rank)}",
-            _times(row.matrix),
-            f"{row.parameters:,}",
-            _cell(row.norm),
-            _cell(row.stable_rank),
-            _cell(row.energy_rank),
-        ]
-        if plan:
-            dense = row.planned_rank is None
-            cells += ["dense" if dense else str(row.planned_rank), _cell(row.planned_energy)]
-            cells.append(f"{prod(row.shape) if dense else row.planned_parameters:,}")
-        lines.append([*cells, row.remark])
+    columns: dict[str, Callable[[Row], str]] = {
+        "weight": lambda row: printable(row.name),
+        "shape": lambda row: _times(row.shape),
+        "kind": lambda row: row.kind if row.rank is None else f"{row.kind} {_times(row.rank)}",
+        "read as": lambda row: _times(row.matrix),
+        "parameters": lambda row: f"{row.parameters:,}",
+        "‖W‖": lambda row: _cell(row.norm),
+        "stable rank": lambda row: _cell(row.stable_rank),
+        f"rank @ {energy:g}": lambda row: _cell(row.energy_rank),
+    }
+    if plan:
+        columns |= {
+            "planned rank": lambda row: str(row.planned_rank or "dense"),
+            "planned energy": lambda row: _cell(row.planned_energy),
+            "planned parameters": lambda row: f"{row.planned_parameters or prod(row.shape):,}",
+        }
+    columns["remarks"] = lambda row: row.remark
+    lines = [[*columns], *([cell(row) for cell in columns.values()] for row in rows)]
     total = f"{_total(checkpoint):,} floating-point numbers"
     if plan:
         total += f"; planned {plan.after:,} of {plan.before:,} when dense, ratio {plan.ratio:.3g}"
-    right = range(2, 2 + len(numbers))
-    title = printable(checkpoint.path)
-    show = _drawn if sys.stdout.isatty() else _plain
-    print(show(title, lines, right), total, sep="\n")
+    print(_table(printable(checkpoint.path), lines, range(2, len(columns) - 1)), total, sep="\n")
 
 
-def _plain(title: str, lines: list[list[str]], right: Container[int]) -> str:
-    """For files and other programs: no line is broken, and long tables take little time."""
-    return f"{title}\n{tabulated(lines, right)}"
-
-
-def _drawn(title: str, lines: list[list[str]], right: Container[int]) -> str:
-    """For people: as wide as the terminal."""
+def _table(title: str, lines: list[list[str]], right: Container[int]) -> str:
+    """As wide as the terminal; for files and other programs no line is broken, and it is quick."""
+    if not sys.stdout.isatty():
+        return f"{title}\n{tabulated(lines, right)}"
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
