@@ -135,7 +135,8 @@ def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             tensor.copy_(value)
             continue
         if id(tensor) not in made:
-            copy = value.clone()  # not a part of a file in memory
+            device = "cpu" if tensor.is_meta else tensor.device
+            copy = value.to(device, copy=True)  # not a part of a file in memory
             parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if parameter else copy
         state[key] = made[id(tensor)]
