@@ -51,7 +51,6 @@ MANY_IMPORTS = {
 PATTERN_READERS = {
     "algebra.matricize": 2,
     "algebra.tensorize": 2,
-    "product.lora": 1,
     "weights.layouts": 1,
 }
 

@@ -143,14 +143,14 @@ def _checked(walk: Walk, rule: Mapping[Any, Any]) -> dict[Any, Any]:
     for key, value in rule.items():
         walk.choice.met(key, "rank")
         with naming(f"rank[{key!r}]"):
-            _check_rank(value)
+            plain_ranks(value)
     return rule
 
 
 def _explicit(walk: Walk, found: list[Entry], rule: Any) -> None:
     """The ranks that were asked for."""
     if not isinstance(rule, Mapping):
-        _check_rank(rule)
+        plain_ranks(rule)  # refuses what is none
         rule = {nn.Module: rule}
     keys = _keys(walk.modules, [entry.weight for entry in found], rule)
     for i, entry in enumerate(found):
@@ -159,11 +159,6 @@ def _explicit(walk: Walk, found: list[Entry], rule: Any) -> None:
         elif entry.open:
             entry.reason = "no rank given for it"
     check_any(walk.model, found, [entry.made is not None for entry in found])
-
-
-def _check_rank(value: Any) -> None:
-    """Refuse what is no rank, nor a list of ranks (None among them: a mode that stays whole)."""
-    plain_ranks(value)
 
 
 def _keys(

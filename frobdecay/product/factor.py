@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,12 @@ class Factor:
             else param
         )
         return self.view(known)
+
+
+def axes_in(pattern: str | None, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Those axes whose lengths a pattern may need: it is told no others."""
+    names = set((pattern or "").replace("(", " ").replace(")", " ").split())
+    return tuple((name, length) for name, length in axes.items() if name in names)
 
 
 def is_sharded(tensor: Tensor) -> bool:

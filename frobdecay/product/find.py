@@ -14,7 +14,7 @@ from torch import nn
 from frobdecay.product.attention import ATTENTION
 from frobdecay.product.holding import check_module, factorized
 from frobdecay.product.lora import LORA
-from frobdecay.product.names import ProductSelector, modules, pick
+from frobdecay.product.names import ProductSelector, pick, walk
 from frobdecay.product.product import Product, as_products
 
 
@@ -82,13 +82,14 @@ def products(
     if lora not in LORA:
         raise ValueError(f"expected lora to be one of {list(LORA)}, got {lora!r}")
     tables = (_USERS, {**_OWN, **LORA[lora]})
-    seen: set[int] = set()
-    found: list[Product] = []
-    for path, module in modules(model).items():
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found += [*_provided(module, path, tables), *_parametrized(module, path)]
+    first: dict[int, tuple[nn.Module, str]] = {}
+    for path, module in dict(walk(model)).items():
+        first.setdefault(id(module), (module, path))
+    found = [
+        product
+        for one in first.values()
+        for product in (*_provided(*one, tables), *_parametrized(*one))
+    ]
     return pick(as_products(found), include, exclude)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from frobdecay.algebra.shifted import Shifted
-from frobdecay.product.factor import Factor
+from frobdecay.product.factor import Factor, axes_in
 from frobdecay.product.product import Product
 
 _PEFT = "peft.tuners"
@@ -142,14 +142,10 @@ def _pair(module: Any, adapter: str, layout: _Layout) -> tuple[Factor, Factor]:
     else:
         places = (module.lora_B[adapter], "weight"), (module.lora_A[adapter], "weight")
     u, v = (
-        Factor(owner, attribute, pattern, _needed(pattern, layout.axes))
+        Factor(owner, attribute, pattern, axes_in(pattern, dict(layout.axes)))
         for (owner, attribute), pattern in zip(places, layout[:2], strict=True)
     )
     return u, v
-
-
-def _needed(pattern: str | None, axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
-    return tuple((axis, length) for axis, length in axes if axis in (pattern or "").split("->")[0])
 
 
 def _layout(module: Any, adapter: str) -> _Layout:
@@ -208,7 +204,7 @@ def _base(module: Any, called: str, layout: _Layout) -> Factor:
             f"{called}: expected a dense weight for lora='full', but {why}; use lora='delta', "
             "which does not need it"
         )
-    return Factor(layer, attribute, layout.base, _needed(layout.base, layout.axes))
+    return Factor(layer, attribute, layout.base, axes_in(layout.base, dict(layout.axes)))
 
 
 def _embeds(module: Any, adapter: str) -> bool:

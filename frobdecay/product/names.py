@@ -37,13 +37,8 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _GLOB = re.compile(r"[*?\[]")
 
 
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List all modules by qualified name, shared ones under every name; see ``walk``."""
-    return dict(walk(model))
-
-
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Qualified names and modules, wrappers before what they wrap.
+    """Qualified names and modules, shared ones under every name, wrappers before what they wrap.
 
     The segments that wrappers add (``torch.compile``, checkpointing, data parallel) are left out,
     and so are the modules inside parametrizations.

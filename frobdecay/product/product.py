@@ -18,7 +18,7 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
 from frobdecay.algebra.structures import CHAIN, Structure
-from frobdecay.product.factor import Bare, Factor, whole
+from frobdecay.product.factor import Bare, Factor, axes_in, whole
 from frobdecay.product.partitions import why_partitioned
 
 BUCKET_BYTES = 1 << 17
@@ -108,7 +108,7 @@ class Product:
         elif len(patterns) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)} patterns, got {len(patterns)}")
         factors = tuple(
-            Factor(Bare(tensor), "tensor", pattern, _axes_of(pattern, axes))
+            Factor(Bare(tensor), "tensor", pattern, axes_in(pattern, axes or {}))
             for tensor, pattern in zip(tensors, patterns, strict=True)
         )
         if batch is None:
@@ -153,11 +153,6 @@ class Product:
         views = self.views()
         dtype = reduce(torch.promote_types, (view.dtype for view in views))
         return (self.scale * self.structure.materialize(views, self.batch)).to(dtype)
-
-
-def _axes_of(pattern: str | None, axes: Mapping[str, int] | None) -> tuple[tuple[str, int], ...]:
-    names = set((pattern or "").replace("(", " ").replace(")", " ").split())
-    return tuple((name, length) for name, length in (axes or {}).items() if name in names)
 
 
 def check_product(product: Product) -> None:

@@ -18,13 +18,22 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: it has something else than parameters and buffers, or only a shard.
     """
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError(
-            "a DataParallel has names before those of the model inside of it; take its .module"
+    for path, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"{path or 'the model'} is a DataParallel, whose names are those of the model "
+                "inside of it; take its .module"
+            )
+    found = model.state_dict(keep_vars=True)  # some wrappers add no segments here
+    params, buffers, state = (
+        {strip_wrappers(name): tensor for name, tensor in named}
+        for named in (
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+            found.items(),
         )
-    params = dict(model.named_parameters(remove_duplicate=False))
-    held = {**params, **dict(model.named_buffers(remove_duplicate=False))}
-    state = model.state_dict(keep_vars=True)
+    )
+    held = params | buffers
     other = {name for name in state if state[name] is not held.get(name)} | params.keys() - state
     if other:
         raise ValueError(
@@ -37,7 +46,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 f"{name} is sharded (DTensor); load before fully_shard or parallelize_module, and "
                 "save a model that was gathered"
             )
-    return {strip_wrappers(name): tensor for name, tensor in state.items()}
+    return state
 
 
 def identity(tensor: Tensor) -> Hashable:
