@@ -62,13 +62,13 @@ def _part(options: argparse.Namespace) -> int:
 
 
 class _Kept:
-    """gpu.json and gpu.md in a folder, with the modes that were run earlier."""
+    """gpu.json and gpu.md in a folder, with modes, or other parts, that were run earlier."""
 
-    def __init__(self, folder: Path, mode: str) -> None:
+    def __init__(self, folder: Path, mode: str, only: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.json, self.markdown, self.mode = folder / "gpu.json", folder / "gpu.md", mode
         found = json.loads(self.json.read_text()) if self.json.exists() else {"version": 2}
-        self.record: dict[str, Any] = {**found, mode: {}}
+        self.record: dict[str, Any] = {**found, mode: found.get(mode, {}) if only else {}}
 
     def keep(self, name: str, part: dict[str, Any]) -> None:
         """Write both files anew, with one more part."""
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing(PARTS[name]):
             print(f"== {name}: skipped, {PARTS[name].under[0]} is not installed")
     names = [name for name in names if not missing(PARTS[name])]
-    begin, kept = time.monotonic(), _Kept(options.out, options.mode)
+    begin, kept = time.monotonic(), _Kept(options.out, options.mode, bool(options.only))
     budget = options.budget or (MODES[options.mode] if options.device == "cuda" else 600)
     failed = run_parts(names, options.device, budget, kept.keep, options.logs)
     for error in list(failed.values())[:1]:

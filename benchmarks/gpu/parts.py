@@ -162,4 +162,4 @@ def run_parts(
 
 
 def _side_by_side() -> int:
-    return max(2, (os.cpu_count() or 2) // 2)
+    return max(2, (os.cpu_count() or 2) - 4)

@@ -12,6 +12,7 @@ have copies of one part of a sharded parameter, while different parts should not
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ def round_stochastically(
         >>> abs(rounded.float().mean().item() - x[0].item()) < 3e-4
         True
     """
+    if (exact.dtype, dtype) == (torch.float32, torch.bfloat16):
+        return _round_bits(exact, generator)
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)  # |exact| = mantissa · 2^exponent, mantissa in [½, 1)
     lowest = math.frexp(info.smallest_normal)[1]
@@ -58,6 +61,15 @@ def round_stochastically(
     below = round(info.eps / torch.finfo(torch.float32).eps)
     noise = torch.randint(0, below, exact.shape, generator=generator, device=exact.device)
     return (exact / ulp).add_(noise.to(exact.dtype), alpha=1 / below).floor_().mul_(ulp).to(dtype)
+
+
+def _round_bits(exact: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same for float32 to bfloat16, which is its upper half: what noise below carries over."""
+    noise = torch.randint(
+        1 << 16, exact.shape, dtype=torch.int32, generator=generator, device=exact.device
+    )
+    rounded = noise.add_(exact.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
+    return torch.where(exact.isfinite(), rounded, exact).to(torch.bfloat16)
 
 
 class StochasticRounder:
@@ -111,13 +123,15 @@ class StochasticRounder:
         return [generator for _, generator in self._generators.values()]
 
     def _add(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        entries: Counter[tuple[torch.device, torch.dtype]] = Counter()
         for k, tensor in enumerate(tensors):
-            batch = alike.setdefault((tensor.device, tensor.dtype), [])
-            batch.append(k)
-            if sum(tensors[i].numel() for i in batch) > _BATCH:
+            kind = tensor.device, tensor.dtype
+            alike[kind].append(k)
+            entries[kind] += tensor.numel()
+            if entries[kind] > _BATCH:
+                batch, entries[kind] = alike.pop(kind), 0
                 self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
-                batch.clear()
         for batch in alike.values():
             self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
 
@@ -129,8 +143,9 @@ class StochasticRounder:
         generator = self._generator(first.device)
         rounded = round_stochastically(torch.cat(sums), first.dtype, generator)
         pieces = torch.split(rounded, [exact.numel() for exact in sums])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view(tensor.shape))
+        torch._foreach_copy_(
+            tensors, [p.view(t.shape) for t, p in zip(tensors, pieces, strict=True)]
+        )
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

@@ -190,7 +190,8 @@ def _update_rows(
     record, grams, address, coef,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
-    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time."""
     x = tl.load(record).to(tl.pointer_type(SOURCE))
@@ -211,8 +212,11 @@ def _update_rows(
     target_step = (
         target_row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
     )
+    # Of a symmetric Gram, rows and columns are one: read so that its inner axis is adjacent where
+    # tensor cores want it so.
+    down, across = (1, leading) if TURNED else (leading, 1)
     if SINGLE:
-        whole = tl.load(gram + inner[:, None] * leading + columns[None, :])
+        whole = tl.load(gram + inner[:, None] * down + columns[None, :] * across)
     for start in range(0, row_count, ROWS):
         inside = (start + rows < row_count)[:, None]
         for column in range(0, 1 if SINGLE else rank, COLUMNS):
@@ -225,7 +229,7 @@ def _update_rows(
                 for k in range(0, rank, BLOCK):
                     at = _pointers(x, rows, k + inner, row_stride, column_stride, LAYOUT)
                     a = tl.load(at, mask=inside & (k + inner < rank)[None, :], other=0.0)
-                    at = gram + (k + inner)[:, None] * leading + (column + columns)[None, :]
+                    at = gram + (k + inner)[:, None] * down + (column + columns)[None, :] * across
                     g = tl.load(at, mask=(column + columns < leading)[None, :], other=0.0)
                     total = _times(a, g, total, TERMS, PRECISION, UPCAST)
             at = _pointers(
@@ -250,7 +254,8 @@ def update_kernel(
     records, grams, targets, coefs,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
-    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A range of rows of one factor; a target without an address is none."""
     record = records + tl.program_id(0) * _UPDATE_WIDTH
@@ -265,7 +270,7 @@ def update_kernel(
                 if layout == LAYOUT:
                     _update_rows(
                         record, grams, address, coef, SOURCE, TARGET, VECTOR, LAYOUT, ROWS,
-                        BLOCK, COLUMNS, SINGLE, IN_PLACE, TERMS, PRECISION, UPCAST,
+                        BLOCK, COLUMNS, SINGLE, IN_PLACE, TERMS, PRECISION, TURNED, UPCAST,
                     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         rank: the largest one.
         tile: how the table was cut.
     """
+    precision = _precision(dtype)
+    tensor = dtype != torch.float32 or precision == "tf32"
     return {
         "TYPE": _TYPES[dtype],
         "VECTOR": 16 // dtype.itemsize,
@@ -31,9 +33,11 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         "BLOCK": tile.block,
         "STEP": tile.gram_rows,
         "SINGLE": rank <= tile.block,
-        "PRECISION": _precision(dtype),
+        # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
+        # bf16 terms are more precise than one of TF32.
+        "PRECISION": "bf16x3" if precision == "tf32" and tile.block >= 64 else precision,
         "UPCAST": INTERPRETED,
-        "num_warps": tile.gram_warps,
+        "num_warps": tile.tensor_warps[0] if tensor else tile.gram_warps,
         "num_stages": tile.gram_stages,
     }
 
@@ -76,6 +80,8 @@ def update_options(
     # In place, all columns at once: none may be written while others still need it. Of half as
     # many rows, for all to stay in registers.
     whole, all_columns = in_place and not single, 1 << (rank - 1).bit_length()
+    precision = _precision(dtype)
+    tensor = dtype != torch.float32 or precision == "tf32"
     return {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
@@ -91,9 +97,11 @@ def update_options(
         "SINGLE": single,
         "IN_PLACE": in_place,
         "TERMS": 0 if dtype == torch.float32 else 2 if half else 3,
-        "PRECISION": "tf32" if dtype == torch.float16 else _precision(dtype),
+        "PRECISION": "tf32" if dtype == torch.float16 else precision,
+        "TURNED": precision == "tf32",
         "UPCAST": INTERPRETED,
-        "num_warps": tile.update_warps,
+        # in place with all columns, registers are what is scarce
+        "num_warps": tile.tensor_warps[1] if tensor and not whole else tile.update_warps,
         "num_stages": tile.update_stages,
     }
 

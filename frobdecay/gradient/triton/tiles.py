@@ -16,7 +16,7 @@ class Tile:
     Attributes:
         block: columns of a Gram's tile; at least 16, which a tensor core needs.
         gram_rows: rows multiplied at a time by launch A.
-        gram_warps: warps of a program of launch A.
+        gram_warps: warps of a program of launch A that multiplies float32 without tensor cores.
         gram_stages: depth of launch A's software pipeline.
         inner: columns of a factor that launch B multiplies at a time, where ``block`` does not
             hold the whole rank.
@@ -24,8 +24,9 @@ class Tile:
             whole rank and no target is the factor itself.
         update_rows: rows multiplied at a time by launch B; half of them where a program
             has to hold all columns of more than one block, in place.
-        update_warps: warps of a program of launch B.
+        update_warps: the same of launch B.
         update_stages: depth of launch B's software pipeline.
+        tensor_warps: warps of both launches' programs with tensor cores.
         waves: programs of a launch for each multiprocessor: several, to hide each other's latency.
     """
 
@@ -38,15 +39,16 @@ class Tile:
     update_rows: int
     update_warps: int
     update_stages: int
-    waves: int = 4
+    tensor_warps: tuple[int, int]
+    waves: int
 
 
 # By the largest rank they are for: python -m benchmarks.gpu tune times these and alternatives.
 TILES: dict[int, Tile] = {
-    16: Tile(16, 128, 1, 3, 16, 16, 128, 4, 3),
-    32: Tile(32, 64, 2, 3, 32, 32, 64, 4, 3),
-    64: Tile(64, 64, 8, 3, 64, 64, 64, 8, 3),
-    MAX_RANK: Tile(64, 64, 8, 3, 32, 64, 64, 8, 3),
+    16: Tile(16, 64, 1, 3, 16, 16, 256, 4, 3, (1, 4), 16),
+    32: Tile(32, 64, 2, 3, 32, 32, 64, 4, 3, (2, 4), 8),
+    64: Tile(64, 64, 8, 3, 64, 64, 64, 8, 3, (4, 4), 8),
+    MAX_RANK: Tile(64, 64, 8, 3, 32, 64, 64, 8, 3, (4, 4), 8),
 }
 
 
