@@ -212,8 +212,7 @@ def _update_rows(
     target_step = (
         target_row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
     )
-    # Of a symmetric Gram, rows and columns are one: read so that its inner axis is adjacent where
-    # tensor cores want it so.
+    # A Gram is symmetric: read so that its inner axis is adjacent, where tensor cores want that.
     down, across = (1, leading) if TURNED else (leading, 1)
     if SINGLE:
         whole = tl.load(gram + inner[:, None] * down + columns[None, :] * across)
