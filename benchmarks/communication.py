@@ -6,7 +6,8 @@
 The model is Llama with all seven matrices of every layer factorized at ``--ratio``, embeddings
 dense, under ``fully_shard``. For each number of processes,
 
-    FD         one all-reduce of the Σ 2r² numbers of all Grams, float32
+    FD         one all-reduce of the Σ 2r² numbers of all Grams, float32; of a factor of fewer rows than
+               columns, the factor
     gathering  an all-gather of all factors, (m+n)·r float32 numbers each, from which every process
                could form what it needs
     FSDP       two all-gathers of all parameters and a reduce-scatter of all gradients, bfloat16
@@ -155,7 +156,7 @@ def cost(
         layers: how many such layers there are.
         others: number of other parameters.
     """
-    sums = FLOAT32 * layers * sum(2 * r * r for _, _, r in factors)
+    sums = FLOAT32 * layers * sum(r * (min(m, r) + min(n, r)) for m, n, r in factors)
     held = [(-(-m // world) + -(-n // world), r) for m, n, r in factors]
     part = FLOAT32 * layers * sum(length * r for length, r in held)
     params = world * layers * sum(length * r for length, r in held) + others  # with padding

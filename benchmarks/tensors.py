@@ -31,8 +31,7 @@ from benchmarks.cases import CONVS, Conv
 from benchmarks.measure import Report, Target, Timing
 from frobdecay import CP, TensorTrain, Tucker, factorize, products
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
-from frobdecay.algebra.stars import CP as POLYADIC
-from frobdecay.algebra.stars import TUCKER
+from frobdecay.algebra.equations import cp, tucker
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import Product
 from frobdecay.weights.forms.cost import force
@@ -204,10 +203,10 @@ def _decompositions(
         return _tensorly(tensor, what, ranks, bonds, rank)
 
     found: dict[str, Callable[[], Tensor]] = {
-        "HOSVD": lambda: star(hosvd(tensor, ranks), TUCKER),
-        "HOOI": lambda: star(hooi(tensor, ranks, **endless), TUCKER),
+        "HOSVD": lambda: star(hosvd(tensor, ranks), tucker(tensor.ndim)),
+        "HOOI": lambda: star(hooi(tensor, ranks, **endless), tucker(tensor.ndim)),
         "TT-SVD": lambda: Product.of(*tt_svd(tensor, bonds), batch=0).materialize(),
-        "CP": lambda: star(_quiet(partial(cp_als, tensor, rank, **endless)), POLYADIC),
+        "CP": lambda: star(_quiet(partial(cp_als, tensor, rank, **endless)), cp(tensor.ndim)),
     }
     return {what: (run, partial(theirs, what)) for what, run in found.items()}
 

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frobdecay.algebra.stars import CP, TUCKER, Tucker
-from frobdecay.algebra.structures import CHAIN, Structure
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product
 
@@ -23,13 +21,13 @@ def bare(
     *shapes: tuple[int, ...],
     scale: float = 1.0,
     batch: int | None = None,
-    structure: Structure = CHAIN,
+    equation: str | None = None,
 ) -> Maker:
     """A product of random parameters of the given shapes."""
 
     def make(dtype: torch.dtype) -> Product:
         tensors = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-        return Product.of(*tensors, scale=scale, batch=batch, structure=structure)
+        return Product.of(*tensors, scale=scale, batch=batch, equation=equation)
 
     return make
 
@@ -97,10 +95,15 @@ PRODUCTS: dict[str, Maker] = {
     "grouped queries": grouped_queries,
     "packed heads": packed,
     "symmetric": symmetric,
-    "tucker": bare((3, 2, 4), (5, 3), (4, 2), (6, 4), structure=TUCKER),
-    "tucker, order 2": bare((3, 2), (5, 3), (4, 2), structure=TUCKER, scale=0.5),
-    "tucker, a whole mode": bare((3, 5, 2), (7, 3), (4, 2), structure=Tucker(whole=(1,))),
-    "cp": bare((5, 3), (4, 3), (6, 3), structure=CP),
-    "cp, order 5": bare((2, 3), (3, 3), (4, 3), (2, 3), (3, 3), structure=CP, scale=0.5),
-    "cp above its modes": bare((3, 7), (2, 7), (4, 7), structure=CP),
+    "tucker": bare((3, 2, 4), (5, 3), (4, 2), (6, 4), equation="xyz,ax,by,cz->abc"),
+    "tucker, order 2": bare((3, 2), (5, 3), (4, 2), equation="xy,ax,by->ab", scale=0.5),
+    "tucker, a whole mode": bare((3, 5, 2), (7, 3), (4, 2), equation="xbz,ax,cz->abc"),
+    "cp": bare((5, 3), (4, 3), (6, 3), equation="ar,br,cr->abc"),
+    "cp, order 5": bare(
+        (2, 3), (3, 3), (4, 3), (2, 3), (3, 3), equation="ar,br,cr,dr,er->abcde", scale=0.5
+    ),
+    "cp above its modes": bare((3, 7), (2, 7), (4, 7), equation="ar,br,cr->abc"),
+    "kronecker": bare((2, 3), (4, 2), equation="ab,cd->acbd"),
+    "tensor ring": bare((3, 2, 4), (4, 4, 2), (5, 2, 2), equation="aij,bjk,cki->abc"),
+    "entry by entry": bare((2, 3, 2), (2, 4, 2), (4, 3), equation="har,hbr,ba->hba", scale=2.0),
 }

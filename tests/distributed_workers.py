@@ -19,7 +19,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import frobdecay
-from frobdecay.algebra.stars import TUCKER
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.sharded import check_replicas
 from frobdecay.product.product import Product, gradients, squared_norm
@@ -462,12 +461,25 @@ def other_orders(rank, world):
 
 
 def other_structures(rank, world):
-    """A Tucker product: the error, the collectives, numbers sent and numbers there are."""
+    """What is no chain: the error, the collectives, numbers sent and numbers expected."""
     torch.manual_seed(0)
-    mesh, factors = init_device_mesh("cpu", (world,)), [(2, 3, 2), (5, 2), (4, 3), (7, 2)]
+    mesh = init_device_mesh("cpu", (world,))
+    return [_other(mesh, *other) for other in OTHERS]
+
+
+# equation, factors, numbers sent: a Gram, or the whole factor where that is no larger
+OTHERS = (
+    ("xyz,ax,by,cz->abc", [(2, 3, 2), (5, 2), (4, 3), (7, 2)], 12 + 4 + 9 + 4),
+    ("ar,br,cr->abc", [(5, 3), (7, 3), (2, 3)], 9 + 9 + 6),
+    ("hmr,hnr->mhn", [(3, 5, 2), (3, 4, 2)], 30 + 24),  # cut between what both have,
+    ("ab,cd->acbd", [(3, 2), (4, 5)], 1 + 1),
+)
+
+
+def _other(mesh, equation, factors, expected):
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in factors]
     parts = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors]
-    whole, sharded = (Product.of(*found, structure=TUCKER) for found in (tensors, parts))
+    whole, sharded = (Product.of(*found, equation=equation) for found in (tensors, parts))
     accumulator = Accumulator(sharded)
     targets = [torch.zeros_like(param) for param in sharded.params]
     with CommDebugMode() as comm:
@@ -479,7 +491,7 @@ def other_structures(rank, world):
     error = max(error, _largest_error(accumulator.squared_norms()[0], squared_norm(whole)))
     counts = {str(op): n for op, n in comm.get_comm_counts().items()}
     ((_, exchange),) = accumulator._exchanges
-    return error, counts, exchange.buffer.numel(), sum(tensor.numel() for tensor in tensors)
+    return error, counts, exchange.buffer.numel(), expected
 
 
 def measured(rank, world):

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from frobdecay.algebra.scaling import (
     work_dtype,
 )
 from frobdecay.algebra.spectral import orthonormal_rows
-from frobdecay.algebra.stars import by_growth, mode_product, tucker_dense, unfold
 from frobdecay.algebra.svd import resolution
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 
@@ -60,6 +60,32 @@ def _leading(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 # --- Tucker ---------------------------------------------------------------------------------------
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Multiply a tensor along one mode: (…, r, …) with (n, r) is (…, n, …)."""
+    if mode == tensor.ndim - 1:
+        return tensor @ matrix.mT
+    shape = tensor.shape
+    seen = tensor.reshape(prod(shape[:mode]), shape[mode], -1)  # no transposed copy is made
+    return (matrix @ seen).reshape(*shape[:mode], matrix.shape[0], *shape[mode + 1 :])
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Read a tensor as a matrix whose rows are one mode."""
+    return tensor.movedim(mode, 0).flatten(1)
+
+
+def tucker_dense(core: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
+    """Multiply a core by factors {mode: (n_k, r_k)}, in their order; see ``by_growth``."""
+    for mode, U in factors.items():
+        core = mode_product(core, U, mode)
+    return core
+
+
+def by_growth(factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Sort {mode: (n_k, r_k)} so that those come first that make a core grow least."""
+    return dict(sorted(factors.items(), key=lambda item: item[1].shape[0] / item[1].shape[1]))
 
 
 def _projected(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:

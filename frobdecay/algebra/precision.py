@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor
+Views = Sequence[Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 

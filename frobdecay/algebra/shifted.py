@@ -9,7 +9,7 @@ so that the gradients of the adapters cost two products of W₀ with a tall matr
 anything else of its size is formed; except where W₀ itself is trained, whose gradient is W. W₀ is
 read where it is: one in half precision is cast block by block, and summed up in float32.
 
-Tensors are (*batch, rows, columns), as in ``chain.py`` (whose Grams these are), W₀ first.
+Tensors are (*batch, rows, columns), W₀ first.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.algebra.precision import Coefficient, common_dtype, times_rows
+from frobdecay.algebra.network import Network
+from frobdecay.algebra.precision import Coefficient, Views, common_dtype, times_rows
 from frobdecay.algebra.scaling import shortened
-from frobdecay.algebra.structures import Views
 
 BLOCK = 1 << 22
 """Entries of W₀ that are cast at once: 16 MB of float32."""
@@ -52,6 +52,7 @@ class Shifted:
 
     scales: tuple[float, ...]
     name: str = "shifted"
+    is_chain: ClassVar[bool] = False
 
     def check(self, name: str, views: Views, batch: int) -> None:
         """One W₀, then as many tall pairs as scales, all for the same m×n."""
@@ -118,12 +119,20 @@ class Shifted:
         """Always Grams: of the size of W there is nothing but W₀."""
         return "gram"
 
+    def describe(self, views: Views, batch: int) -> str:
+        """What is done, in words."""
+        return "W₀V + U (VᵀV) and W₀ᵀU + V (UᵀU)"
+
     def _joined(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """W₀ as it is, and U with its scales and V side by side, at least float32."""
         dtype = common_dtype(views)
         pairs = zip(self.scales, views[1::2], strict=True)
         u = torch.cat([scale * view.to(dtype) for scale, view in pairs], dim=-1)
         return views[0], u, torch.cat([view.to(dtype) for view in views[2::2]], dim=-1)
+
+
+Structure = Network | Shifted
+"""How factors combine."""
 
 
 def _blocks(matrix: Tensor) -> Sequence[Tensor]:

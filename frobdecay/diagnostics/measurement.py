@@ -20,16 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import exp, inf, log, nan, prod
+from math import exp, inf, isfinite, log, nan, prod
 from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from frobdecay.algebra.chain import chain_sharpness
+from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.scaling import work_dtype
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.optim.rates import DECAY
 from frobdecay.product.product import Product, as_products, product_norm
 
@@ -314,15 +313,17 @@ def _effective_step(rate: float | None, square: float) -> float | None:
 
 
 def _measure(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    if product.structure == CHAIN:
+    if product.structure.is_chain:
         return _measure_chain(product, rate, decay)
     return _measure_other(product, rate, decay)
 
 
 def _measure_other(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    """What holds for every structure: norm, bound, effective step."""
-    norm = float(product_norm(product))
-    sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in product.views()]
+    """What holds for every structure: norm, bound, effective step; how a step of decay scales."""
+    views, norm, sharpness = product.views(), float(product_norm(product)), nan
+    if decay is not None and isinstance(product.structure, Network) and isfinite(norm):
+        sharpness = product.scale**2 * float(product.structure.sharpness(views, product.batch))
+    sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in views]
     return ProductMeasurement(
         name=product.name,
         shape=product.shape,
@@ -334,7 +335,7 @@ def _measure_other(product: Product, rate: float | None, decay: float | None) ->
         stable_rank=nan,
         rank=product.rank,
         effective_step=_effective_step(rate, norm**2),
-        decay_step=None if decay is None else nan,
+        decay_step=None if decay is None else decay * sharpness,
     )
 
 
@@ -343,7 +344,8 @@ def _measure_chain(product: Product, rate: float | None, decay: float | None) ->
     if all(bool(factor.isfinite().all()) for factor in factors):
         spectrum = scale * _spectrum(factors, batch)
         imbalance = _imbalance(factors, batch)
-        sharpness = scale**2 * float(chain_sharpness(factors, batch))
+        network = chain(tuple(factor.ndim - batch for factor in factors))
+        sharpness = scale**2 * float(network.sharpness(factors, batch))
     else:  # LAPACK raises on NaN; a record of a run that diverged should not
         spectrum = factors[0].new_full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
         imbalance = sharpness = nan

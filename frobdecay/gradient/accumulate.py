@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import copy
 from functools import partial
+from textwrap import indent
 from threading import RLock
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from frobdecay.algebra.precision import Coefficient, full_precision
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.backends import BACKENDS, Choice, select
 from frobdecay.gradient.bucketed import Job
 from frobdecay.gradient.likeness import Likeness, check_writable
@@ -249,8 +249,8 @@ class Accumulator:
             stack.enter_context(full_precision(device))
         return stack
 
-    def explain(self) -> str:
-        """Say which products run on which backend, by which route, and why."""
+    def explain(self, steps: bool = False) -> str:
+        """Say which products run on which backend, by which route and steps, and why."""
         lines = []
         for choice in self.choices:
             names = [self.products[k].name for k in choice.members]
@@ -258,11 +258,13 @@ class Accumulator:
             first = self.products[choice.members[0]]
             outlines = first.outlines()
             route = first.structure.route(outlines, first.batch)
-            if choice.backend == Exchange.name and first.structure == CHAIN:
+            if choice.backend == Exchange.name:
                 route = "gram"  # also where a process alone would form W
             shape = " · ".join("×".join(map(str, view.shape)) for view in outlines)
             lines.append(f"{choice.backend:<12} {route:<6} {shape:<24} {shown}")
             lines.append(f"{'':<12} {choice.reason}")
+            if steps:
+                lines.append(indent(first.structure.describe(outlines, first.batch), " " * 13))
         return "\n".join(lines)
 
 
@@ -384,8 +386,16 @@ def add_penalty_grad_(
         plan.run(gradients_of(params, plan.trained), kept.coefs(coef, params))
 
 
-def explain(products: Product | Iterable[Product], backend: str | None = None) -> str:
+def explain(
+    products: Product | Iterable[Product], backend: str | None = None, *, steps: bool = False
+) -> str:
     """Say what runs where and why.
+
+    Args:
+        products: one product or several.
+        backend: a name in ``backends.BACKENDS``; None chooses.
+        steps: whether to list the steps of the contraction of each kind of product, with their
+            flops and what is kept.
 
     Example:
         >>> import torch
@@ -393,5 +403,13 @@ def explain(products: Product | Iterable[Product], backend: str | None = None) -
         >>> print(explain(pairs))
         bucketed     gram   6×2 · 5×2                product, product, … (3)
                      3 of one shape, 0.1 KiB each
+        >>> print(explain(pairs[0], steps=True))
+        bucketed     gram   6×2 · 5×2                product
+                     1 of one shape, 0.1 KiB each
+                     mr,nr->mn with m=6 r=2 n=5, gram: 176 flops
+                       nr,nr'->r'r                        40 flops  4 numbers
+                       mr,mr'->r'r                        48 flops  4 numbers
+                       r'r,mr'->mr                        48 flops  for factor 0
+                       r'r,nr'->nr                        40 flops  for factor 1
     """
-    return Accumulator(products, backend).explain()
+    return Accumulator(products, backend).explain(steps)

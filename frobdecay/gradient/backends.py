@@ -3,7 +3,7 @@
 All compute the same, coef · ∇½‖W‖² for every factor of every product from the factors as they are
 before the call, and add it in place to given targets:
 
-    reference     a plain loop over products of any structure, every formula as written: the oracle
+    reference     a plain loop over products of any kind: the oracle
     bucketed      products of equal shapes stacked and multiplied together: many small products
     per_product   Grams and in-place ``addmm_`` product by product: large products, no copies
     triton        all pairs of a model in two launches of kernels: CUDA, see ``triton/kernels.py``
@@ -24,9 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.chain import plan_of
+from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, times_rows
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.bucketed import Coefs, Job, Runner, Targets, prepare_bucketed, rows_of
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.refusals import refusals
@@ -69,19 +68,15 @@ def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coef
 
 
 class _General:
-    """Runs every chain."""
+    """Runs every einsum."""
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: what holds for every backend, and structures that are no chain."""
-        return _why_not(products) + _no_chain(products)
-
-
-def _no_chain(products: Sequence[Product]) -> list[str]:
-    return [
-        f"{product.name}: of structure {product.structure.name}, not a chain"
-        for product in products
-        if product.structure != CHAIN
-    ]
+        """Say why not: what holds for every backend, and sums of products."""
+        return _why_not(products) + [
+            f"{product.name}: {product.structure.name}, not one einsum of its factors"
+            for product in products
+            if not isinstance(product.structure, Network)
+        ]
 
 
 class Reference:
@@ -182,7 +177,11 @@ class Triton:
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """Say why not: without triton or CUDA; longer chains, large ranks, float64."""
-        general = _why_not(products) + _no_chain(products)
+        general = _why_not(products) + [
+            f"{product.name}: {product.structure.name}, not a chain"
+            for product in products
+            if not product.structure.is_chain
+        ]
         return general or [r for product in products for r in refusals(product)]
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
@@ -247,14 +246,17 @@ def _cheapest(products: Sequence[Product], shared: bool) -> tuple[str, str]:
     params, views = products[0].params, products[0].views()
     size = sum(param.numel() * param.element_size() for param in params)
     device, refused = params[0].device.type, ""
-    if products[0].structure != CHAIN:
-        return "reference", f"{len(products)} of structure {products[0].structure.name}"
+    structure = products[0].structure
+    if not isinstance(structure, Network):
+        return "reference", f"{len(products)}, {structure.name}"
     if device == "cuda":
-        gram = plan_of(views, products[0].batch).gradient == "gram"
+        gram = structure.route(views, products[0].batch) == "gram"
         reasons = BACKENDS["triton"].why_not(products) if gram else ["nearly full rank"]
         if not reasons:
             return "triton", f"{len(products)} of one shape, in the two launches of all pairs"
         refused = f"; not triton: {reasons[0]}"
+    if not structure.is_chain:
+        return "per_product", f"{len(products)} of {structure.name}{refused}"
     if shared:
         reason = "a parameter is a factor more than once: added one after the other"
         return "per_product", reason + refused

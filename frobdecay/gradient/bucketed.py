@@ -23,9 +23,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.chain import chain_gradients, plan_of
+from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
-from frobdecay.algebra.structures import CHAIN, Structure
+from frobdecay.algebra.shifted import Structure
 
 Targets = Sequence[Tensor | None]
 """Of all factors, job by job."""
@@ -54,15 +54,16 @@ class Job:
 
     views: tuple[Tensor, ...]
     batch: int
-    structure: Structure = CHAIN
+    structure: Structure
 
     @property
     def is_gram_pair(self) -> bool:
         """Whether it is U Vᵀ, of plain matrices, cheaper through its Grams."""
         return (
-            len(self.views) == 2
+            self.structure.is_chain
+            and len(self.views) == 2
             and all(view.ndim == self.batch + 2 for view in self.views)
-            and plan_of(self.views, self.batch).gradient == "gram"
+            and self.structure.route(self.views, self.batch) == "gram"
         )
 
     @property
@@ -82,10 +83,11 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
         if job.is_gram_pair and not any(map(is_long, job.views)):
             pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
         else:
-            others[job.dtype, tuple(view.shape for view in job.views), job.batch].append(k)
+            shapes = tuple(view.shape for view in job.views)
+            others[job.dtype, shapes, job.batch, job.structure].append(k)
     runners: list[Callable[[Targets, Coefs], None]] = []
     runners += [_Pairs(jobs, members) for members in pairs.values()]
-    runners += [_Chains(jobs, members) for members in others.values()]
+    runners += [_Networks(jobs, members) for members in others.values()]
 
     def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
         for runner in runners:
@@ -238,12 +240,13 @@ def _columns(view: Tensor) -> int:
     return 16 if view.device.type == "cpu" and 8 < r < 16 else r
 
 
-class _Chains:
-    """Products of equal shapes of any other kind, by the formulas for one, a batch axis more."""
+class _Networks:
+    """Products of equal shapes of any other kind, contracted as one, a batch axis more."""
 
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
         first = jobs[members[0]]
-        self.batch, rows = first.batch + 1, rows_of(jobs)
+        assert isinstance(first.structure, Network)
+        self.network, self.batch, rows = first.structure, first.batch + 1, rows_of(jobs)
         self.stacks = [
             _Stack(
                 [rows[k].start + j for k in members],
@@ -255,13 +258,13 @@ class _Chains:
 
     def __call__(self, targets: Targets, coefs: Coefs) -> None:
         wanted: list[Coefficient | None] = [
-            _together([coefs[slot] for slot in stack.slots], stack.stack, self.batch + 2)
+            _together([coefs[slot] for slot in stack.slots], stack.stack, 1)
             if any(targets[slot] is not None for slot in stack.slots)
             else None
             for stack in self.stacks
         ]
         gathered = [stack.gather() for stack in self.stacks]
-        found = chain_gradients(gathered, self.batch, wanted)
+        found = self.network.gradients(gathered, self.batch, wanted)
         for stack, gradient in zip(self.stacks, found, strict=True):
             if gradient is not None:
                 stack.update.copy_(gradient)

@@ -6,11 +6,13 @@ Every process of a ``DeviceMesh`` holds some rows of U and V. A Gram is a sum ov
 
 and all that processes have to tell each other are r×r numbers: the Grams of all products on a mesh
 go into one buffer and through one all-reduce, whose sum all processes then read bit for bit alike.
+So it is for the factors of every ``Network``, whose rows are the letters that no other factor has.
 What cannot be summed by rows travels whole in that buffer, every process adding its part to zeros:
-inner factors M (r×r), and factors that are cut where a Gram has its columns (a LoRA A of r×n
-numbers that ``fully_shard`` cuts by r; ``shard_rows`` has it cut by n). Of copies of a part, as
-in hybrid sharding and tensor parallelism, one contributes. Products that are kept apart by a batch
-axis (attention heads) and are cut between them need nothing of each other.
+what is no larger than its Gram (inner factors M, r×r; cores), and factors that are cut where a Gram
+has its columns (a LoRA A of r×n numbers that ``fully_shard`` cuts by r; ``shard_rows`` has it cut
+by n). Of copies of a part, as in hybrid sharding and tensor parallelism, one contributes. Products
+that are kept apart by a batch axis (attention heads) and are cut between them need nothing of each
+other.
 
 What is sent depends on the products alone, never on gradients, and the order on their names and
 meshes: a process that has no gradient for a layer does not fall out of step with the others.
@@ -21,8 +23,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from textwrap import shorten
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,9 +33,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.chain import end_gram, gram_gradient, left_grams, right_grams
+from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.product import Product, as_products
@@ -87,26 +89,33 @@ class _Sent:
         self.product = product
         self.placed = [place(factor) for factor in product.factors]
         self.dtype = common_dtype(product.params)
-        ends = (0, len(self.placed) - 1) if product.structure == CHAIN else ()
-        self.by_rows = [k in ends and _by_rows(p) for k, p in enumerate(self.placed)]
+        self.network = product.structure if isinstance(product.structure, Network) else None
+        grams = [self._gram_shape(k, placed) for k, placed in enumerate(self.placed)]
+        self.by_rows = [shape is not None for shape in grams]
         self.shapes = [
-            self._gram_shape(p) if rows else tuple(p.factor.param.shape)
-            for p, rows in zip(self.placed, self.by_rows, strict=True)
+            tuple(placed.factor.param.shape) if shape is None else shape
+            for placed, shape in zip(self.placed, grams, strict=True)
         ]
 
-    def _gram_shape(self, placed: Placed) -> tuple[int, ...]:
-        *_, r = placed.sizes
-        return (*placed.sizes[: self.product.batch], r, r)
+    def _gram_shape(self, k: int, placed: Placed) -> tuple[int, ...] | None:
+        """The shape of a factor's Gram where that is the sum of all parts', and smaller than it."""
+        if self.network is None or not (rows := self.network.rows(k, self.product.batch)):
+            return None
+        apart = {*rows, *range(self.product.batch)}
+        if not all(cuts is not None and set(cuts) <= apart for cuts in placed.cuts):
+            return None
+        shape = self.network.gram_shape(k, placed.sizes, self.product.batch)
+        return shape if prod(shape) < prod(placed.sizes) else None
 
     def put(self, segments: Sequence[Tensor]) -> None:
         """Add this process' part to zeros."""
         batch = self.product.batch
-        for placed, rows, segment in zip(self.placed, self.by_rows, segments, strict=True):
+        for k, (placed, segment) in enumerate(zip(self.placed, segments, strict=True)):
             if not placed.contributes:
                 continue
             part = part_of(placed.factor.param)
-            if rows:
-                gram = end_gram(placed.view(part).to(self.dtype), batch)
+            if self.network is not None and self.by_rows[k]:
+                gram = self.network.gram(k, placed.view(part).to(self.dtype), batch)
                 segment[placed.slices(batch)].copy_(gram)
             else:
                 segment[placed.box].copy_(part)
@@ -118,13 +127,23 @@ class _Sent:
         wanted = [
             None if target is None else coef for target, coef in zip(targets, coefs, strict=True)
         ]
-        for k, gradient in enumerate(self._gradients(self._summed(segments), wanted)):
-            target = targets[k]
+        batch, structure, summed = (
+            self.product.batch,
+            self.product.structure,
+            self._summed(segments),
+        )
+        if self.network is None:
+            found = structure.gradients(summed, batch, wanted)
+        else:
+            found = self.network.gradients(summed, batch, wanted, self.by_rows)
+        for k, (target, gradient) in enumerate(zip(targets, found, strict=True)):
             if target is None or gradient is None:
                 continue
             placed, part = self.placed[k], part_of(target)
-            if self.by_rows[k]:
-                placed.view(part).add_(gradient)
+            if self.network is not None and self.by_rows[k]:
+                view = placed.view(part_of(placed.factor.param)).to(self.dtype)
+                around = gradient[placed.slices(batch)]
+                placed.view(part).add_(self.network.times(k, view, around, batch))
             else:
                 full = gradient.new_zeros(placed.factor.param.shape)
                 placed.factor.view(full).copy_(gradient)
@@ -139,49 +158,13 @@ class _Sent:
             for placed, rows, sum_ in zip(self.placed, self.by_rows, found, strict=True)
         ]
 
-    def _bonds(self, summed: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Left and right Grams at every bond of a chain."""
-        batch = self.product.batch
-        first, last = (
-            summed[k] if self.by_rows[k] else end_gram(summed[k], batch) for k in (0, -1)
-        )
-        inner = summed[1:-1]
-        return left_grams(first, inner, batch), right_grams(last, inner, batch)
-
-    def _gradients(
-        self, summed: Sequence[Tensor], coefs: Sequence[Coefficient | None]
-    ) -> Iterator[Tensor | None]:
-        """Of factors summed by rows for this process' part, of others for all of them."""
-        if self.product.structure != CHAIN:
-            yield from self.product.structure.gradients(summed, self.product.batch, coefs)
-            return
-        lefts, rights = self._bonds(summed)
-        around = zip([None, *lefts], [*rights, None], coefs, strict=True)
-        for k, (left, right, coef) in enumerate(around):
-            if coef is None:
-                yield None
-            elif self.by_rows[k]:
-                placed = self.placed[k]
-                own = placed.slices(self.product.batch)
-                view = placed.view(part_of(placed.factor.param)).to(self.dtype)
-                left, right = (None if gram is None else gram[own] for gram in (left, right))
-                yield gram_gradient(left, view, right, coef)
-            else:
-                yield gram_gradient(left, summed[k], right, coef)
-
     def squared_norm(self, segments: Sequence[Tensor]) -> Tensor:
         """‖W‖_F², the same on every process."""
         product, summed = self.product, self._summed(segments)
-        if product.structure != CHAIN:
+        if self.network is None:
             return product.structure.squared_norm(summed, product.batch) * product.scale**2
-        lefts, rights = self._bonds(summed)
-        return (lefts[0] * rights[0]).sum() * product.scale**2
-
-
-def _by_rows(placed: Placed) -> bool:
-    """Whether the Gram is the sum of those of all processes' parts."""
-    columns = len(placed.sizes) - 1
-    return all(cuts is not None and columns not in cuts for cuts in placed.cuts)
+        norm = self.network.squared_norm(summed, product.batch, self.by_rows)
+        return norm * product.scale**2
 
 
 class Exchange:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.chain import chain_sharpness
-from frobdecay.algebra.precision import Coefficient, accumulable, common_dtype, full_precision
-from frobdecay.algebra.structures import CHAIN
+from frobdecay.algebra.network import Network
+from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.product import Product
 
@@ -66,7 +65,7 @@ class Watch:
             (product, size)
             for product, size in zip(products, sizes, strict=True)
             if size is not None
-            and product.structure == CHAIN
+            and isinstance(product.structure, Network)
             and not any(is_sharded(param) for param in product.params)
         ]
         found = [
@@ -96,7 +95,8 @@ class Watch:
                 continue
             views = product.views()
             with full_precision(views[0].device.type):
-                sharpness = float(chain_sharpness(accumulable(views), product.batch))
+                assert isinstance(product.structure, Network)
+                sharpness = float(product.structure.sharpness(views, product.batch))
             if multiple * sharpness >= _LIMIT:
                 self._warned = True
                 warnings.warn(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from frobdecay.algebra.scaling import is_finite, why_dead, work_dtype
 from frobdecay.algebra.spectral import split_evenly, with_inner
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.algebra.svd import resolution
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.holding import lists_of
@@ -74,9 +73,9 @@ def _check_balanceable(products: list[Product]) -> None:
                 f"{product.name}: {product.fixed}, so that balanced factors would compute "
                 "something else; leave it out: products(model, exclude=...)"
             )
-        if product.structure != CHAIN:
+        if not product.structure.is_chain:
             raise ValueError(
-                f"{product.name}: expected a chain of factors, got structure "
+                f"{product.name}: expected a chain of factors, U M.. Vᵀ, got "
                 f"{product.structure.name}, whose balance is not defined"
             )
         for factor in _moving(product):

@@ -2,7 +2,7 @@
 
 ``Product`` is the noun that joins everything: ``find`` lists them, backends add the
 gradient of their penalty, the optimizer and the diagnostics read them. It is a record of *where*
-the factors live, *how* they are seen, and how they combine: the ``Structure`` has the mathematics.
+the factors live, *how* they are seen, and how they combine: as a ``Network`` says, an einsum.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.equations import as_chain
+from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
-from frobdecay.algebra.structures import CHAIN, Structure
+from frobdecay.algebra.shifted import Structure
 from frobdecay.product.factor import Bare, Factor, axes_in, whole
 from frobdecay.product.partitions import why_partitioned
 
@@ -37,7 +39,8 @@ class Product:
         factors: in a chain first U, then the inner M, last V.
         scale: W = scale · U M Vᵀ (LoRA's α/r); enters the squared norm squared.
         batch: how many leading axes of every factor keep products apart.
-        structure: how the factors combine; a chain unless said otherwise.
+        structure: how the factors combine behind the batch axes; unless given, W = U M.. Vᵀ, a
+            chain of factors (*batch, *summed, rows, columns).
         biases: none at all, or for each factor of a pair None or what is added to it at the bond
             (the bias of a query projection), seen as one more row, (*batch, *summed, 1, r). It is
             no part of the product and never decays, but moves with the factor in ``balance_``.
@@ -58,11 +61,14 @@ class Product:
     factors: tuple[Factor, ...]
     scale: float = 1.0
     batch: int = 0
-    structure: Structure = CHAIN
+    structure: Structure = None  # type: ignore[assignment]  # found out where not given
     biases: tuple[Factor | None, ...] = ()
     fixed: str | None = None
 
     def __post_init__(self) -> None:
+        if self.structure is None:
+            views = self.outlines() if self.params else ()  # which refuses what has been flattened
+            object.__setattr__(self, "structure", _chain_of(self.name, views, self.batch))
         check_product(self)
 
     @cached_property
@@ -82,7 +88,8 @@ class Product:
         patterns: Sequence[str | None] | None = None,
         axes: Mapping[str, int] | None = None,
         batch: int | None = None,
-        structure: Structure = CHAIN,
+        equation: str | None = None,
+        structure: Structure | None = None,
     ) -> Product:
         """Make a product of bare parameters.
 
@@ -93,16 +100,26 @@ class Product:
             patterns: one einops pattern (or None) a tensor.
             axes: lengths that the patterns need.
             batch: number of leading batch axes; unless given, all but the last two in a chain
-                and none in other structures.
-            structure: how the tensors combine.
+                and none otherwise.
+            equation: how the tensors combine, if not as U M.. Vᵀ: any einsum in which each of
+                them is once, such as ``"ab,cd->acbd"``. One that is a chain is taken as a chain.
+            structure: the same as a record.
 
         Raises:
             TypeError: a factor that is not a real floating-point, strided tensor.
-            ValueError: fewer factors than the structure needs, or shapes that do not fit it.
+            ValueError: fewer factors than are needed, shapes that do not fit, or no equation.
+
+        Example:
+            >>> import torch
+            >>> A, B = torch.ones(2, 3), torch.ones(4, 5)
+            >>> product_norm(Product.of(A, B, equation="ab,cd->acbd")) ** 2  # Kronecker
+            tensor(120.0000)
         """
         for k, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected factor {k} to be a tensor, got {type(tensor)}")
+        if equation is not None:
+            structure, batch, patterns = _read(name, equation, batch, patterns)
         if patterns is None:
             patterns = [None] * len(tensors)
         elif len(patterns) != len(tensors):
@@ -112,9 +129,9 @@ class Product:
             for tensor, pattern in zip(tensors, patterns, strict=True)
         )
         if batch is None:
-            chained = structure == CHAIN
-            batch = min((f.outline().ndim for f in factors), default=2) - 2 if chained else 0
-        return cls(name, factors, scale, batch, structure)
+            axes_of = [factor.outline().ndim for factor in factors]
+            batch = min(axes_of, default=2) - 2 if structure is None else 0
+        return cls(name, factors, scale, batch, structure)  # type: ignore[arg-type]
 
     @property
     def params(self) -> tuple[Tensor, ...]:
@@ -155,6 +172,32 @@ class Product:
         return (self.scale * self.structure.materialize(views, self.batch)).to(dtype)
 
 
+def _chain_of(name: str, views: Sequence[Tensor], batch: int) -> Network:
+    """The chain of factors with so many axes."""
+    shapes = [tuple(view.shape) for view in views]
+    if len(views) < 2:
+        raise ValueError(f"{name}: expected two factors or more, got {len(views)}")
+    if batch < 0 or any(len(shape) < batch + 2 for shape in shapes):
+        raise ValueError(
+            f"{name}: expected factors with {batch} batch axes and a matrix, got {shapes}; for "
+            "any other einsum, say which: Product.of(..., equation=...)"
+        )
+    return chain(tuple(len(shape) - batch for shape in shapes))
+
+
+def _read(
+    name: str, equation: str, batch: int | None, patterns: Sequence[str | None] | None
+) -> tuple[Network, int, Sequence[str | None] | None]:
+    """An equation as a structure: as a chain, where the axes of its factors can be put so."""
+    try:
+        network, found = Network.of(equation), as_chain(equation)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if found is None or batch is not None or patterns is not None:
+        return network, batch or 0, patterns
+    return found[0], found[1], found[2]
+
+
 def check_product(product: Product) -> None:
     """Refuse what is not real, dense, or does not fit together, naming the product.
 
@@ -179,10 +222,10 @@ def check_product(product: Product) -> None:
 
 def _check_biases(product: Product, views: Sequence[Tensor]) -> None:
     """Refuse biases that are not further rows of the ends of a chain."""
-    if product.structure != CHAIN or len(product.biases) != 2 or len(views) != 2:
+    if not product.structure.is_chain or len(product.biases) != 2 or len(views) != 2:
         raise ValueError(
             f"{product.name}: expected biases of a chain of two factors, one or None for each, got "
-            f"{len(product.biases)} for {len(views)} factors of structure {product.structure.name}"
+            f"{len(product.biases)} for {len(views)} factors, a {product.structure.name}"
         )
     for bias, view in zip(product.biases, views, strict=True):
         if bias is None:
@@ -309,16 +352,17 @@ def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
     norms, alike = [], defaultdict(list)
     for product in products:
         params = product.params
-        if product.structure != CHAIN or sum(param.nbytes for param in params) > BUCKET_BYTES:
+        large = sum(param.nbytes for param in params) > BUCKET_BYTES
+        if large or not product.structure.is_chain:
             norms.append(squared_norm(product))
             continue
         views = product.views()
         about = tuple((view.shape, view.dtype, view.device) for view in views)
-        alike[about, product.batch, product.scale].append(views)
-    for (_, batch, scale), members in alike.items():
+        alike[about, product.structure, product.batch, product.scale].append(views)
+    for (_, structure, batch, scale), members in alike.items():
         stacks = [torch.stack(views) for views in zip(*members, strict=True)]
         with full_precision(stacks[0].device.type):
-            norms.append(CHAIN.squared_norm(stacks, batch + 1) * scale**2)
+            norms.append(structure.squared_norm(stacks, batch + 1) * scale**2)
     return norms
 
 

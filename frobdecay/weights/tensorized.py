@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.scaling import check_not_zero, check_weight, root_mean_square
-from frobdecay.algebra.stars import narrowest
-from frobdecay.algebra.structures import Structure
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION
@@ -92,7 +91,7 @@ class Tensorized(Recorded, ABC):
         """Shapes of the factors."""
 
     @abstractmethod
-    def structure(self, modes: Sequence[int], ranks: Any) -> Structure:
+    def structure(self, modes: Sequence[int], ranks: Any) -> Network:
         """How the factors combine."""
 
     @abstractmethod
@@ -287,3 +286,17 @@ def _detached(stages: Stages) -> Stages:
     """As factors made under no_grad: no gradient goes through them."""
     out, core, into = stages
     return out.detach(), core.detach(), into.detach()
+
+
+def narrowest(dims: Sequence[int], ranks: Sequence[int]) -> int:
+    """The number of modes after which to cut a tensor into L Rᵀ: least rank, then least entries.
+
+    Args:
+        dims: sizes of the modes.
+        ranks: columns of L and R, cut after 1, …, d − 1 modes.
+    """
+
+    def cost(k: int) -> tuple[int, int]:
+        return ranks[k - 1], prod(dims[:k]) + prod(dims[k:])
+
+    return min(range(1, len(dims)), key=cost)

@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from frobdecay.algebra import stars
-from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
-from frobdecay.algebra.structures import CHAIN, Structure
+from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd, tucker_dense
+from frobdecay.algebra.equations import cp, tucker
+from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.weights.parametrization import recorded
 from frobdecay.weights.tensorized import Init, Shapes, Stages, Tensorized
+
+
+def tucker_sides(core: Tensor, factors: Mapping[int, Tensor], cut: int) -> tuple[Tensor, Tensor]:
+    """The Tucker tensor as a matrix L Rᵀ whose rows are the first ``cut`` modes.
+
+    Args:
+        core: (r_1, …, r_d).
+        factors: {mode: (n_k, r_k)}, counted from 0.
+        cut: between 1 and d − 1.
+
+    Returns:
+        L (n_1·…, r) and R (…·n_d, r) with r the smaller side of the core, which is multiplied
+        into the other side's factors; this side's stand alone, in a Kronecker product.
+    """
+    left = prod(core.shape[:cut]) <= prod(core.shape[cut:])
+    side = range(cut) if left else range(cut, core.ndim)
+    alone = [factors[m] if m in factors else _eye(core.shape[m], core) for m in side]
+    through = tucker_dense(core, {m: U for m, U in factors.items() if m not in side})
+    matrix = through.flatten(cut).flatten(0, cut - 1)
+    kron = reduce(_kronecker, alone)
+    return (kron, matrix.mT) if left else (matrix, kron)
+
+
+def _eye(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
+
+
+def _kronecker(a: Tensor, b: Tensor) -> Tensor:
+    return (a[:, None, :, None] * b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def cp_sides(factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
+    """The CP tensor as a matrix L Rᵀ whose rows are the first ``cut`` modes.
+
+    Returns:
+        L (n_1·…, r) and R (…·n_d, r), the Khatri–Rao products of the factors of either side.
+    """
+    return reduce(_khatri_rao, factors[:cut]), reduce(_khatri_rao, factors[cut:])
+
+
+def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
+    """The Kronecker products of the columns of (m, r) and (n, r): (m·n, r)."""
+    return (a[:, None] * b[None]).flatten(0, 1)
 
 
 @recorded
@@ -49,10 +94,10 @@ class Tucker(Tensorized):
         """The core's, then those of the factors."""
         return (ranks, *((n, r) for n, r in zip(modes, ranks, strict=True) if r < n))
 
-    def structure(self, modes: Sequence[int], ranks: tuple[int, ...]) -> stars.Tucker:
-        """A star with some modes whole."""
+    def structure(self, modes: Sequence[int], ranks: tuple[int, ...]) -> Network:
+        """A core and factors, where a mode is not whole."""
         pairs = enumerate(zip(modes, ranks, strict=True))
-        return stars.Tucker(tuple(k for k, (n, r) in pairs if r == n))
+        return tucker(len(modes), [k for k, (n, r) in pairs if r == n])
 
     def bond(self, ranks: tuple[int, ...], cut: int) -> int:
         """The smaller side of the core."""
@@ -60,11 +105,11 @@ class Tucker(Tensorized):
 
     def sides(self, factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
         """The factors of one side, and the core multiplied by those of the other."""
-        return stars.tucker_sides(factors[0], self._by_mode(factors), cut)
+        return tucker_sides(factors[0], self._by_mode(factors), cut)
 
     def dense(self, factors: Sequence[Tensor]) -> Tensor:
         """Multiply the core by one factor after the other."""
-        return stars.tucker_dense(factors[0], self._by_mode(factors))
+        return tucker_dense(factors[0], self._by_mode(factors))
 
     def stages(self, factors: Sequence[Tensor]) -> Stages | None:
         """Where output and input channels each are a mode with a factor, and the kernel follows."""
@@ -76,14 +121,15 @@ class Tucker(Tensorized):
         if 0 not in held or 1 not in held:
             return None
         out, into = held.pop(0), held.pop(1)
-        core = stars.tucker_dense(factors[0], held)
+        core = tucker_dense(factors[0], held)
         return out, core.reshape(*core.shape[:2], *view.shape[2:]), into
 
     def _by_mode(self, factors: Sequence[Tensor]) -> dict[int, Tensor]:
         """Mode -> factor, those first that make the core grow least, by the sizes that we know."""
         modes = self._known().modes
         ranks = self.ranks(modes)
-        held = zip(self.structure(modes, ranks).modes(len(modes)), factors[1:], strict=True)
+        smaller = [k for k, (n, r) in enumerate(zip(modes, ranks, strict=True)) if r < n]
+        held = zip(smaller, factors[1:], strict=True)
         return dict(sorted(held, key=lambda item: modes[item[0]] / ranks[item[0]]))
 
     def paths(self, modes: Sequence[int], ranks: tuple[int, ...]) -> int:
@@ -124,9 +170,9 @@ class TensorTrain(Tensorized):
         inner = zip(modes[1:-1], ranks, ranks[1:], strict=False)
         return ((modes[0], ranks[0]), *inner, (modes[-1], ranks[-1]))
 
-    def structure(self, modes: Sequence[int], ranks: tuple[int, ...]) -> Structure:
+    def structure(self, modes: Sequence[int], ranks: tuple[int, ...]) -> Network:
         """A chain."""
-        return CHAIN
+        return chain(tuple(map(len, self.shapes(modes, ranks))))
 
     def bond(self, ranks: tuple[int, ...], cut: int) -> int:
         """The bond that is cut."""
@@ -175,9 +221,9 @@ class CP(Tensorized):
         """(n_k, r) each."""
         return tuple((n, ranks) for n in modes)
 
-    def structure(self, modes: Sequence[int], ranks: int) -> Structure:
-        """A star without a core."""
-        return stars.CP
+    def structure(self, modes: Sequence[int], ranks: int) -> Network:
+        """One sum."""
+        return cp(len(modes))
 
     def bond(self, ranks: int, cut: int) -> int:
         """The number of terms."""
@@ -185,7 +231,7 @@ class CP(Tensorized):
 
     def sides(self, factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
         """The Khatri–Rao products of either side."""
-        return stars.cp_sides(factors, cut)
+        return cp_sides(factors, cut)
 
     def paths(self, modes: Sequence[int], ranks: int) -> int:
         """The terms."""

@@ -55,12 +55,14 @@ def test_sharded_training_is_that_of_one_process(world):
             assert losses < 1e-9, name
 
 
-def test_structures_without_a_chain_travel_whole():
-    """Their gradients are exact, too; what is sent is as many numbers as the factors have."""
-    for error, counts, numbers, size in of(2, "other_structures"):
-        assert error < 1e-12
-        assert counts == ONE
-        assert numbers == size
+@pytest.mark.covers("C14")
+def test_grams_of_what_is_no_chain_are_exchanged():
+    """The gradients of Tucker, CP and other equations are exact from numbers that are r×r."""
+    for report in of(2, "other_structures"):
+        for error, counts, numbers, expected in report:
+            assert error < 1e-12
+            assert counts == ONE
+            assert numbers == expected
 
 
 def test_measurements_are_those_of_whole_factors():

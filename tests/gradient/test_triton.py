@@ -20,7 +20,6 @@ from waiting import no_waiting
 
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
-from frobdecay.algebra.structures import CHAIN
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.gradient.bucketed import Job, overlapping
 from frobdecay.gradient.triton import executor
@@ -39,7 +38,7 @@ SMALL = Tile(16, 16, 1, 2, 16, 16, 16, 4, 2, (1, 4), 4)  # many tiles from few n
 PAIRS = [
     name
     for name, product in ((name, make(torch.float32)) for name, make in PRODUCTS.items())
-    if len(product.factors) == 2 and product.structure == CHAIN
+    if len(product.factors) == 2 and product.structure.is_chain
 ]
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
@@ -69,7 +68,7 @@ def make(kind, dtype=torch.float32, count=1):
 
 def plan(products, **options):
     """A plan for products, as the accumulator makes it."""
-    return Grouped([Job(product.views(), product.batch) for product in products], **options)
+    return Grouped([Job(p.views(), p.batch, p.structure) for p in products], **options)
 
 
 def zeros(products, dtype=None):

@@ -15,8 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from frobdecay import diagnostics
-from frobdecay.algebra.stars import CP
-from frobdecay.algebra.structures import CHAIN
+from frobdecay.algebra.network import Network
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
@@ -668,11 +667,12 @@ def test_biases_have_to_fit_their_factor(biases, message):
         Product("mine", ends, biases=biases)
 
 
-@pytest.mark.parametrize(("count", "structure"), [(3, CHAIN), (2, CP)], ids=["three", "no chain"])
-def test_biases_are_of_chains_of_two_factors(count, structure):
+@pytest.mark.parametrize(("count", "equation"), [(3, "mr,rs,ns->mn"), (2, "mr,nr->nm")])
+def test_biases_are_of_chains_of_two_factors(count, equation):
     """Others have no two ends that a row could be added to."""
     factors = tuple(Factor(nn.Linear(4, 4), "weight") for _ in range(count))
-    with pytest.raises(ValueError, match=f"2 for {count} factors of structure {structure.name}"):
+    structure = Network.of(equation)
+    with pytest.raises(ValueError, match=f"2 for {count} factors, a {structure.name}"):
         Product("mine", factors, biases=(None, None), structure=structure)
 
 

@@ -374,7 +374,7 @@ def squared_norms(products: Product | Iterable[Product]) -> Tensor:
     if reasons or not found:
         raise ValueError("expected pairs for the kernels: " + ("; ".join(reasons) or "got none"))
     with torch.no_grad():
-        plan = Grouped([Job(product.views(), product.batch) for product in found])
+        plan = Grouped([Job(p.views(), p.batch, p.structure) for p in found])
         with plan.on_device():
             plan.launch_grams()
         scales = torch.tensor(
