@@ -6,8 +6,8 @@
 The model is Llama with all seven matrices of every layer factorized at ``--ratio``, embeddings
 dense, under ``fully_shard``. For each number of processes,
 
-    FD         one all-reduce of the Σ 2r² numbers of all Grams, float32; of a factor of fewer rows than
-               columns, the factor
+    FD         one all-reduce of the Σ 2r² numbers of all Grams, float32 (a factor
+               itself where it is no larger)
     gathering  an all-gather of all factors, (m+n)·r float32 numbers each, from which every process
                could form what it needs
     FSDP       two all-gathers of all parameters and a reduce-scatter of all gradients, bfloat16
