@@ -31,5 +31,5 @@ def test_readme_examples_run(k):
 def test_the_script_for_several_processes_runs(tmp_path):
     """As it is printed, with torchrun and two processes; factors stay alike."""
     out = torchrun(2, tmp_path)
-    assert "2 on a mesh of 2: 4,096 numbers in one all-reduce" in out
+    assert "2 on a mesh of 2: 3,392 numbers in one all-reduce" in out
     assert out.rstrip().endswith("done")
