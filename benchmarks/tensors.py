@@ -31,7 +31,7 @@ from benchmarks.cases import CONVS, Conv
 from benchmarks.measure import Report, Target, Timing
 from frobdecay import CP, TensorTrain, Tucker, factorize, products
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd
-from frobdecay.algebra.equations import cp, tucker
+from frobdecay.algebra.network import cp, tucker
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import Product
 from frobdecay.weights.forms.cost import force

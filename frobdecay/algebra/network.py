@@ -24,14 +24,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
-from math import prod
-from string import ascii_letters
+from string import ascii_letters, ascii_lowercase
 
-import torch
 from torch import Tensor
 
 from frobdecay.algebra.contraction import Plan, plan
-from frobdecay.algebra.lowering import Pair, aligned, lowered
+from frobdecay.algebra.lowering import Pair, lowered
 from frobdecay.algebra.precision import LONG, Coefficient, Views, accumulable
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -86,7 +84,7 @@ class Network:
                 f"expected every letter of the output in a factor, got {', '.join(unknown)} in "
                 f"none of {equation!r}"
             )
-        letters = {ord(c): ascii_letters[n] for n, c in enumerate(_seen(terms))}
+        letters = {ord(c): ascii_letters[n] for n, c in enumerate(dict.fromkeys("".join(terms)))}
         *plain, last = (term.translate(letters) for term in terms)
         return Network(f"{inputs}->{output}", tuple(plain), last)
 
@@ -109,22 +107,24 @@ class Network:
     @cached_property
     def _shown(self) -> Mapping[int, str]:
         """Its own letters, of those of the terms, and with primes those of copies."""
-        inputs = self.equation.partition("->")[0].split(",")
-        found = dict(zip("".join(self.terms), "".join(inputs), strict=True))
+        written = [c for c in self.equation if c in ascii_letters]
+        found = dict(zip("".join((*self.terms, self.output)), written, strict=True))
         return {
             **{ord(c): shown for c, shown in found.items()},
             **{ord(c.translate(_PRIMED)): f"{shown}'" for c, shown in found.items()},
         }
 
-    def _of_batch(self, batch: int) -> tuple[str, ...]:
+    def with_batch(self, batch: int) -> tuple[str, ...]:
+        """The terms, with digits for the axes in front of them."""
         return tuple(_BATCH[:batch] + term for term in self.terms)
 
-    def _copied(self, term: str) -> str:
+    def copied(self, term: str) -> str:
+        """The letters of a copy, whose bonds are others."""
         return "".join(c.translate(_PRIMED) if c in self.bonds else c for c in term)
 
     def sizes(self, views: Views, batch: int) -> dict[str, int]:
         """The length of every letter, the digits being those of the batch."""
-        pairs = zip(self._of_batch(batch), views, strict=True)
+        pairs = zip(self.with_batch(batch), views, strict=True)
         return {c: n for term, v in pairs for c, n in zip(term, v.shape, strict=True)}
 
     def check(self, name: str, views: Views, batch: int) -> None:
@@ -134,7 +134,7 @@ class Network:
         if len(views) != len(self.terms):
             raise ValueError(f"{name}: expected {len(self.terms)} factors {of}, got {shapes}")
         known: dict[str, tuple[int, int]] = {}
-        for k, (term, shape) in enumerate(zip(self._of_batch(batch), shapes, strict=True)):
+        for k, (term, shape) in enumerate(zip(self.with_batch(batch), shapes, strict=True)):
             if len(shape) != len(term):
                 raise ValueError(
                     f"{name}: expected factors {of}, but for {term.translate(self._shown)!r} "
@@ -260,7 +260,7 @@ class Network:
         """The letters of the Gram of factor k: those that are not summed, then the copies'."""
         term, own = _BATCH[:batch] + self.terms[k], self.own(k)
         kept = "".join(c for c in term if c not in own)
-        return kept + "".join(c for c in self._copied(kept) if c not in kept)
+        return kept + "".join(c for c in self.copied(kept) if c not in kept)
 
     def rows(self, k: int, batch: int) -> list[int]:
         """The axes of factor k that its Gram sums over."""
@@ -269,7 +269,7 @@ class Network:
     def gram_shape(self, k: int, shape: Sequence[int], batch: int) -> tuple[int, ...]:
         """The shape of the Gram of factor k, if that has this shape."""
         term = _BATCH[:batch] + self.terms[k]
-        sizes = dict(zip(term + self._copied(term), [*shape, *shape], strict=True))
+        sizes = dict(zip(term + self.copied(term), [*shape, *shape], strict=True))
         return tuple(sizes[c] for c in self.gram_of(k, batch))
 
     def gram(self, k: int, view: Tensor, batch: int) -> Tensor:
@@ -279,46 +279,6 @@ class Network:
     def times(self, k: int, view: Tensor, around: Tensor, batch: int) -> Tensor:
         """The gradient of factor k, or of some of its rows, from what is around its Gram."""
         return _pair(self, k, batch, tuple(view.shape), False)(view, around)
-
-    def sharpness(self, views: Views, batch: int) -> Tensor:
-        """By how much ∇½‖W‖², linear in each factor, scales one: the largest eigenvalue.
-
-        For a factor of a chain it is that of L ⊗ R, between the Grams of what is left of it and
-        right of it. So it is always: parts of the network that only this factor holds together
-        multiply, and so do their largest eigenvalues.
-        """
-        views = accumulable(views)
-        return torch.stack([self._sharpness(k, views, batch) for k in range(len(views))]).max()
-
-    def _sharpness(self, k: int, views: Views, batch: int) -> Tensor:
-        terms, sizes = self._of_batch(batch), self.sizes(views, batch)
-        apart = [c for c in terms[k] if c not in self.bonds]  # the map is one for each entry
-        found = views[0].new_ones([sizes[c] for c in apart])
-        left = [j for j in range(len(views)) if j != k]
-        while left:
-            part = [left.pop()]
-            for j in part:
-                near = [i for i in left if set(terms[i]) & set(terms[j]) - set(apart)]
-                part += near
-                left = [i for i in left if i not in near]
-            every = [terms[j] for j in part] + [self._copied(terms[j]) for j in part]
-            own = [c for c in apart if any(c in term for term in every)]
-            ends = [c for c in terms[k] if c in self.bonds and any(c in term for term in every)]
-            out = "".join(own) + "".join(ends) + self._copied("".join(ends))
-            tensors = [views[j] for j in part] * 2
-            shapes = tuple([tensor.shape for tensor in tensors])
-            made = plan(tuple(every), out, shapes).result(tensors)
-            n = prod(sizes[c] for c in ends)
-            matrix = made.reshape(*made.shape[: len(own)], n, n)
-            found = found * aligned("".join(own), "".join(apart))(
-                torch.linalg.eigvalsh(matrix)[..., -1]
-            )
-        alone = [c for c in terms[k] if c in self.bonds and "".join(terms).count(c) == 1]
-        return found.max() * prod(sizes[c] for c in alone)
-
-
-def _seen(terms: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys("".join(terms)))
 
 
 @lru_cache(maxsize=4096)
@@ -333,8 +293,8 @@ def _planned(
     """For the gradients that are wanted; for the norm if none is."""
     # Of long factors, autograd would sum over the rows of W in its own way.
     dense = bool(wanted) or not host or max([0, *(n for s in shapes for n in s)]) <= LONG
-    terms = list(network._of_batch(batch))
-    copies: list[str | None] = [network._copied(term) for term in terms]
+    terms = list(network.with_batch(batch))
+    copies: list[str | None] = [network.copied(term) for term in terms]
     for k, given in enumerate(grams):
         if given:
             terms[k], copies[k] = network.gram_of(k, batch), None
@@ -344,14 +304,14 @@ def _planned(
 
 @lru_cache(maxsize=4096)
 def _dense(network: Network, shapes: Shapes, batch: int) -> Plan:
-    return plan(network._of_batch(batch), _BATCH[:batch] + network.output, shapes)
+    return plan(network.with_batch(batch), _BATCH[:batch] + network.output, shapes)
 
 
 @lru_cache(maxsize=4096)
 def _pair(network: Network, k: int, batch: int, shape: tuple[int, ...], own: bool) -> Pair:
     """Factor k with its copy, which gives its Gram, or with what is around that."""
     term, gram = _BATCH[:batch] + network.terms[k], network.gram_of(k, batch)
-    copy = network._copied(term)
+    copy = network.copied(term)
     sizes = dict(zip(term + copy, shape * 2, strict=True))
     other, out = (copy, gram) if own else (gram, copy)
     return lowered(term, other, out, sizes, exact=True)[1]
@@ -373,3 +333,58 @@ def chain(counts: tuple[int, ...]) -> Network:
     own |= {k: "".join(islice(free, counts[k] - 2)) for k in range(1, last)}
     terms = [own[k] + bonds[max(k - 1, 0) : k + 1][: 2 if k < last else 1] for k in range(last + 1)]
     return Network.of(f"{','.join(terms)}->{''.join(own[k] for k in range(last + 1))}")
+
+
+def tucker(order: int, whole: Sequence[int] = ()) -> Network:
+    """A core, then a factor for each mode that is not whole; modes are counted from 0.
+
+    Example:
+        >>> tucker(3).equation, tucker(3, whole=[2]).equation
+        ('ABC,aA,bB,cC->abc', 'ABc,aA,bB->abc')
+    """
+    modes = ascii_lowercase[:order]
+    core = "".join(c if k in whole else c.upper() for k, c in enumerate(modes))
+    factors = [c + c.upper() for k, c in enumerate(modes) if k not in whole]
+    return Network.of(f"{','.join([core, *factors])}->{modes}")
+
+
+def cp(order: int) -> Network:
+    """The sum over r of the outer products of columns r.
+
+    Example:
+        >>> cp(3).equation
+        'ar,br,cr->abc'
+    """
+    modes = ascii_lowercase.replace("r", "")[:order]
+    return Network.of(f"{','.join(c + 'r' for c in modes)}->{modes}")
+
+
+def as_chain(equation: str) -> tuple[Network, int, list[str]] | None:
+    """Read an equation as a chain, if the factors' axes can be put into that order.
+
+    Returns:
+        The chain, the number of its batch axes, and an einops pattern for each factor.
+
+    Example:
+        >>> network, batch, patterns = as_chain("hmr,hrn->hmn")
+        >>> network.equation, batch, patterns
+        ('mr,nr->mn', 1, ['h m r -> h m r', 'h r n -> h n r'])
+    """
+    given = Network.of(equation)
+    *terms, output = (term.translate(given._shown) for term in (*given.terms, given.output))
+    heads = "".join(c for c in output if all(c in term for term in terms))
+    seen = []
+    for k, term in enumerate(terms):
+        before = "".join(terms[max(k - 1, 0) : k])
+        rest = [c for c in term if c not in heads]
+        free = sorted((c for c in rest if c in output), key=output.index)
+        bonds = sorted((c for c in rest if c not in output), key=lambda c: c not in before)
+        seen.append("".join([*free, *bonds]))
+    if not output.startswith(heads):
+        return None
+    network = Network.of(f"{','.join(seen)}->{output[len(heads) :]}")
+    if not network.is_chain:
+        return None
+    pairs = zip(terms, seen, strict=True)
+    patterns = [f"{' '.join(term)} -> {' '.join(heads + view)}" for term, view in pairs]
+    return network, len(heads), patterns

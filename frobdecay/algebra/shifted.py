@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, Views, common_dtype, times_rows
 from frobdecay.algebra.scaling import shortened
 
@@ -129,10 +128,6 @@ class Shifted:
         pairs = zip(self.scales, views[1::2], strict=True)
         u = torch.cat([scale * view.to(dtype) for scale, view in pairs], dim=-1)
         return views[0], u, torch.cat([view.to(dtype) for view in views[2::2]], dim=-1)
-
-
-Structure = Network | Shifted
-"""How factors combine."""
 
 
 def _blocks(matrix: Tensor) -> Sequence[Tensor]:

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.scaling import work_dtype
+from frobdecay.algebra.sharpness import sharpness as sharpness_of
 from frobdecay.optim.rates import DECAY
 from frobdecay.product.product import Product, as_products, product_norm
 
@@ -322,7 +323,7 @@ def _measure_other(product: Product, rate: float | None, decay: float | None) ->
     """What holds for every structure: norm, bound, effective step; how a step of decay scales."""
     views, norm, sharpness = product.views(), float(product_norm(product)), nan
     if decay is not None and isinstance(product.structure, Network) and isfinite(norm):
-        sharpness = product.scale**2 * float(product.structure.sharpness(views, product.batch))
+        sharpness = product.scale**2 * float(sharpness_of(product.structure, views, product.batch))
     sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in views]
     return ProductMeasurement(
         name=product.name,
@@ -345,7 +346,7 @@ def _measure_chain(product: Product, rate: float | None, decay: float | None) ->
         spectrum = scale * _spectrum(factors, batch)
         imbalance = _imbalance(factors, batch)
         network = chain(tuple(factor.ndim - batch for factor in factors))
-        sharpness = scale**2 * float(network.sharpness(factors, batch))
+        sharpness = scale**2 * float(sharpness_of(network, factors, batch))
     else:  # LAPACK raises on NaN; a record of a run that diverged should not
         spectrum = factors[0].new_full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
         imbalance = sharpness = nan

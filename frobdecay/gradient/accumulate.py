@@ -257,9 +257,8 @@ class Accumulator:
             shown = ", ".join(names[:2]) + (f", … ({len(names)})" if len(names) > 2 else "")
             first = self.products[choice.members[0]]
             outlines = first.outlines()
-            route = first.structure.route(outlines, first.batch)
-            if choice.backend == Exchange.name:
-                route = "gram"  # also where a process alone would form W
+            alone = choice.backend != Exchange.name  # together they never form W
+            route = first.structure.route(outlines, first.batch) if alone else "gram"
             shape = " · ".join("×".join(map(str, view.shape)) for view in outlines)
             lines.append(f"{choice.backend:<12} {route:<6} {shape:<24} {shown}")
             lines.append(f"{'':<12} {choice.reason}")
@@ -389,13 +388,7 @@ def add_penalty_grad_(
 def explain(
     products: Product | Iterable[Product], backend: str | None = None, *, steps: bool = False
 ) -> str:
-    """Say what runs where and why.
-
-    Args:
-        products: one product or several.
-        backend: a name in ``backends.BACKENDS``; None chooses.
-        steps: whether to list the steps of the contraction of each kind of product, with their
-            flops and what is kept.
+    """Say what runs where and why; with ``steps``, their flops and what is kept, too.
 
     Example:
         >>> import torch
@@ -403,13 +396,5 @@ def explain(
         >>> print(explain(pairs))
         bucketed     gram   6×2 · 5×2                product, product, … (3)
                      3 of one shape, 0.1 KiB each
-        >>> print(explain(pairs[0], steps=True))
-        bucketed     gram   6×2 · 5×2                product
-                     1 of one shape, 0.1 KiB each
-                     mr,nr->mn with m=6 r=2 n=5, gram: 176 flops
-                       nr,nr'->r'r                        40 flops  4 numbers
-                       mr,mr'->r'r                        48 flops  4 numbers
-                       r'r,mr'->mr                        48 flops  for factor 0
-                       r'r,nr'->nr                        40 flops  for factor 1
     """
     return Accumulator(products, backend).explain(steps)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
-from frobdecay.algebra.shifted import Structure
+from frobdecay.product.product import Structure
 
 Targets = Sequence[Tensor | None]
 """Of all factors, job by job."""

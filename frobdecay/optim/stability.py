@@ -22,6 +22,7 @@ from torch import Tensor
 
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
+from frobdecay.algebra.sharpness import sharpness as sharpness_of
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.product import Product
 
@@ -96,7 +97,7 @@ class Watch:
             views = product.views()
             with full_precision(views[0].device.type):
                 assert isinstance(product.structure, Network)
-                sharpness = float(product.structure.sharpness(views, product.batch))
+                sharpness = float(sharpness_of(product.structure, views, product.batch))
             if multiple * sharpness >= _LIMIT:
                 self._warned = True
                 warnings.warn(

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.equations import as_chain
-from frobdecay.algebra.network import Network, chain
+from frobdecay.algebra.network import Network, as_chain, chain
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
-from frobdecay.algebra.shifted import Structure
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.factor import Bare, Factor, axes_in, whole
 from frobdecay.product.partitions import why_partitioned
+
+Structure = Network | Shifted
+"""How factors combine."""
 
 BUCKET_BYTES = 1 << 17
 """Products whose factors take more bytes than this are not multiplied together on a CPU: copying

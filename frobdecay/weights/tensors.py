@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd, tucker_dense
-from frobdecay.algebra.equations import cp, tucker
-from frobdecay.algebra.network import Network, chain
+from frobdecay.algebra.network import Network, chain, cp, tucker
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.weights.parametrization import recorded
 from frobdecay.weights.tensorized import Init, Shapes, Stages, Tensorized

@@ -10,7 +10,7 @@ from closeness import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frobdecay.algebra import equations
+from frobdecay.algebra import network
 from frobdecay.algebra.decompositions import (
     cp_als,
     hooi,
@@ -29,7 +29,7 @@ def tucker(tensor, ranks, how=hosvd):
     """The product of a Tucker decomposition."""
     pairs = enumerate(zip(ranks, tensor.shape, strict=True))
     whole = tuple(k for k, (r, n) in pairs if r == n)
-    return Product.of(*how(tensor, ranks), structure=equations.tucker(tensor.ndim, whole))
+    return Product.of(*how(tensor, ranks), structure=network.tucker(tensor.ndim, whole))
 
 
 def train(tensor, ranks):
@@ -39,7 +39,7 @@ def train(tensor, ranks):
 
 def polyadic(tensor, rank, **options):
     """The product of a CP decomposition."""
-    return Product.of(*cp_als(tensor, rank, **options), structure=equations.cp(tensor.ndim))
+    return Product.of(*cp_als(tensor, rank, **options), structure=network.cp(tensor.ndim))
 
 
 DECOMPOSITIONS = {
@@ -119,7 +119,7 @@ def test_of_a_matrix_it_is_the_truncated_svd(decompose):
     tensor = normal((9, 7))
     best = Product.of(*spectral_init(tensor, 3))
     factors = decompose(tensor, (3,))
-    found = Product.of(*factors, structure=equations.tucker(2)) if len(factors) == 3 else None
+    found = Product.of(*factors, structure=network.tucker(2)) if len(factors) == 3 else None
     found = found or Product.of(*factors)
     assert error(tensor, found) == pytest.approx(error(tensor, best), rel=1e-12)
 
@@ -139,7 +139,7 @@ def test_tucker_factors_are_orthonormal():
         assert [tuple(U.shape) for U in factors] == [(6, 3), (4, 2)]  # a whole mode has none
         for U in factors:
             assert torch.allclose(U.mT @ U, torch.eye(U.shape[1], dtype=U.dtype), atol=1e-12)
-        product = Product.of(core, *factors, structure=equations.tucker(3, [1]))
+        product = Product.of(core, *factors, structure=network.tucker(3, [1]))
         assert torch.allclose(core.norm(), product.materialize().norm())
 
 
@@ -147,7 +147,7 @@ def test_tucker_factors_are_orthonormal():
 def test_cp_finds_the_terms_of_a_cp_tensor():
     """A tensor of r terms comes back, to the tolerance's order."""
     terms = [normal((n, 3), n) for n in (7, 6, 5)]
-    tensor = Product.of(*terms, structure=equations.cp(3)).materialize()
+    tensor = Product.of(*terms, structure=network.cp(3)).materialize()
     assert error(tensor, polyadic(tensor, 3, tolerance=1e-12, sweeps=3000)) < 1e-6
 
 
@@ -185,7 +185,7 @@ def test_no_column_is_dead(kind):
     weight = rank_one()
     factors = tt_svd(weight, (3, 3)) if kind == "tt" else cp_als(weight, 3)
     leaves = [f.requires_grad_() for f in factors]
-    structure = {} if kind == "tt" else {"structure": equations.cp(len(leaves))}
+    structure = {} if kind == "tt" else {"structure": network.cp(len(leaves))}
     product = Product.of(*leaves, batch=0, **structure)
     assert error(weight, product) < 1e-5
     (product.materialize() * torch.randn(6, 5, 4)).sum().backward()

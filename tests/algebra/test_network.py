@@ -8,8 +8,8 @@ from closeness import close, normal
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from frobdecay.algebra.equations import as_chain, cp, tucker
-from frobdecay.algebra.network import Network, chain
+from frobdecay.algebra.network import Network, as_chain, chain, cp, tucker
+from frobdecay.algebra.sharpness import sharpness
 
 
 @st.composite
@@ -116,7 +116,7 @@ def test_sharpness_is_the_largest_eigenvalue_of_a_hessian(drawn):
 
         hessian = torch.autograd.functional.hessian(half, view)
         found.append(torch.linalg.eigvalsh(hessian.reshape(view.numel(), -1))[-1])
-    assert close(Network.of(equation).sharpness(views, 0), torch.stack(found).max(), 1e-10)
+    assert close(sharpness(Network.of(equation), views, 0), torch.stack(found).max(), 1e-10)
 
 
 @given(networks(), st.data())

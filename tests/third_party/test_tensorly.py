@@ -12,7 +12,7 @@ from tensorly.tucker_tensor import tucker_to_tensor  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, products  # noqa: E402
-from frobdecay.algebra import equations  # noqa: E402
+from frobdecay.algebra import network  # noqa: E402
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd  # noqa: E402
 from frobdecay.algebra.tensorize import tucker_ranks  # noqa: E402
 from frobdecay.product import find  # noqa: E402
@@ -71,7 +71,7 @@ def test_hosvd(make):
     tensor = make()
     theirs = tucker(tensor, ranks(tensor), n_iter_max=0, init="svd")
     ours = Product.of(
-        *hosvd(tensor, ranks(tensor)), structure=equations.tucker(tensor.ndim)
+        *hosvd(tensor, ranks(tensor)), structure=network.tucker(tensor.ndim)
     ).materialize()
     assert error(tensor, ours) == pytest.approx(error(tensor, tucker_to_tensor(theirs)), rel=1e-6)
 
@@ -82,7 +82,7 @@ def test_hooi(make):
     tensor = make()
     theirs = tucker(tensor, ranks(tensor), n_iter_max=100, init="svd", tol=1e-6)
     ours = Product.of(
-        *hooi(tensor, ranks(tensor)), structure=equations.tucker(tensor.ndim)
+        *hooi(tensor, ranks(tensor)), structure=network.tucker(tensor.ndim)
     ).materialize()
     assert error(tensor, ours) <= 1.01 * error(tensor, tucker_to_tensor(theirs))
 
@@ -93,7 +93,7 @@ def test_tucker_2():
     (core, factors), _ = partial_tucker(tensor, (4, 3), modes=[0, 1], init="svd", tol=1e-6)
     theirs = torch.einsum("abxy,oa,ib->oixy", core, *factors)
     ours = Product.of(
-        *hooi(tensor, (4, 3, 3, 3)), structure=equations.tucker(4, (2, 3))
+        *hooi(tensor, (4, 3, 3, 3)), structure=network.tucker(4, (2, 3))
     ).materialize()
     assert error(tensor, ours) == pytest.approx(error(tensor, theirs), rel=0.01)
 
@@ -117,7 +117,7 @@ def test_cp(make, rank):
     theirs = cp_to_tensor(parafac(tensor, rank, n_iter_max=50, init="svd", tol=0))
     with pytest.warns(RuntimeWarning, match="did not converge in 50 sweeps"):
         factors = cp_als(tensor, rank, sweeps=50, tolerance=-1.0)
-    ours = Product.of(*factors, structure=equations.cp(len(factors))).materialize()
+    ours = Product.of(*factors, structure=network.cp(len(factors))).materialize()
     assert error(tensor, ours) == pytest.approx(error(tensor, theirs), rel=0.01)
 
 
@@ -131,7 +131,7 @@ def test_the_norm_of_their_tensors(kind):
     else:
         core, others = found = tucker(tensor, ranks(tensor), n_iter_max=2, init="svd")
         factors, formed = (core, *others), tucker_to_tensor(found)
-    structure = getattr(equations, kind)(tensor.ndim)
+    structure = getattr(network, kind)(tensor.ndim)
     norm = product_norm(Product.of(*factors, structure=structure))
     assert float(norm) == pytest.approx(float(formed.norm()), rel=1e-10)
 
@@ -144,15 +144,13 @@ def in_cp(weight, name):
     count = len(weight.factors)
     factors = [Factor(weight.factors, f"factor_{k}") for k in range(count)]
     terms = Factor(weight, "weights", "r -> 1 r")
-    return Product(name, (terms, *factors), structure=equations.cp(count + 1))
+    return Product(name, (terms, *factors), structure=network.cp(count + 1))
 
 
 def in_tucker(weight, name):
     """The core, then the factors."""
     factors = [Factor(weight.factors, f"factor_{k}") for k in range(len(weight.factors))]
-    return Product(
-        name, (Factor(weight, "core"), *factors), structure=equations.tucker(len(factors))
-    )
+    return Product(name, (Factor(weight, "core"), *factors), structure=network.tucker(len(factors)))
 
 
 def in_train(weight, name):
