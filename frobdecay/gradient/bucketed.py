@@ -25,7 +25,7 @@ from torch import Tensor
 
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
-from frobdecay.product.product import Structure
+from frobdecay.algebra.shifted import Shifted
 
 Targets = Sequence[Tensor | None]
 """Of all factors, job by job."""
@@ -54,7 +54,7 @@ class Job:
 
     views: tuple[Tensor, ...]
     batch: int
-    structure: Structure
+    structure: Network | Shifted
 
     @property
     def is_gram_pair(self) -> bool:
