@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from frobdecay import FrobeniusDecay, balance_
+from frobdecay.diagnostics import measure
 from frobdecay.gradient.accumulate import add_penalty_grad_
+from frobdecay.product import find
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty, product_norm, squared_norm
 
@@ -331,3 +334,78 @@ def _added(product, backend):
         param.grad = torch.zeros_like(param)
     add_penalty_grad_(product, 1.0, backend=backend)
     return [param.grad for param in product.params]
+
+
+# --- any einsum is a product --------------------------------------------------------------------
+
+EQUATIONS = {
+    "kronecker": ("ab,cd->acbd", [(3, 2), (2, 4)]),
+    "tensor ring": ("aij,bjk,cki->abc", [(3, 2, 3), (4, 3, 2), (2, 2, 2)]),
+    "block terms": ("kxy,kax,kby->ab", [(2, 2, 3), (2, 5, 2), (2, 4, 3)]),
+    "entry by entry": ("ar,br,as,bs->ab", [(5, 2), (4, 2), (5, 3), (4, 3)]),
+}
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_any_einsum_decays_and_is_measured(case):
+    """Found by a provider, stepped by the optimizer along the dense penalty, and measured."""
+    equation, shapes = EQUATIONS[case]
+
+    class Layer(nn.Module):
+        """Holds the factors."""
+
+        def __init__(self):
+            super().__init__()
+            self.factors = nn.ParameterList([torch.randn(s).double() for s in shapes])
+
+    def provider(module, name):
+        yield Product.of(*module.factors, name=f"{name}.weight", equation=equation)
+
+    layer = Layer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find, "_USERS", {})
+        find.register_products(Layer)(provider)
+        (product,) = find.products(nn.Sequential(layer))
+    assert product.name == "0.weight"
+    optimizer = FrobeniusDecay(torch.optim.SGD(layer.parameters(), lr=0.1), [product], decay=0.01)
+    _, expected = exact(product)
+    before = [param.detach().clone() for param in product.params]
+    for param in product.params:
+        param.grad = torch.zeros_like(param)
+    measured = measure(product, optimizer)["0.weight"]
+    optimizer.step()
+    for param, was, gradient in zip(product.params, before, expected, strict=True):
+        assert close(was - param.detach(), 0.1 * 0.01 * gradient, 1e-8)
+    assert measured.decay_step > 0
+    assert measured.shape == product.shape
+    twin = pickle.loads(pickle.dumps(product))
+    assert close(product_norm(twin), product_norm(product), 1e-12)
+    with pytest.raises(ValueError, match=r"0\.weight: expected a chain .* whose balance is not"):
+        balance_(product)
+
+
+def test_an_equation_that_is_a_chain_is_a_chain():
+    """Whatever way the factors are stored: it balances, and is the product it was."""
+    U, V = torch.randn(2, 6, 3), torch.randn(2, 3, 5)
+    product = Product.of(U, V, equation="hmr,hrn->hmn")
+    assert (product.batch, product.structure.equation) == (1, "mr,nr->mn")
+    before = U @ V
+    assert close(product.materialize(), before, 1e-6)
+    balance_(product)
+    assert close(U @ V, before, 1e-5)
+    assert close(U.mT @ U, V @ V.mT, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("equation", "message"),
+    [
+        ("mr,nr", "expected an equation with the letters"),
+        ("mr,nr->mz", "expected every letter of the output in a factor, got z"),
+        ("mr,nr,r->mn", "expected 3 factors of 'mr,nr,r->mn'"),
+        ("rm,nr->mn", "r is 6 in factor 0 and 2 in factor 1"),
+    ],
+)
+def test_equations_that_do_not_fit_are_refused(equation, message):
+    """The message names the product."""
+    with pytest.raises(ValueError, match=rf"layer\.weight: .*{message}"):
+        Product.of(torch.ones(6, 2), torch.ones(5, 2), name="layer.weight", equation=equation)
