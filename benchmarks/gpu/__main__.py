@@ -73,6 +73,10 @@ class _Kept:
     def keep(self, name: str, part: dict[str, Any]) -> None:
         """Write both files anew, with one more part."""
         self.record[self.mode][name] = part
+        self.write()
+
+    def write(self) -> None:
+        """Write what is kept."""
         self.json.write_text(json.dumps(self.record, indent=1) + "\n")
         lines = []
         for mode in (mode for mode in MODES if mode in self.record):

@@ -197,28 +197,29 @@ def _pointers(report: Report) -> None:
     report.note("cases", [f"{count} mixtures of {len(shapes)} products"])
 
 
-@part("smoke", 100)
+@part("suite", 200, alone=True)
 def tests(report: Report) -> None:
     """The tests that need a device, compiled."""
     files = [str(path) for path in _TESTS.rglob("test_*.py") if "mark.cuda" in path.read_text()]
-    _pytest(report, ["-m", "cuda", *files], workers=max(1, (os.cpu_count() or 2) // 3))
+    _pytest(report, ["-m", "cuda", *files])
 
 
 @part("suite", 200, alone=True)
 def whole_suite(report: Report) -> None:
     """All tests of the core, with the device as torch's default."""
     others = [f"--ignore={_TESTS / name}" for name in ("third_party", "with_timm")]
-    _pytest(report, ["-m", "not slow", *others, str(_TESTS)], workers=(os.cpu_count() or 4) - 2)
+    _pytest(report, ["-m", "not slow", *others, str(_TESTS)])
 
 
 _TESTS = Path(__file__).parents[2] / "tests"
 
 
-def _pytest(report: Report, arguments: list[str], workers: int) -> None:
+def _pytest(report: Report, arguments: list[str]) -> None:
     """Run tests in several processes; on a CPU, only find them."""
     on_cpu = report.device.type == "cpu"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "no:benchmark"]  # which warns of xdist, where it is installed
+    workers = max(1, (os.cpu_count() or 2) - 2)
     command += ["--collect-only"] if on_cpu else ["-n", str(workers), "--dist", "loadfile"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"HYPOTHESIS_MAX_EXAMPLES": "10", "FROBDECAY_TEST_DEVICE": report.device.type}
