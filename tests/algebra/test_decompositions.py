@@ -246,7 +246,7 @@ def test_scale_changes_nothing_but_the_scale(decompose, scale):
 @pytest.mark.parametrize(
     ("tensor", "kind", "message"),
     [
-        (torch.zeros(3, 3, 3), ValueError, "not zero, whose factors would be zero"),
+        (torch.zeros(3, 3, 3), ValueError, "is zero, and its factors would be zero"),
         (torch.full((3, 3, 3), float("nan")), ValueError, "finite, got NaN"),
         (torch.ones(3, 3, 3).int(), TypeError, "dense real floating-point"),
         (torch.empty(3, 3, 3, device="meta"), TypeError, "meta device"),
