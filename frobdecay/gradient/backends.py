@@ -256,7 +256,9 @@ def _cheapest(products: Sequence[Product], shared: bool) -> tuple[str, str]:
             return "triton", f"{len(products)} of one shape, in the two launches of all pairs"
         refused = f"; not triton: {reasons[0]}"
     if not structure.is_chain:
-        return "per_product", f"{len(products)} of {structure.name}{refused}"
+        alone = shared or size > BUCKET_BYTES or len(products) == 1
+        name = "per_product" if alone else "bucketed"
+        return name, f"{len(products)} of {structure.name}{refused}"
     if shared:
         reason = "a parameter is a factor more than once: added one after the other"
         return "per_product", reason + refused

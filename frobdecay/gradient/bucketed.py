@@ -152,8 +152,8 @@ class _Stack:
         columns: int | None = None,
     ) -> None:
         self.slots, self.views = slots, views
-        *rows, r = views[0].shape
-        shape = (len(views), *rows, columns or r)
+        *rows, r = len(views), *views[0].shape  # of factors without axes, the stack is one row
+        shape = (*rows, columns or r)
         self.stack = torch.zeros(shape, dtype=dtype, device=views[0].device)
         self.update = torch.zeros_like(self.stack)
         self.gathered = list(self.stack[..., :r].unbind())

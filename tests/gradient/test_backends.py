@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from collections import Counter
@@ -533,6 +534,39 @@ def test_small_products_share_calls_and_large_ones_do_not():
     text = explain([*small, *large])
     assert "4 of one shape" in text
     assert "a copy costs more than a call" in text
+
+
+@pytest.mark.cpu("the choice between its backends")
+def test_small_products_of_any_equation_share_calls():
+    """Several of one shape do; one alone, or factors that products share, do not."""
+
+    def kronecker(count):
+        pairs = [[torch.randn(3, 2), torch.randn(2, 4)] for _ in range(count)]
+        return [Product.of(a, b, equation="ab,cd->acbd") for a, b in pairs]
+
+    def chosen(products):
+        return [choice.backend for choice in Accumulator(products).choices]
+
+    assert chosen(kronecker(3)) == ["bucketed"]
+    assert chosen(kronecker(1)) == ["per_product"]
+    A = torch.randn(3, 2)
+    assert chosen([Product.of(A, torch.randn(2, 4), equation="ab,cd->acbd") for _ in "ab"]) == [
+        "per_product"
+    ]
+
+
+@pytest.mark.parametrize("backend", GENERAL)
+def test_a_factor_may_be_one_number(backend):
+    """Without an axis: W = s·U Vᵀ."""
+    shapes = (), (6, 2), (5, 2)
+    found = [[torch.randn(shape).double().requires_grad_() for shape in shapes] for _ in "ab"]
+    products = [Product.of(*params, equation=",mr,nr->mn") for params in found]
+    for param in itertools.chain(*found):
+        param.grad = torch.zeros_like(param)
+    add_penalty_grad_(products, 1.0, backend=backend)
+    for product in products:
+        for param, gradient in zip(product.params, gradients(product), strict=True):
+            assert close(param.grad, gradient, 1e-10)
 
 
 @pytest.mark.cpu("its vectors")
