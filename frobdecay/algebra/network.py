@@ -35,6 +35,9 @@ from frobdecay.algebra.precision import LONG, Coefficient, Views, accumulable
 Shapes = tuple[tuple[int, ...], ...]
 
 _BATCH = "0123456789"  # letters of the axes in front of those of the equation
+MOST_BATCH = len(_BATCH) - 1  # a stack of products has one more
+_BONDS, _FREE = "rstuvwxyzABCDEFGHIJKLM", "mnabcdefghijklopqNOPQRSTUVWXYZ"  # of chains
+LONGEST = len(_BONDS) + 1  # factors in a chain
 _PRIMED = {ord(c): chr(ord(c) + (1 << 9)) for c in ascii_letters}
 
 
@@ -69,7 +72,7 @@ class Network:
             ValueError: not an equation of letters with an output, a letter twice in a factor or
                 in the output, or one in the output that is in no factor.
         """
-        inputs, arrow, output = equation.replace(" ", "").partition("->")
+        inputs, arrow, output = "".join(equation.split()).partition("->")
         terms = (*inputs.split(","), output)
         if not arrow or not all(set(term) <= set(ascii_letters) for term in terms):
             raise ValueError(
@@ -97,7 +100,9 @@ class Network:
     def is_chain(self) -> bool:
         """Whether it is U M.. Vᵀ of factors (*summed, rows, columns), both ends tall."""
         counts = tuple(map(len, self.terms))
-        return len(counts) > 1 and min(counts) > 1 and self == chain(counts)
+        if len(counts) < 2 or min(counts) < 2 or sum(counts) > 52 or len(counts) > LONGEST:
+            return False
+        return self == chain(counts)
 
     @cached_property
     def bonds(self) -> str:
@@ -325,9 +330,9 @@ def chain(counts: tuple[int, ...]) -> Network:
         >>> chain((2, 2, 2)).equation, chain((2, 3, 2)).equation
         ('mr,rs,ns->mn', 'mr,ars,ns->man')
     """
-    bonds, free = "rstuvwxyzABCDEFGHIJKLM", iter("mnabcdefghijklopqNOPQRSTUVWXYZ")
-    if len(counts) > len(bonds) + 1 or sum(counts) > 52:
-        raise ValueError(f"expected at most {len(bonds) + 1} factors, got {len(counts)}")
+    if len(counts) > LONGEST or sum(counts) > 52:
+        raise ValueError(f"expected at most {LONGEST} factors, got {len(counts)}")
+    bonds, free = _BONDS, iter(_FREE)
     last = len(counts) - 1
     own = {k: "".join(islice(free, counts[k] - 1 - (0 < k < last))) for k in (0, last)}
     own |= {k: "".join(islice(free, counts[k] - 2)) for k in range(1, last)}

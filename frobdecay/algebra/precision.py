@@ -62,3 +62,15 @@ def times_rows(left: Tensor, right: Tensor) -> Tensor:
     stacks = [torch.unflatten(view[..., :even, :], -2, (-1, STACK)) for view in (left, right)]
     rest: Tensor = left[..., even:, :].mT @ right[..., even:, :]
     return rest + (stacks[0].mT @ stacks[1]).sum(-3)
+
+
+def check_coefficient(coef: Coefficient, what: str) -> None:
+    """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
+    if isinstance(coef, Tensor):
+        if coef.numel() != 1:
+            raise ValueError(f"expected {what} to be one number, got shape {tuple(coef.shape)}")
+        return
+    if isinstance(coef, bool) or not isinstance(coef, int | float):
+        raise TypeError(f"expected {what} to be a number or a tensor, got {coef!r}")
+    if not 0 <= coef < float("inf"):
+        raise ValueError(f"expected {what} to be finite and at least 0, got {coef}")

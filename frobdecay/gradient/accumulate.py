@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from frobdecay.algebra.precision import Coefficient, full_precision
+from frobdecay.algebra.precision import Coefficient, check_coefficient, full_precision
 from frobdecay.gradient.backends import BACKENDS, Choice, select
 from frobdecay.gradient.bucketed import Job
 from frobdecay.gradient.likeness import Likeness, check_writable
@@ -33,7 +33,6 @@ from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.product import (
     Product,
     as_products,
-    check_coefficient,
     check_product,
     listed,
     squared_norm,

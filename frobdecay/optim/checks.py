@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frobdecay.algebra.precision import Coefficient
+from frobdecay.algebra.precision import Coefficient, check_coefficient
 from frobdecay.optim.conventions import convention, refusal, refusal_of_decoupled
 from frobdecay.optim.decaying import factor_name
 from frobdecay.optim.division import Division, plan_division
@@ -17,7 +17,7 @@ from frobdecay.optim.proxy import OptimizerProxy
 from frobdecay.optim.rates import Group, has_weight_decay, is_zero, known_value
 from frobdecay.product.find import products as products_of
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
-from frobdecay.product.product import Product, as_products, check_coefficient
+from frobdecay.product.product import Product, as_products
 
 
 def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:

@@ -20,9 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from frobdecay.algebra.precision import Coefficient
+from frobdecay.algebra.precision import Coefficient, check_coefficient
 from frobdecay.optim.rates import DECAY, Group, has_weight_decay, known_value
-from frobdecay.product.product import check_coefficient
 
 _PER_PARAMETER = ("params", "param_names")
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from frobdecay.algebra.precision import HALF, Coefficient
+from frobdecay.algebra.precision import HALF, Coefficient, check_coefficient
 from frobdecay.algebra.scaling import shortened
 from frobdecay.optim.checks import check_again, check_membership, find_products, plan_groups
 from frobdecay.optim.conventions import refuse
@@ -36,7 +36,7 @@ from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.find import products as products_of
-from frobdecay.product.product import Product, check_coefficient
+from frobdecay.product.product import Product
 
 _KEY = "frobdecay"  # ours in the state dict
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -186,8 +186,8 @@ class Flambe(Optimizer):
             idle = k not in holding or is_zero(coef)
             rates.append(None if idle else Rate(decoupled=True, coef=coef))
         increments: Increments = engine.increments(rates)
-        factors = [param for product in engine.products for param in product.params]
-        return dict(zip(map(id, factors), increments.of(factors), strict=True))
+        factors = chain.from_iterable(product.params for product in engine.products)
+        return {id(param): increments.of(param) for param in factors}
 
     def _update(self, group: Group, params: Sequence[Tensor], decays: dict[int, Tensor]) -> None:
         """One step of parameters of one device and dtype."""

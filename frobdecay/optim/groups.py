@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from frobdecay.algebra.precision import Coefficient
+from frobdecay.algebra.precision import Coefficient, check_coefficient
 from frobdecay.product.find import products
 from frobdecay.product.names import Choice, Named, Selector, around, each, strip_wrappers
-from frobdecay.product.product import check_coefficient
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _ORIGINAL = re.compile(r"parametrizations\.([^.]+)\.original\d*$")

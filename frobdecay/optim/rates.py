@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from frobdecay.algebra.precision import Coefficient
-from frobdecay.product.product import check_coefficient
+from frobdecay.algebra.precision import Coefficient, check_coefficient
 
 DECAY = "frobenius_decay"
 """The option of a param group that holds λ."""

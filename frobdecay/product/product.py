@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.network import Network, as_chain, chain
-from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
+from frobdecay.algebra.network import MOST_BATCH, Network, as_chain, chain
+from frobdecay.algebra.precision import (
+    Coefficient,
+    check_coefficient,
+    common_dtype,
+    full_precision,
+)
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.factor import Bare, Factor, axes_in, whole
 from frobdecay.product.partitions import why_partitioned
@@ -48,6 +53,7 @@ class Product:
             no part of the product and never decays, but moves with the factor in ``balance_``.
         fixed: what forbids other factors of the same product, such as a nonlinearity between
             them; ``balance_`` then refuses, and says so.
+        equation: in place of a structure, any einsum in which each factor is once.
 
     Example:
         >>> import torch
@@ -66,11 +72,23 @@ class Product:
     structure: Structure = None  # type: ignore[assignment]  # found out where not given
     biases: tuple[Factor | None, ...] = ()
     fixed: str | None = None
+    equation: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, equation: str | None) -> None:
+        if self.batch not in range(MOST_BATCH + 1):
+            raise ValueError(
+                f"{self.name}: expected batch to be a number of leading axes, at most "
+                f"{MOST_BATCH}, got {self.batch!r}"
+            )
+        if equation is not None:
+            if self.structure is not None:
+                raise ValueError(f"{self.name}: expected an equation or a structure, got both")
+            object.__setattr__(self, "structure", _network_of(self.name, equation))
         if self.structure is None:
             views = self.outlines() if self.params else ()  # which refuses what has been flattened
             object.__setattr__(self, "structure", _chain_of(self.name, views, self.batch))
+        if not isinstance(self.structure, Structure):
+            raise TypeError(f"{self.name}: expected a structure, got {self.structure!r}")
         check_product(self)
 
     @cached_property
@@ -120,8 +138,9 @@ class Product:
         for k, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected factor {k} to be a tensor, got {type(tensor)}")
-        if equation is not None:
-            structure, batch, patterns = _read(name, equation, batch, patterns)
+        if equation is not None and structure is None:
+            structure, batch, patterns = _read(name, equation, len(tensors), batch, patterns)
+            equation = None
         if patterns is None:
             patterns = [None] * len(tensors)
         elif len(patterns) != len(tensors):
@@ -132,8 +151,8 @@ class Product:
         )
         if batch is None:
             axes_of = [factor.outline().ndim for factor in factors]
-            batch = min(axes_of, default=2) - 2 if structure is None else 0
-        return cls(name, factors, scale, batch, structure)  # type: ignore[arg-type]
+            batch = max(min(axes_of, default=2) - 2, 0) if structure is None else 0
+        return cls(name, factors, scale, batch, structure, equation=equation)  # type: ignore[arg-type]
 
     @property
     def params(self) -> tuple[Tensor, ...]:
@@ -171,7 +190,8 @@ class Product:
         """Form the dense product, shape ``shape``, in the factors' widest dtype; differentiable."""
         views = self.views()
         dtype = reduce(torch.promote_types, (view.dtype for view in views))
-        return (self.scale * self.structure.materialize(views, self.batch)).to(dtype)
+        with full_precision(views[0].device.type):
+            return (self.scale * self.structure.materialize(views, self.batch)).to(dtype)
 
 
 def _chain_of(name: str, views: Sequence[Tensor], batch: int) -> Network:
@@ -187,16 +207,24 @@ def _chain_of(name: str, views: Sequence[Tensor], batch: int) -> Network:
     return chain(tuple(len(shape) - batch for shape in shapes))
 
 
-def _read(
-    name: str, equation: str, batch: int | None, patterns: Sequence[str | None] | None
-) -> tuple[Network, int, Sequence[str | None] | None]:
-    """An equation as a structure: as a chain, where the axes of its factors can be put so."""
+def _network_of(name: str, equation: str) -> Network:
+    """Read an equation; what is wrong with it is said with the name of the product."""
+    if not isinstance(equation, str):
+        raise TypeError(f"{name}: expected an equation such as 'mr,nr->mn', got {equation!r}")
     try:
-        network, found = Network.of(equation), as_chain(equation)
+        return Network.of(equation)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if found is None or batch is not None or patterns is not None:
-        return network, batch or 0, patterns
+
+
+def _read(
+    name: str, equation: str, count: int, batch: int | None, patterns: Sequence[str | None] | None
+) -> tuple[Network, int, Sequence[str | None] | None]:
+    """An equation as a structure: as a chain, where the axes of its factors can be put so."""
+    network = _network_of(name, equation)
+    found = as_chain(equation)
+    if found is None or batch or patterns is not None or len(network.terms) != count:
+        return network, 0 if batch is None else batch, patterns
     return found[0], found[1], found[2]
 
 
@@ -350,12 +378,12 @@ def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
 
 
 def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
-    """Squared norms that add up to that of all products, small chains of one shape together."""
+    """Squared norms that add up to that of all products, small ones of one shape together."""
     norms, alike = [], defaultdict(list)
     for product in products:
         params = product.params
         large = sum(param.nbytes for param in params) > BUCKET_BYTES
-        if large or not product.structure.is_chain:
+        if large or not isinstance(product.structure, Network):
             norms.append(squared_norm(product))
             continue
         views = product.views()
@@ -366,15 +394,3 @@ def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
         with full_precision(stacks[0].device.type):
             norms.append(structure.squared_norm(stacks, batch + 1) * scale**2)
     return norms
-
-
-def check_coefficient(coef: Coefficient, what: str) -> None:
-    """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
-    if isinstance(coef, Tensor):
-        if coef.numel() != 1:
-            raise ValueError(f"expected {what} to be one number, got shape {tuple(coef.shape)}")
-        return
-    if isinstance(coef, bool) or not isinstance(coef, int | float):
-        raise TypeError(f"expected {what} to be a number or a tensor, got {coef!r}")
-    if not 0 <= coef < float("inf"):
-        raise ValueError(f"expected {what} to be finite and at least 0, got {coef}")

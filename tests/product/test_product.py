@@ -1,8 +1,11 @@
 """Norm, gradient and dense form of products: against float64 autograd on the dense product."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
+import string
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay import FrobeniusDecay, balance_
+from frobdecay.algebra.network import cp
 from frobdecay.diagnostics import measure
 from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.product import find
@@ -141,6 +145,12 @@ def test_penalty_backward_is_the_gradient():
             assert close(param.grad, 0.2 * gradient, 1e-10)
 
 
+def kronecker(first, other, dtype):
+    """A product that is no chain."""
+    tensors = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in (first, other)]
+    return Product.of(*tensors, equation="ab,cd->acbd")
+
+
 def test_small_products_of_one_shape_are_multiplied_together():
     """Their number adds no matrix product; the value and all gradients are those of a loop."""
     float32, float64 = torch.float32, torch.float64
@@ -150,6 +160,7 @@ def test_small_products_of_one_shape_are_multiplied_together():
         (bare((6, 2), (5, 2)), float64),
         (bare((2, 6, 2), (2, 5, 2)), float32),
         (bare((6, 5), (7, 5)), float32),  # through W
+        (partial(kronecker, (6, 2), (5, 3)), float32),
     ]
     counts = []
     for count in (2, 4):
@@ -409,3 +420,59 @@ def test_equations_that_do_not_fit_are_refused(equation, message):
     """The message names the product."""
     with pytest.raises(ValueError, match=rf"layer\.weight: .*{message}"):
         Product.of(torch.ones(6, 2), torch.ones(5, 2), name="layer.weight", equation=equation)
+
+
+def test_factors_of_a_module_combine_by_an_equation():
+    """The record takes what ``Product.of`` takes, with factors that are looked up in modules."""
+    left, right = nn.Linear(2, 3, bias=False), nn.Linear(5, 4, bias=False)
+    factors = Factor(left, "weight"), Factor(right, "weight")
+    product = Product("layer.weight", factors, equation="ab,cd->acbd")
+    twin = Product.of(left.weight, right.weight, equation="ab, cd ->\n\tacbd")
+    assert product.structure == twin.structure
+    assert dataclasses.replace(product, scale=2.0).structure == product.structure
+    with pytest.raises(ValueError, match=r"layer\.weight: expected an equation with the letters"):
+        Product("layer.weight", factors, equation="ab,cd")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"equation": 3}, TypeError, "expected an equation such as 'mr,nr->mn', got 3"),
+        ({"equation": ["mr", "nr"]}, TypeError, r"expected an equation .* got \['mr', 'nr'\]"),
+        (
+            {"structure": "mr,nr->mn"},
+            TypeError,
+            "expected a structure, got 'mr,nr->mn'",
+        ),
+        ({"equation": "mr,nr->mn", "structure": cp(2)}, ValueError, "got both"),
+        ({"equation": "mr->rm"}, ValueError, r"expected 1 factors of 'mr->rm', got \[\(6, 2\)"),
+        ({"equation": "mr,rs,ns->mn"}, ValueError, "expected 3 factors of 'mr,rs,ns->mn'"),
+        ({"equation": "mr,nr->mn", "batch": -1}, ValueError, "expected batch .* got -1"),
+        ({"equation": "mr,nr->mn", "batch": "1"}, ValueError, "expected batch .* got '1'"),
+        ({"batch": 11}, ValueError, "expected batch .* at most 9, got 11"),
+    ],
+)
+def test_how_factors_combine_is_said_once_and_well(given, error, message):
+    """The message names the product and what was given."""
+    with pytest.raises(error, match=rf"layer\.weight: .*{message}"):
+        Product.of(torch.ones(6, 2), torch.ones(5, 2), name="layer.weight", **given)
+
+
+def test_an_equation_may_be_longer_than_a_chain():
+    """Of 26 factors, with every letter that there is."""
+    letters = string.ascii_letters
+    for terms, output in (
+        ([letters[k : k + 2] for k in range(0, 52, 2)], letters),
+        ([letters[k : k + 2] for k in range(25)], "az"),
+    ):
+        tensors = [torch.full((1, 1), 1.25) for _ in terms]
+        product = Product.of(*tensors, equation=f"{','.join(terms)}->{output}")
+        assert close(product_norm(product), torch.tensor(1.25 ** len(terms)), 1e-5)
+
+
+def test_autocast_does_not_reach_the_dense_product():
+    """It is in the factors' dtype, with its digits."""
+    product = Product.of(torch.randn(64, 33), torch.randn(64, 33))
+    expected = product.materialize()
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        assert close(product.materialize(), expected, 1e-6)
