@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator, gradients_of
+from frobdecay.gradient.flat import Layout, batches
 from frobdecay.gradient.likeness import check_writable
+from frobdecay.gradient.placement import part_of
 from frobdecay.optim.rates import DECAY, Group, Rate
 from frobdecay.optim.rounding import StochasticRounder
+from frobdecay.product.factor import is_sharded
 from frobdecay.product.product import Product
 
 
@@ -41,22 +45,36 @@ class Increments:
     def __init__(self) -> None:
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def of(self, param: Tensor) -> Tensor:
-        """The parameter's buffer, zero at first."""
-        if id(param) not in self._of:
-            dtype = torch.float32 if param.dtype in HALF else param.dtype
-            self._of[id(param)] = param, torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        return self._of[id(param)][1]
+    @torch.no_grad()
+    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' buffers, zero at first."""
+        new = [param for param in {id(p): p for p in params}.values() if id(param) not in self._of]
+        for param in filter(is_sharded, new):
+            zeros = torch.zeros_like(param, dtype=_exact(param), requires_grad=False)
+            self._of[id(param)] = param, zeros
+        plain = [param for param in new if not is_sharded(param)]
+        for batch in batches(plain):
+            alike = [plain[k] for k in batch]
+            layout = Layout(alike)
+            zeros = torch.zeros(layout.entries, dtype=_exact(alike[0]), device=alike[0].device)
+            self._of.update(
+                zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)
+            )
+        return [self._of[id(param)][1] for param in params]
 
     @torch.no_grad()
     def apply(self, rounder: StochasticRounder) -> None:
         """Add the buffers to those parameters that have a gradient, torch's rule for decay."""
         due = [(param, buffer) for param, buffer in self._of.values() if param.grad is not None]
-        for param, buffer in due:
-            if param.dtype not in HALF:
-                param.add_(buffer)
         half = [(param, buffer) for param, buffer in due if param.dtype in HALF]
+        others = [(part_of(p), part_of(buffer)) for p, buffer in due if p.dtype not in HALF]
+        if others:
+            torch._foreach_add_([param for param, _ in others], [buffer for _, buffer in others])
         rounder.add_([param for param, _ in half], [buffer for _, buffer in half])
+
+
+def _exact(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype in HALF else param.dtype
 
 
 class Decay:
@@ -182,20 +200,24 @@ class Decay:
         increments, asked = Increments(), self._asked(rates)
         targets = self._gradients(asked)
         if any(rate is not None and rate.decoupled for rate in rates):
+            beside: list[int] = []
             for k, (param, rate) in enumerate(zip(self._params, asked.due, strict=True)):
                 if rate is not None and rate.decoupled and targets[k] is not None:
-                    in_place = param.dtype not in HALF and id(param) not in self._repeated
-                    targets[k] = param if in_place else increments.of(param)
+                    targets[k] = param
+                    if param.dtype in HALF or id(param) in self._repeated:
+                        beside.append(k)
+            buffers = increments.of([self._params[k] for k in beside])
+            for k, buffer in zip(beside, buffers, strict=True):
+                targets[k] = buffer
         self.accumulator.run(targets, asked.coefs)
         increments.apply(rounder)
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
         """Compute the decoupled decay of the factors as they are now, to be applied later."""
         increments, asked = Increments(), self._asked(rates)
-        targets = [
-            increments.of(param) if rate is not None and rate.decoupled else None
-            for param, rate in zip(self._params, asked.due, strict=True)
-        ]
+        due = [rate is not None and rate.decoupled for rate in asked.due]
+        buffers = iter(increments.of([*compress(self._params, due)]))
+        targets = [next(buffers) if wanted else None for wanted in due]
         self.accumulator.run(targets, asked.coefs)
         return increments
 

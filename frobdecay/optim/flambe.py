@@ -186,8 +186,8 @@ class Flambe(Optimizer):
             idle = k not in holding or is_zero(coef)
             rates.append(None if idle else Rate(decoupled=True, coef=coef))
         increments: Increments = engine.increments(rates)
-        factors = chain.from_iterable(product.params for product in engine.products)
-        return {id(param): increments.of(param) for param in factors}
+        factors = [param for product in engine.products for param in product.params]
+        return dict(zip(map(id, factors), increments.of(factors), strict=True))
 
     def _update(self, group: Group, params: Sequence[Tensor], decays: dict[int, Tensor]) -> None:
         """One step of parameters of one device and dtype."""

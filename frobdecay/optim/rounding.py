@@ -12,7 +12,6 @@ have copies of one part of a sharded parameter, while different parts should not
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.scaling import power_of_two
+from frobdecay.gradient.flat import Layout, batches
 from frobdecay.gradient.placement import part_number, part_of
 from frobdecay.product.factor import is_sharded
 
 _SEED = 2105_01029  # any constant does: the arXiv number of the paper
 _VERSION = 1  # of the state dict
-_BATCH = 1 << 22  # entries rounded at once: bounds the temporaries to about 100 MB
 
 
 def round_stochastically(
@@ -69,7 +68,8 @@ def _round_bits(exact: Tensor, generator: torch.Generator | None) -> Tensor:
         1 << 16, exact.shape, dtype=torch.int32, generator=generator, device=exact.device
     )
     rounded = noise.add_(exact.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
-    return torch.where(exact.isfinite(), rounded, exact).to(torch.bfloat16)
+    # An infinity is all zeros below, and stays; a NaN may have all ones, and noise carries over.
+    return torch.where(exact.isnan(), exact, rounded).to(torch.bfloat16)
 
 
 class StochasticRounder:
@@ -123,29 +123,19 @@ class StochasticRounder:
         return [generator for _, generator in self._generators.values()]
 
     def _add(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-        entries: Counter[tuple[torch.device, torch.dtype]] = Counter()
-        for k, tensor in enumerate(tensors):
-            kind = tensor.device, tensor.dtype
-            alike[kind].append(k)
-            entries[kind] += tensor.numel()
-            if entries[kind] > _BATCH:
-                batch, entries[kind] = alike.pop(kind), 0
-                self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
-        for batch in alike.values():
-            self._add_alike([tensors[i] for i in batch], [increments[i] for i in batch])
+        for batch in batches(tensors):
+            self._add_alike([tensors[k] for k in batch], [increments[k] for k in batch])
 
     def _add_alike(self, tensors: list[Tensor], increments: list[Tensor]) -> None:
-        if not tensors:
-            return
-        first = tensors[0]
-        sums = [add.add_(t).reshape(-1) for t, add in zip(tensors, increments, strict=True)]
-        generator = self._generator(first.device)
-        rounded = round_stochastically(torch.cat(sums), first.dtype, generator)
-        pieces = torch.split(rounded, [exact.numel() for exact in sums])
-        torch._foreach_copy_(
-            tensors, [p.view(t.shape) for t, p in zip(tensors, pieces, strict=True)]
-        )
+        """The same for tensors of one device and dtype, in operators of all at once."""
+        first, layout = tensors[0], Layout(tensors)
+        # First copied, then cast: foreach operators of two dtypes may be a kernel for each tensor.
+        old = torch.empty(layout.entries, dtype=first.dtype, device=first.device)
+        torch._foreach_copy_(layout.views(old), tensors)
+        exact = old.float()
+        torch._foreach_add_(layout.views(exact), increments)
+        rounded = round_stochastically(exact, first.dtype, self._generator(first.device))
+        torch._foreach_copy_(tensors, layout.views(rounded))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:

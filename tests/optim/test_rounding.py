@@ -9,7 +9,12 @@ import torch
 from cases import seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from frobdecay import FrobeniusDecay, Product
+from frobdecay.gradient import flat
+from frobdecay.optim.decaying import Increments
 from frobdecay.optim.rounding import StochasticRounder, round_stochastically
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -22,6 +27,16 @@ def test_numbers_of_the_dtype_stay(dtype):
     torch.testing.assert_close(
         round_stochastically(exact.float(), dtype), exact, rtol=0, atol=0, equal_nan=True
     )
+
+
+@HALF
+def test_nothing_infinite_or_undefined_becomes_finite(dtype):
+    """Infinities keep their signs; NaNs stay, with all bits set as CUDA makes them."""
+    bits = torch.tensor([0x7F800000, 0x7F800001, 0x7FFFFFFF, -1, -0x00800000], dtype=torch.int32)
+    exact = bits.view(torch.float32).repeat(100, 1)
+    found = round_stochastically(exact, dtype).float()
+    wanted = torch.tensor([math.inf, math.nan, math.nan, math.nan, -math.inf]).expand(100, 5)
+    torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
 @HALF
@@ -55,6 +70,78 @@ def test_batches_round_like_the_whole():
     tensors = [torch.ones(3, k, dtype=d) for k in (1, 2) for d in (torch.bfloat16, torch.float16)]
     rounder.add_(tensors, [torch.full(t.shape, 0.5) for t in tensors])
     assert all(bool((tensor == 1.5).all()) for tensor in tensors)
+
+
+def of_many_layouts(dtype):
+    """Tensors of odd, empty and no shapes, transposed, and with gaps; some shapes twice."""
+    shapes = [(3,), (), (5, 3), (0, 4), (3,), (5, 3)]
+    tensors = [torch.full(shape, float(k)) for k, shape in enumerate(shapes)]
+    tensors += [torch.full((4, 7), 8.0).T, torch.full((6, 9), 9.0)[:, ::2]]
+    return [tensor.to(dtype) for tensor in tensors[:-1]] + [tensors[-1].to(dtype)[:, ::2]]
+
+
+@HALF
+@pytest.mark.parametrize("entries", [1 << 22, 10], ids=["one batch", "batches"])
+def test_every_tensor_gets_its_own_increment(dtype, entries, monkeypatch):
+    """However tensors lie in memory, and however many are rounded at once."""
+    monkeypatch.setattr(flat, "_BATCH", entries)
+    tensors = of_many_layouts(dtype)
+    wanted = [tensor.float() + 2.0**k for k, tensor in enumerate(tensors)]
+    StochasticRounder().add_(tensors, [torch.full(t.shape, 2.0**k) for k, t in enumerate(tensors)])
+    for found, expected in zip(tensors, wanted, strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_increments_lie_like_their_parameters(dtype):
+    """Zeros of the parameters' strides, aligned for wide accesses, one for a parameter."""
+    params, increments = of_many_layouts(dtype), Increments()
+    buffers = increments.of([*params, params[0]])
+    assert buffers[-1] is buffers[0] is increments.of(params[:1])[0]
+    for param, buffer in zip(params, buffers, strict=False):
+        alike = torch.zeros_like(param, dtype=torch.promote_types(dtype, torch.float32))
+        assert (buffer.stride(), buffer.dtype) == (alike.stride(), alike.dtype)
+        torch.testing.assert_close(buffer, alike)
+        assert buffer.data_ptr() % 16 == 0
+    for k, buffer in enumerate(buffers[:-1]):
+        buffer.fill_(k + 1)
+    assert all(bool((buffer == k + 1).all()) for k, buffer in enumerate(buffers[:-1]))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Note the operator and run it."""
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["beside", "after a closure"])
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_step_calls_as_many_operators_for_many_factors_as_for_few(dtype, mode, late):
+    """Each is a launch on a GPU, which takes longer than a factor's arithmetic."""
+    seen = []
+    for pairs in (2, 9):
+        factors = [nn.Parameter(torch.ones(6, 2, dtype=dtype)) for _ in range(2 * pairs)]
+        for factor in factors:
+            factor.grad = torch.ones_like(factor)
+        products = [Product.of(*factors[k : k + 2]) for k in range(0, 2 * pairs, 2)]
+        base = torch.optim.SGD(factors, lr=0.1, foreach=True)
+        optimizer = FrobeniusDecay(base, products, decay=0.1, mode=mode)
+        arguments = (lambda: None,) if late else ()
+        for _ in range(2):  # after which stability is looked at rarely
+            optimizer.step(*arguments)
+        with Calls() as calls:
+            optimizer.step(*arguments)
+        seen.append(calls.seen)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) < 60
 
 
 @pytest.mark.parametrize(
