@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from frobdecay.algebra.network import Network, chain
+from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.scaling import work_dtype
 from frobdecay.algebra.sharpness import sharpness as sharpness_of
 from frobdecay.optim.rates import DECAY
@@ -186,8 +187,8 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
             over the param groups that hold a product's factors.
 
     Returns:
-        A record that prints as a table. Numbers are computed in float64 (those of products that
-        are no chain in float32 at least) and are NaN where a factor has a NaN or an infinity.
+        A record that prints as a table. Numbers are computed in float64 (those of sums
+        W₀ + s·BA in float32 at least) and are NaN where a factor has a NaN or an infinity.
 
     Raises:
         ValueError: no products, two of one name, or factors that the optimizer does not hold.
@@ -321,7 +322,14 @@ def _measure(product: Product, rate: float | None, decay: float | None) -> Produ
 
 def _measure_other(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
     """What holds for every structure: norm, bound, effective step; how a step of decay scales."""
-    views, norm, sharpness = product.views(), float(product_norm(product)), nan
+    views, sharpness = product.views(), nan
+    if isinstance(product.structure, Network):
+        views = tuple(view.to(work_dtype(view)) for view in views)
+        with full_precision(views[0].device.type):
+            square = product.structure.squared_norm(views, product.batch)
+        norm = abs(product.scale) * float(square.clamp_min(0).sqrt())
+    else:
+        norm = float(product_norm(product))
     if decay is not None and isinstance(product.structure, Network) and isfinite(norm):
         sharpness = product.scale**2 * float(sharpness_of(product.structure, views, product.batch))
     sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in views]

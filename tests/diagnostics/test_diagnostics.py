@@ -188,6 +188,15 @@ def test_a_run_that_diverged_measures_as_nan(value):
     assert measured["good"].rank == 1
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_squares_beyond_float32_are_measured(size):
+    """Of products of any equation, as of chains."""
+    tensors = torch.full((2, 3), size), torch.full((4, 5), size)
+    found = measure(Product.of(*tensors, equation="ab,cd->acbd"), lr=0.1)["product"]
+    assert found.norm == pytest.approx(120**0.5 * size**2, rel=1e-5)
+    assert found.effective_step == pytest.approx(0.1 / found.norm**2)
+
+
 def test_a_zero_product_has_no_direction():
     """Norm, stable rank, rank and imbalance are 0, the effective step infinite."""
     zero = torch.zeros(4, 2)
