@@ -24,18 +24,20 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         rank: the largest one.
         tile: how the table was cut.
     """
-    precision = _precision(dtype)
+    precision, rows = _precision(dtype), tile.gram_rows
     tensor = dtype != torch.float32 or precision == "tf32"
+    if precision == "tf32" and tile.block >= 64:
+        # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
+        # bf16 terms are more precise than one of TF32. The terms take registers: half the rows.
+        precision, rows = "bf16x3", rows // 2
     return {
         "TYPE": _TYPES[dtype],
         "VECTOR": 16 // dtype.itemsize,
         "LAYOUTS": layouts,
         "BLOCK": tile.block,
-        "STEP": tile.gram_rows,
+        "STEP": rows,
         "SINGLE": rank <= tile.block,
-        # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
-        # bf16 terms are more precise than one of TF32.
-        "PRECISION": "bf16x3" if precision == "tf32" and tile.block >= 64 else precision,
+        "PRECISION": precision,
         "UPCAST": INTERPRETED,
         "num_warps": tile.tensor_warps[0] if tensor else tile.gram_warps,
         "num_stages": tile.gram_stages,
@@ -79,9 +81,10 @@ def update_options(
     half = target_dtype.itemsize < 4
     # In place, all columns at once: none may be written while others still need it. Of half as
     # many rows, for all to stay in registers.
-    whole, all_columns = in_place and not single, 1 << (rank - 1).bit_length()
-    precision = _precision(dtype)
-    tensor = dtype != torch.float32 or precision == "tf32"
+    whole, columns = in_place and not single, 1 << (rank - 1).bit_length()
+    if not whole:
+        columns = tile.block if single else min(tile.columns, columns)
+    precision, half_factors = _precision(dtype), dtype != torch.float32
     return {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
@@ -89,19 +92,15 @@ def update_options(
         "LAYOUTS": layouts,
         "ROWS": tile.update_rows // 2 if whole else tile.update_rows,
         "BLOCK": tile.block if single else tile.inner,
-        "COLUMNS": all_columns
-        if whole
-        else tile.block
-        if single
-        else min(tile.columns, all_columns),
+        "COLUMNS": columns,
         "SINGLE": single,
         "IN_PLACE": in_place,
-        "TERMS": 0 if dtype == torch.float32 else 2 if half else 3,
+        "TERMS": 0 if not half_factors else 2 if half else 3,
         "PRECISION": "tf32" if dtype == torch.float16 else precision,
         "TURNED": precision == "tf32",
         "UPCAST": INTERPRETED,
-        # in place with all columns, registers are what is scarce
-        "num_warps": tile.tensor_warps[1] if tensor and not whole else tile.update_warps,
+        # float32 and, in place, all columns are more than the registers of few warps hold
+        "num_warps": tile.tensor_warps[1] if half_factors and not whole else tile.update_warps,
         "num_stages": tile.update_stages,
     }
 

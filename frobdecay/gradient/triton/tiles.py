@@ -26,7 +26,8 @@ class Tile:
             has to hold all columns of more than one block, in place.
         update_warps: the same of launch B.
         update_stages: depth of launch B's software pipeline.
-        tensor_warps: warps of both launches' programs with tensor cores.
+        tensor_warps: warps with tensor cores: of launch A's programs, and of launch B's for
+            half-precision factors.
         waves: programs of a launch for each multiprocessor: several, to hide each other's latency.
     """
 
