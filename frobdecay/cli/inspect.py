@@ -156,7 +156,7 @@ def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     for name, row in layers.items():
         model.add_module(name, _layer(row.shape))
     rest = _total(checkpoint) - sum(row.parameters for row in layers.values())
-    model.rest = nn.Parameter(torch.empty(rest, device="meta"))
+    model.rest = nn.Parameter(torch.empty(rest, dtype=torch.float32, device="meta"))
     plan = plan_ranks(model, ratio=ratio)
     for entry in plan.rows:
         if isinstance(entry.rank, int):  # LowRank's
