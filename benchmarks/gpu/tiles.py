@@ -26,6 +26,7 @@ from benchmarks import measure
 from benchmarks.cases import CASES
 from benchmarks.gpu.parts import part
 from benchmarks.measure import Report
+from frobdecay import Product
 from frobdecay.gradient.bucketed import Job
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.tiles import Tile, tile_for
@@ -111,7 +112,8 @@ def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, ti
         for m, n, r in pairs
     ]
     targets = [torch.zeros_like(factor) for two in factors for factor in two]
-    plan = Grouped([Job(tuple(two), 0) for two in factors], tile=tile)
+    made = [Product.of(*two) for two in factors]
+    plan = Grouped([Job(one.views(), one.batch, one.structure) for one in made], tile=tile)
     coefs = [1e-4] * len(targets)
     flat, tiny = [factor for two in factors for factor in two], [-1e-12] * len(targets)
     return plan, lambda: plan(targets, coefs), lambda: plan(flat, tiny)
@@ -180,6 +182,8 @@ def limits(device: torch.device, kind: str) -> tuple[float, float]:
 
 def _rows(name: str, kind: str, device: torch.device, end: float) -> list[dict[str, Any]]:
     """One row for each tile, as long as there is time; the least possible time beside it."""
+    from triton.errors import TritonError
+
     case = CASES[name]
     rank = max(r for _, _, r in case.pairs)
     rate, bandwidth = limits(device, kind)
@@ -203,7 +207,7 @@ def _rows(name: str, kind: str, device: torch.device, end: float) -> list[dict[s
             if launch != "Grams":
                 row["updates, µs"] = both - used
             row |= {"least, µs": least, "of it": least / both}
-        except Exception as error:  # too large for the device: part of the answer
+        except (RuntimeError, TritonError) as error:  # too large for it: part of the answer
             row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
         found.append(row)
     return found
