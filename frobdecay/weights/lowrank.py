@@ -32,7 +32,7 @@ from frobdecay.product.find import VERSION
 from frobdecay.product.product import Product
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout
-from frobdecay.weights.parametrization import Recorded, recorded
+from frobdecay.weights.parametrization import Recorded, check_same_shape, recorded
 
 
 @recorded
@@ -150,25 +150,13 @@ class LowRank(Recorded):
         if known is None:
             self.matricization = self.matricize(shape)
             VERSION.bump()
-        elif known.shape != shape:
-            raise ValueError(
-                f"expected a weight of shape {known.shape}, got {shape}; "
-                "merge first to change the shape of a factorized weight"
-            )
+        else:
+            check_same_shape(known.shape, shape)
 
     @property
     def derives(self) -> bool:
         """Whether ``init`` takes the factors from the weight; one of somebody's own may not."""
         return self.init in INITS.values() and self.init is not kaiming_init
-
-    @torch.no_grad()
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Factorize a dense weight: (U, M.., V), contiguous, with its dtype and device.
-
-        Raises:
-            TypeError, ValueError: a weight that cannot be factorized, such as zero.
-        """
-        return self._factorize(weight, self.init, self.derives)
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -192,21 +180,9 @@ class LowRank(Recorded):
         matrix = view.matrix(weight.detach())
         if derives:
             check_not_zero(matrix, len(view.batch))
-        try:
-            factors = init(matrix, rank, depth=self.depth)
-        except NotImplementedError as error:
-            # parametrize would take it for "has no right_inverse" and fail obscurely later.
-            raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error
-        self._check(factors, weight)
-        self.adopt(shape)
-        return factors
-
-    def _check(self, factors: tuple[Tensor, ...], weight: Tensor) -> None:
-        """Refuse factors of somebody's initialization that are not those of this weight."""
-        expected = self.factor_shapes(tuple(weight.shape))
-        got = tuple(tuple(factor.shape) for factor in factors)
-        if got != expected:
-            raise ValueError(f"expected the initialization to return {expected}, got {got}")
+        return self._adopted(
+            weight, lambda: init(matrix, rank, depth=self.depth), self.factor_shapes(shape)
+        )
 
     def forward(self, *factors: Tensor) -> Tensor:
         """Multiply the factors, as late as possible."""

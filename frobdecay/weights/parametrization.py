@@ -4,16 +4,19 @@ Any parametrization that ``factorize`` takes has, besides these two methods, ``m
 weight is read: a ``Matricization``, or a ``Tensorization`` of ``algebra/tensorize.py``),
 ``resolve`` and ``factor_shapes`` (what the planner counts), ``product`` (the record that decay and
 diagnostics read) and the flag ``materialized`` (what ``merge`` sets to get the dense weight). To be
-saved and loaded it derives from ``Recorded``, whose ``shape``, ``config`` and ``adopt`` it defines,
-and is listed in ``KINDS``.
+saved and loaded it derives from ``Recorded``, whose ``shape``, ``config``, ``adopt`` and
+``_factorize`` (or ``right_inverse``) it defines, and is listed in ``KINDS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Recorded(nn.Module):
@@ -23,6 +26,8 @@ class Recorded(nn.Module):
     lies in the metadata of the ``state_dict``, where it adds no keys; formats that drop metadata
     drop the check with it.
     """
+
+    init: Any
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -46,9 +51,41 @@ class Recorded(nn.Module):
         """Whether ``right_inverse`` takes the factors from the weight, or may not look at it."""
         return True
 
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Factorize a dense weight: contiguous factors with its dtype and device.
+
+        Raises:
+            TypeError, ValueError: a weight that cannot be factorized, such as zero.
+        """
+        return self._factorize(weight, self.init, self.derives)
+
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Factors of a weight that is to be kept, as ``right_inverse``, but never random ones."""
-        factors: tuple[Tensor, ...] = self.right_inverse(weight)  # type: ignore[operator]
+        return self.right_inverse(weight)
+
+    def _factorize(self, weight: Tensor, init: Any, derives: bool) -> tuple[Tensor, ...]:
+        """Factors by an initialization; ``derives`` says whether it looks at the weight."""
+        raise NotImplementedError
+
+    def _adopted(
+        self, weight: Tensor, make: Callable[[], tuple[Tensor, ...]], expected: Shapes
+    ) -> tuple[Tensor, ...]:
+        """What an initialization makes of a weight, if it is factors of it, whose shape is adopted.
+
+        Raises:
+            RuntimeError: it failed with an error that parametrize would misunderstand.
+            ValueError: it returned other shapes than expected.
+        """
+        try:
+            factors = make()
+        except NotImplementedError as error:
+            # parametrize would take it for "has no right_inverse" and fail obscurely later.
+            raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error
+        got = tuple(tuple(factor.shape) for factor in factors)
+        if got != expected:
+            raise ValueError(f"expected the initialization to return {expected}, got {got}")
+        self.adopt(tuple(weight.shape))
         return factors
 
     def record(self) -> dict[str, Any]:
@@ -94,6 +131,19 @@ def _reading(record: Any) -> Any:
         return record  # a damaged one, which equals none of ours
     config = {k: v for k, v in record["config"].items() if k not in ("rank", "depth", "init")}
     return {**record, "config": config}
+
+
+def check_same_shape(known: Sequence[int], shape: Sequence[int]) -> None:
+    """Refuse a weight of another shape than the one that was adopted.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if known != shape:
+        raise ValueError(
+            f"expected a weight of shape {known}, got {shape}; "
+            "merge first to change the shape of a factorized weight"
+        )
 
 
 KINDS: dict[str, type[Recorded]] = {}

@@ -26,7 +26,7 @@ from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION
 from frobdecay.product.product import Product
 from frobdecay.weights.factored import FactoredTensor
-from frobdecay.weights.parametrization import Recorded
+from frobdecay.weights.parametrization import Recorded, check_same_shape
 
 Shapes = tuple[tuple[int, ...], ...]
 Stages = tuple[Tensor, Tensor, Tensor]
@@ -159,11 +159,8 @@ class Tensorized(Recorded, ABC):
             self.cut = self._cheapest_cut(view)
             self.view = view
             VERSION.bump()
-        elif self.view.shape != shape:
-            raise ValueError(
-                f"expected a weight of shape {self.view.shape}, got {shape}; "
-                "merge first to change the shape of a factorized weight"
-            )
+        else:
+            check_same_shape(self.view.shape, shape)
 
     def _cheapest_cut(self, view: Tensorization) -> tuple[int, Matricization] | None:
         """The cut with the smallest L and R; None where the dense weight is smaller than those."""
@@ -178,15 +175,6 @@ class Tensorized(Recorded, ABC):
     def derives(self) -> bool:
         """Whether ``init`` takes the factors from the weight; one of somebody's own may not."""
         return not callable(self.init)
-
-    @torch.no_grad()
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Factorize a dense weight: contiguous factors with its dtype and device.
-
-        Raises:
-            TypeError, ValueError: a weight that cannot be factorized, such as zero.
-        """
-        return self._factorize(weight, self.init, self.derives)
 
     @torch.no_grad()
     def approximate(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -208,16 +196,11 @@ class Tensorized(Recorded, ABC):
         view = self.view or self.matricize(shape)
         ranks = self.ranks(view.modes)
         made = init if callable(init) else {"matched": self._matched, **self.inits}[init]
-        try:
-            factors = made(view.tensor(weight.detach()), ranks)
-        except NotImplementedError as error:
-            # parametrize would take it for "has no right_inverse" and fail obscurely later.
-            raise RuntimeError(f"the initialization of a {weight.dtype} weight failed") from error
-        expected, got = self.shapes(view.modes, ranks), tuple(tuple(f.shape) for f in factors)
-        if got != expected:
-            raise ValueError(f"expected the initialization to return {expected}, got {got}")
-        self.adopt(shape)
-        return factors
+        return self._adopted(
+            weight,
+            lambda: made(view.tensor(weight.detach()), ranks),
+            self.shapes(view.modes, ranks),
+        )
 
     def _matched(self, tensor: Tensor, ranks: Any) -> tuple[Tensor, ...]:
         """Gaussian factors whose product's entries have the tensor's mean square."""
