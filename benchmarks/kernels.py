@@ -13,6 +13,7 @@ to one number, "tensor" instructions of the tensor cores.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -91,19 +92,17 @@ def variants() -> Iterator[Variant]:
     def add(kernel: str, rank: int, options: dict[str, Any]) -> None:
         found[kernel, tuple(sorted(options.items(), key=lambda item: item[0]))] = rank
 
-    before = torch.get_float32_matmul_precision()
-    for precision in ("highest", "high"):
-        torch.set_float32_matmul_precision(precision)
-        for rank in range(1, MAX_RANK + 1):
-            tile = tile_for(rank)
-            for dtype in DTYPES:
-                for layouts in range(1, 8):
-                    add("gram", rank, kernels.gram_options(dtype, layouts, rank, tile))
-                    for target in TARGETS:
-                        for in_place in {False, target == dtype}:
-                            about = dtype, target, layouts, rank, in_place, tile
-                            add("update", rank, kernels.update_options(*about))
-    torch.set_float32_matmul_precision(before)
+    for setting in ("highest", "high"):
+        with measure.precision(setting):
+            for rank, dtype, layouts in itertools.product(
+                range(1, MAX_RANK + 1), DTYPES, range(1, 8)
+            ):
+                tile = tile_for(rank)
+                add("gram", rank, kernels.gram_options(dtype, layouts, rank, tile))
+                for target, in_place in itertools.product(TARGETS, (False, True)):
+                    if target == dtype or not in_place:
+                        about = dtype, target, layouts, rank, in_place, tile
+                        add("update", rank, kernels.update_options(*about))
     add("norm", MAX_RANK, kernels.norm_options())
     return (Variant(kernel, rank, options) for (kernel, options), rank in found.items())
 

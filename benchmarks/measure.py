@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -37,7 +39,9 @@ __all__ = [
     "interleave",
     "markdown",
     "memory",
+    "no_waiting",
     "parser",
+    "precision",
     "profiled",
     "setup",
     "synchronize",
@@ -146,6 +150,32 @@ def interleave(
 def _timing(values: Sequence[float]) -> Timing:
     low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return Timing(median(values), low, high, len(values))
+
+
+@contextmanager
+def precision(setting: str) -> Iterator[None]:
+    """Within it torch multiplies float32 matrices so: "highest" (IEEE), "high" (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Within it, whatever waits for a CUDA device raises; a CPU is never waited for."""
+    if device.type != "cuda":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

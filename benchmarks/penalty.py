@@ -41,7 +41,7 @@ from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.product import Product, penalty
 
-__all__ = ["compare", "main"]
+__all__ = ["COPY_BYTES", "GEMM_SIZE", "KINDS", "compare", "main"]
 
 Run = Callable[[], object]
 COEF = 1e-4
@@ -221,9 +221,7 @@ def _python_share(run: Run, calls: int = 30) -> float:
 
 def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple[Any, ...]:
     """Rows and targets of one case."""
-    dtype, precision = KINDS[options.kind]
-    torch.set_float32_matmul_precision(precision)
-    suite = Suite(case, device, dtype)
+    suite = Suite(case, device, KINDS[options.kind][0])
     ours = suite.backends()
     runs = {**ours, **suite.baselines(options.compile), **suite.limits()}
     timings = measure.interleave(runs, device, seconds=options.seconds)
@@ -423,7 +421,8 @@ def compare(report: Report, name: str, case: Case, options: argparse.Namespace) 
         case: gives the shapes.
         options: ``seconds``, ``kind``, ``compile``.
     """
-    rows, targets, notes = _measure(name, case, report.device, options)
+    with measure.precision(KINDS[options.kind][1]):
+        rows, targets, notes = _measure(name, case, report.device, options)
     report.table(f"{case.title}, {options.kind}: {len(case.pairs)} products", rows)
     report.targets += targets
     report.note(name, notes)

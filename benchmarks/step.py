@@ -39,7 +39,7 @@ from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
 from frobdecay.product.product import penalty
 
-__all__ = ["CASES", "main"]
+__all__ = ["CASES", "Layer", "main", "whole_step"]
 
 DECAY = 1e-4
 PLAIN, OURS, LOSS = "weight decay", "Frobenius decay", "penalty"
@@ -113,12 +113,21 @@ CASES: dict[str, Callable[[Any, torch.device], Case]] = {
 }
 
 
-def _step(
+def whole_step(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     optimizer: torch.optim.Optimizer,
     extra: Callable[[], Tensor] | None = None,
 ) -> Callable[[], object]:
+    """Make a training step: the loss, and what is added to it, backward, the optimizer.
+
+    Args:
+        model: is handed to ``loss``.
+        loss: of a model, without dimensions.
+        optimizer: clears the gradients, and steps.
+        extra: added to the loss.
+    """
+
     def run() -> None:
         total = loss(model)
         if extra is not None:
@@ -137,9 +146,9 @@ def _measure(name: str, options: Any, device: torch.device) -> tuple[list[dict[s
     found = products(added)
     optimizer = make(plain.parameters(), DECAY)
     runs = {
-        PLAIN: _step(plain, loss, optimizer),
-        OURS: _step(ours, loss, wrapped),
-        LOSS: _step(added, loss, make(added.parameters(), 0.0), lambda: penalty(found, DECAY)),
+        PLAIN: whole_step(plain, loss, optimizer),
+        OURS: whole_step(ours, loss, wrapped),
+        LOSS: whole_step(added, loss, make(added.parameters(), 0.0), lambda: penalty(found, DECAY)),
         PLAIN_ALONE: optimizer.step,
         OURS_ALONE: wrapped.step,
     }

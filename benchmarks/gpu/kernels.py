@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Shape
 from benchmarks.gpu.parts import part
-from benchmarks.measure import Report, synchronize
+from benchmarks.measure import Report, precision, synchronize
 from frobdecay import Product, add_penalty_grad_
 from frobdecay.gradient.accumulate import Accumulator
 
-__all__ = ["KINDS", "LAYOUTS", "check", "error", "exact", "precision"]
+__all__ = ["KINDS", "LAYOUTS", "check", "error", "exact"]
 
 KINDS: dict[str, tuple[torch.dtype, torch.dtype, str, float]] = {
     # factors, targets, torch's precision of float32 products, relative error allowed: what the
@@ -47,17 +46,6 @@ def suites(device: torch.device) -> dict[str, list[Shape]]:
     if device.type == "cpu":
         return {"tiny": CASES["tiny"].pairs[-2:]}
     return {name: sorted(set(CASES[name].pairs)) for name in ("resnet110", "bert", "lora7b")}
-
-
-@contextmanager
-def precision(setting: str) -> Iterator[None]:
-    """Within it float32 matrices are multiplied so."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

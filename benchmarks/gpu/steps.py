@@ -11,7 +11,9 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu.kernels import check, error, exact
 from benchmarks.gpu.parts import part
-from benchmarks.measure import WARM_UPS, Report, captured, synchronize
+from benchmarks.measure import WARM_UPS, Report, captured, no_waiting, synchronize
 from benchmarks.models import resnet
+from benchmarks.step import whole_step
 from frobdecay import FrobeniusDecay, Product, factorize
 
 
@@ -99,30 +102,22 @@ def waiting(report: Report) -> None:
             params = list(model.parameters())
             optimizer = FrobeniusDecay(make(params, weight_decay=1e-3), model)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-            for step in range(70):  # beyond the 64 after which the wrapper looks at its steps
-                for param in params:
-                    param.grad = torch.randn_like(param)
-                if step == 2:
-                    _forbid_waiting(report.device)
-                optimizer.step()
-                schedule.step()
-                if step == 69:
-                    _allow_waiting(report.device)
+
+            def run(count: int, params: Any = params, both: Any = (optimizer, schedule)) -> None:
+                for _ in range(count):
+                    for param in params:
+                        param.grad = torch.randn_like(param)
+                    for one in both:
+                        one.step()
+
+            run(2)
+            with no_waiting(report.device):
+                run(68)  # beyond the 64 after which the wrapper looks at its steps
             finite = all(bool(param.isfinite().all()) for param in params)
             rows.append({"optimizer": name, "dtype": str(dtype)[6:], "finite": str(finite)})
             if not finite:
                 raise AssertionError(f"{name}, {dtype}: expected finite parameters after 70 steps")
     report.table("70 steps without waiting", rows)
-
-
-def _forbid_waiting(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-
-
-def _allow_waiting(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("default")
 
 
 GRAPHED: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -133,18 +128,8 @@ GRAPHED: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def _training(
-    model: nn.Module, make: Callable[..., torch.optim.Optimizer], images: Tensor, labels: Tensor
-) -> Callable[[], object]:
-    """A whole step on images that stay where they are."""
-    optimizer = FrobeniusDecay(make(list(model.parameters()), weight_decay=1e-2), model)
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return run
+def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(model(images), labels)
 
 
 @part("smoke", 90)
@@ -156,7 +141,11 @@ def graph(report: Report) -> None:
         model = _network(device)
         images, labels = _images(device)
         twins = [model, copy.deepcopy(model)]
-        steps = [_training(one, make, images, labels) for one in twins]
+        steps = []
+        for one in twins:
+            base = make(list(one.parameters()), weight_decay=1e-2)
+            optimizer = FrobeniusDecay(base, one)
+            steps.append(whole_step(one, partial(_loss, images=images, labels=labels), optimizer))
         replay = captured(steps[0], device)
         for _ in range(WARM_UPS if device.type == "cuda" else 0):
             steps[1]()

@@ -25,24 +25,19 @@ import torch
 from benchmarks import measure
 from benchmarks.cases import CASES
 from benchmarks.gpu.parts import part
-from benchmarks.measure import Report
+from benchmarks.measure import Report, captured, precision
+from benchmarks.penalty import COPY_BYTES, GEMM_SIZE, KINDS
 from frobdecay import Product
 from frobdecay.gradient.bucketed import Job
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.tiles import Tile, tile_for
 
-__all__ = ["KINDS", "limits", "microseconds"]
+__all__ = ["limits", "microseconds"]
 
-KINDS = {  # how it is called -> dtype, torch's precision of float32 products
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "highest"),
-}
-TRIED = {"lora7b": ("float32", "bf16"), "bert": tuple(KINDS)}
+TRIED = {"lora7b": ("float32", "bfloat16"), "bert": tuple(KINDS)}
 REPEATS = 10
 BUDGET = 80
 """Seconds for all tiles; what is left of them when everything is compiled is for timing."""
-GEMM_SIZE, COPY_BYTES = 8192, 1 << 30
 
 _A = ("block", "gram_rows", "gram_warps", "gram_stages", "waves")
 _B = ("inner", "columns", "update_rows", "update_warps", "update_stages", "waves")
@@ -105,8 +100,7 @@ def tiles(rank: int, kind: str) -> Iterator[tuple[str, Tile]]:
 
 def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, tile: Tile) -> Any:
     """A plan for random factors of these shapes; calls that add into gradients, and in place."""
-    dtype, precision = KINDS[kind]
-    torch.set_float32_matmul_precision(precision)
+    dtype, _ = KINDS[kind]
     factors = [
         [torch.randn(rows, r, device=device).mul_(rows**-0.5).to(dtype) for rows in (m, n)]
         for m, n, r in pairs
@@ -121,7 +115,7 @@ def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, ti
 
 def _compile(kind: str, rank: int, launch: str, tile: Tile, device: str) -> None:
     """Compile what a tile needs, into Triton's cache on disk, on small factors."""
-    with torch.no_grad():
+    with torch.no_grad(), precision(KINDS[kind][1]):
         plan, run, in_place = _plan([(512, 512, rank)], torch.device(device), kind, tile)
         if launch == "Grams":
             plan.launch_grams()
@@ -145,21 +139,18 @@ def _compile_all(wanted: list[tuple[str, int, str, Tile]], device: str, seconds:
 
 def microseconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one call on the device alone: the median over replays of a graph of several calls."""
-    run()
     if device.type != "cuda":
+        run()
         start = time.perf_counter()
         run()
         return 1e6 * (time.perf_counter() - start)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            run()
-    graph.replay()
+    replay = captured(lambda: [run() for _ in range(REPEATS)], device)
+    replay()
     samples = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         samples.append(1e3 * start.elapsed_time(end) / REPEATS)
@@ -169,9 +160,8 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
 def limits(device: torch.device, kind: str) -> tuple[float, float]:
     """Flops and bytes a microsecond, of a large matrix product and of a large copy."""
     small = device.type != "cuda"
-    size, count = (256, 1 << 20) if small else (GEMM_SIZE, COPY_BYTES)
-    dtype, precision = KINDS[kind]
-    torch.set_float32_matmul_precision(precision)
+    size, count = (256, 1 << 20) if small else (GEMM_SIZE["cuda"], COPY_BYTES["cuda"])
+    dtype, _ = KINDS[kind]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.ones(count, dtype=torch.uint8, device=device)
@@ -234,7 +224,8 @@ def tiles_tried(report: Report) -> None:
     with torch.no_grad():
         for k, (name, kind) in enumerate(several):
             end = start + BUDGET - share * (len(several) - 1 - k)
-            rows = _rows(name, kind, device, end if device.type == "cuda" else 0)
+            with precision(KINDS[kind][1]):
+                rows = _rows(name, kind, device, end if device.type == "cuda" else 0)
             report.table(f"{CASES[name].title}, {kind}: in use, then others", rows)
             for what in ("Grams, µs", "updates, µs"):
                 timed = [row for row in rows if what in row]

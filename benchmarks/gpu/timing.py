@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy, rms_norm, scaled_dot_product_atte
 
 from benchmarks import penalty, step
 from benchmarks.cases import CASES, FRACTION
-from benchmarks.gpu.kernels import precision
 from benchmarks.gpu.parts import part
-from benchmarks.measure import Report, Target, captured, interleave, synchronize
+from benchmarks.measure import Report, Target, captured, interleave, precision, synchronize
 from benchmarks.models import resnet
 from frobdecay import FrobeniusDecay, factorize
 
@@ -40,10 +39,9 @@ def _options(**given: Any) -> argparse.Namespace:
 
 def _penalty(report: Report, kind: str, names: tuple[str, ...], seconds: float = 0.5) -> None:
     on_cpu = report.device.type == "cpu"
-    with precision("highest"):
-        for name in ("tiny",) if on_cpu else names:
-            options = _options(kind=kind, seconds=0.01 if on_cpu else seconds)
-            penalty.compare(report, name, CASES[name], options)
+    for name in ("tiny",) if on_cpu else names:
+        options = _options(kind=kind, seconds=0.01 if on_cpu else seconds)
+        penalty.compare(report, name, CASES[name], options)
 
 
 @part("smoke", 60, alone=True)
@@ -196,20 +194,15 @@ def step_16k(report: Report) -> None:
 
         plain, ours = base(model), FrobeniusDecay(base(twin), twin)
 
-        def whole(one: nn.Module, optimizer: Any, x: Tensor = x, dtype: Any = dtype) -> Run:
-            def run() -> None:
-                optimizer.zero_grad()
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32):
-                    loss = one(x).square().mean()
-                loss.backward()
-                optimizer.step()
-
-            return run
+        def loss(one: nn.Module, x: Tensor = x, dtype: torch.dtype = dtype) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32):
+                found: Tensor = one(x).square().mean()
+            return found
 
         with precision(setting):
             runs = {
-                "weight decay": whole(model, plain),
-                "Frobenius decay": whole(twin, ours),
+                "weight decay": step.whole_step(model, loss, plain),
+                "Frobenius decay": step.whole_step(twin, loss, ours),
                 "weight decay, step() alone": plain.step,
                 "Frobenius decay, step() alone": ours.step,
             }
@@ -236,13 +229,8 @@ def training_step(report: Report) -> None:
         sgd = torch.optim.SGD(own.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         optimizer: Any = FrobeniusDecay(sgd, own) if name != "weight decay" else sgd
 
-        def one(own: nn.Module = own, optimizer: Any = optimizer) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            cross_entropy(own(images), labels).backward()
-            optimizer.step()
-
-        runs[name] = one
-        runs[f"{name}, replayed"] = captured(one, device)
+        runs[name] = step.whole_step(own, lambda one: cross_entropy(one(images), labels), optimizer)
+        runs[f"{name}, replayed"] = captured(runs[name], device)
         runs[f"{name}, step() alone"] = optimizer.step
     # a graph's gradients are its own: an eager step between replays makes others, and no harm
     ms = _interleaved(runs, device, 2.0)

@@ -16,10 +16,10 @@ from closeness import TOLERANCE, close, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from waiting import no_waiting
 
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
+from benchmarks.measure import no_waiting, precision
 from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
 from frobdecay.gradient.bucketed import Job, overlapping
 from frobdecay.gradient.triton import executor
@@ -552,14 +552,25 @@ def test_float32_follows_torchs_setting(tf32, shape):
     """IEEE where TF32 is not allowed: errors of float32; TF32 where it is: its errors."""
     products = make((shape, shape))
     targets = zeros(products)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
+    with precision("high" if tf32 else "highest"):
         run(plan(products), products, targets)
-    finally:
-        torch.set_float32_matmul_precision(before)
     expect(products, targets, 2e-3 if tf32 else 1e-6)
     assert close(targets[0][0], exact(products[0])[1][0], 1e-6) is not tf32
+
+
+@pytest.mark.parametrize("tile", [SMALL, None], ids=["small tiles", "tiles in use"])
+@pytest.mark.parametrize("rank", [5, 17, 40, 70])
+def test_by_tf32_a_gram_is_read_turned(rank, tile):
+    """Of one tile or of several, whole or in steps: the same gradient, but for TF32's digits."""
+    products = make(((33, rank), (20, rank)), count=2)
+    targets = zeros(products)
+    with precision("high"):
+        grouped = plan(products, tile=tile)
+        assert kernels.update_options(torch.float32, torch.float32, 2, rank, False, grouped.tile)[
+            "TURNED"
+        ]
+        run(grouped, products, targets)
+    expect(products, targets, 2e-3 if CUDA else 1e-6)
 
 
 def variants():
@@ -577,7 +588,7 @@ def test_a_step_never_waits_for_the_gpu():
     accumulator.accumulate(zeros(products), [[0.1, rate]] * 3)
     before = variants()
     kept = [zeros(products) for _ in range(3)]
-    with no_waiting():
+    with no_waiting(DEVICE):
         for step, targets in enumerate(kept):
             accumulator.accumulate(targets, [[0.1 * step, rate]] * 3)
             accumulator.accumulate([[None, t[1]] for t in targets], [[0.0, 0.5]] * 3)

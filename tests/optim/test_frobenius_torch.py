@@ -10,8 +10,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from waiting import no_waiting
 
+from benchmarks.measure import no_waiting
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients
@@ -345,7 +345,7 @@ def test_skipped_steps_need_no_synchronization(make):
     for _ in range(3):
         optimizer.zero_grad()
         scaler.scale(net.loss()).backward()
-        with no_waiting():
+        with no_waiting(net.x.device):
             scaler.step(optimizer)
         scaler.update()
     train(twin, wrap(twin, False), 3)

@@ -29,7 +29,8 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
     if precision == "tf32" and tile.block >= 64:
         # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
         # bf16 terms are more precise than one of TF32. The terms take registers: half the rows.
-        precision, rows = "bf16x3", rows // 2
+        # (Triton's interpreter, which multiplies float32 as it is, does not know the name.)
+        precision, rows = "tf32" if INTERPRETED else "bf16x3", rows // 2
     return {
         "TYPE": _TYPES[dtype],
         "VECTOR": 16 // dtype.itemsize,
