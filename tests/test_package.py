@@ -188,7 +188,8 @@ def test_every_definition_is_used_or_public():
         for node in ast.walk(parsed(module)):
             if isinstance(node, ast.Name | ast.Attribute):
                 names[node.id if isinstance(node, ast.Name) else node.attr] += 1
-    spoken = set(re.findall(r"\w+", (ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    spoken = {word for path in pages for word in re.findall(r"\w+", path.read_text("utf-8"))}
     dead = {
         f"{module}.{node.name}"
         for module in FILES

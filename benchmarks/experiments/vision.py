@@ -149,7 +149,7 @@ VISION: Mapping[str, Experiment] = {
                 "wrn10-2 0.0667": replace(
                     _SMALL,
                     data=_FEW,
-                    channels_last=False,  # torch 2.13 aborts in it at rank 1, see README's caveats
+                    channels_last=False,  # torch 2.13 aborts in it at rank 1: docs/semantics.md
                     model="wrn10-2",
                     ratio=1 / 15,
                     epochs=4,

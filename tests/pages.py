@@ -1,4 +1,4 @@
-"""The README's Python blocks, and what they need."""
+"""The Python blocks of README and docs, and what they need."""
 
 import ast
 import os
@@ -7,9 +7,23 @@ import re
 import subprocess
 import sys
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = {path.stem: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 CORE = {"torch", "frobdecay", "einops"}
+
+
+def fenced(language: str) -> dict[str, str]:
+    """``page-number`` -> each block of code in a language, in order."""
+    return {
+        f"{page}-{k}": block
+        for page, path in PAGES.items()
+        for k, block in enumerate(
+            re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.S), 1
+        )
+    }
+
+
+BLOCKS = fenced("python")
 
 
 def extras(block: str) -> set[str]:
@@ -23,22 +37,22 @@ def extras(block: str) -> set[str]:
     return names - CORE - sys.stdlib_module_names
 
 
-def run(k: int) -> None:
+def run(name: str) -> None:
     """Run one block by itself, as printed."""
-    exec(compile(BLOCKS[k], f"README block {k}", "exec"), {"__name__": f"readme{k}"})
+    exec(compile(BLOCKS[name], f"block {name}", "exec"), {"__name__": name})
 
 
 def torchrun(processes: int, folder: pathlib.Path) -> str:
-    """Run the script that the README starts with torchrun; what it printed.
+    """Run the script that the page on sharding starts with torchrun; what it printed.
 
     The exit code is not looked at: gloo sometimes aborts after the work is done.
     """
-    (script,) = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    (script,) = fenced("py").values()
     file = folder / "train.py"
     file.write_text(script, encoding="utf-8")
     options = ["--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(file)]
-    path = os.pathsep.join(filter(None, (str(README.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path
     }  # fmt: skip

@@ -1,0 +1,67 @@
+"""README and docs do what they say."""
+
+import re
+import sys
+
+import pytest
+from pages import BLOCKS, PAGES, ROOT, extras, run, torchrun
+
+
+def test_the_pages_have_examples():
+    """The search for blocks finds them; most need nothing but the core."""
+    plain = [name for name, block in BLOCKS.items() if not extras(block)]
+    assert {"README-1", "from-scratch-1"} <= set(plain)
+    assert len(BLOCKS) > len(plain) >= 10
+
+
+def _where(block):
+    """Marks for a block: what was on the meta device comes to the CPU, and is compared there."""
+    return [pytest.mark.cpu("loads to it")] if "load_factorized" in block else []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=_where(block))
+        for name, block in BLOCKS.items()
+        if not extras(block)
+    ],
+)
+def test_examples_run(name, tmp_path, monkeypatch):
+    """Every Python block that needs the core alone runs by itself."""
+    monkeypatch.chdir(tmp_path)
+    run(name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Between pages, to files of this repository, and to headings."""
+    path = PAGES[page]
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, heading = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if heading:
+            assert heading in headings(target), link
+
+
+def headings(path):
+    """The anchors of a page's headings, as GitHub and MkDocs both make them."""
+    lines = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_page_is_in_the_index():
+    """Whoever adds a page names it there."""
+    linked = set(re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"].read_text(encoding="utf-8")))
+    assert linked == set(PAGES) - {"README", "index"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names the network interface as Linux does")
+def test_the_script_for_several_processes_runs(tmp_path):
+    """As it is printed, with torchrun and two processes; factors stay alike."""
+    out = torchrun(2, tmp_path)
+    assert "2 on a mesh of 2: 3,392 numbers in one all-reduce" in out
+    assert out.rstrip().endswith("done")
