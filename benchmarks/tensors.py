@@ -81,7 +81,7 @@ def _layer(weight: Weight, kind: str) -> nn.Module:
     count = sum(torch.Size(s).numel() for s in tucker.factor_shapes(shape))
     rank: int | float = max(1, count // sum(modes)) if kind == "CP" else PART
     made = partial(KINDS[kind], pattern=weight.pattern, init="matched")
-    factorize(layer, rank, parametrization=made)
+    factorize(layer, rank=rank, parametrization=made)
     return layer
 
 

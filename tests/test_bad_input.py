@@ -130,8 +130,9 @@ def _assert_raises_and_changes_nothing(act, model, error, message):
 def test_a_named_weight_that_cannot_be_factorized_is_an_error(case):
     """The message names the module and the reason, and no other weight was touched."""
     make, reason = REFUSED[case]
+    include = ["first", "bad"] if case != "tied" else "bad"
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, include=["first", "bad"] if case != "tied" else "bad"),
+        lambda model: factorize(model, rank=2, include=include),
         make(), ValueError, f"bad.weight cannot be factorized.*{reason}")  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_a_named_weight_that_cannot_be_factorized_is_an_error(case):
 def test_a_weight_that_cannot_be_factorized_is_listed_by_default(case):
     """The rest of the model is factorized; the plan says why this one is not."""
     make, reason = REFUSED[case]
-    plan = factorize(make(), 2)
+    plan = factorize(make(), rank=2)
     assert "last.weight" in plan.ranks
     listed = {row.name: row.reason for row in plan.rows}
     assert reason in listed["bad.weight"]
@@ -154,7 +155,7 @@ def test_weights_without_numbers_are_an_error(case, include):
     """Swept in or named: such a model is not ready."""
     make, message = FATAL[case]
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, include=include), make(), ValueError, message
+        lambda model: factorize(model, rank=2, include=include), make(), ValueError, message
     )
 
 
@@ -177,6 +178,14 @@ def test_wrong_arguments_of_a_plan(case):
     )
 
 
+def test_a_rank_is_not_taken_for_a_ratio():
+    """A number without a name says neither which one it is."""
+    for act in (factorize, plan_ranks):
+        _assert_raises_and_changes_nothing(
+            lambda model, act=act: act(model, 0.25), Net(), TypeError, "positional argument"
+        )
+
+
 @pytest.mark.parametrize("energy", [0.0, -1.0, 1.1, float("nan")])
 def test_wrong_energy(energy):
     """A share is above 0 and at most 1."""
@@ -187,7 +196,7 @@ def test_wrong_energy(energy):
 def test_a_stack_of_matrices_needs_a_pattern():
     """Three dimensions of an unknown module can be read in many ways."""
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, include="bad.up"),
+        lambda model: factorize(model, rank=2, include="bad.up"),
         Net(_experts()), ValueError, "bad.up.*3 dimensions.*pattern")  # fmt: skip
 
 
@@ -206,9 +215,9 @@ def test_an_error_half_way_leaves_everything_as_it_was(kind):
         return weight.new_ones(*weight.shape[:-1], rank), weight.new_ones(weight.shape[-1], rank)
 
     if kind is nn.MultiheadAttention:
-        factorize(model, 2, include="first")
+        factorize(model, rank=2, include="first")
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, init=init), model, ValueError,
+        lambda model: factorize(model, rank=2, init=init), model, ValueError,
         "(last|bad).*: (no more|expected the initialization)")  # fmt: skip
     assert calls
 
@@ -216,14 +225,14 @@ def test_an_error_half_way_leaves_everything_as_it_was(kind):
 def test_an_error_half_way_leaves_other_products_as_they_were():
     """A module of which one weight is factorized already keeps that one, and its class."""
     model = nn.LSTM(6, 6)
-    factorize(model, 2, include="weight_ih_l0")
+    factorize(model, rank=2, include="weight_ih_l0")
     clone = copy.deepcopy(model)
 
     def init(weight, rank, *, depth):
         raise ValueError("no")
 
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, init=init), model, ValueError, "weight_hh_l0: no"
+        lambda model: factorize(model, rank=2, init=init), model, ValueError, "weight_hh_l0: no"
     )
     x = torch.randn(3, 1, 6)
     torch.testing.assert_close(model(x)[0], clone(x)[0])
@@ -236,7 +245,7 @@ def test_interrupts_are_rolled_back_too():
         raise KeyboardInterrupt
 
     _assert_raises_and_changes_nothing(
-        lambda model: factorize(model, 2, init=init), Net(), KeyboardInterrupt, ""
+        lambda model: factorize(model, rank=2, init=init), Net(), KeyboardInterrupt, ""
     )
 
 
@@ -248,9 +257,9 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
     )
     try:
         model = Net()
-        factorize(model, 2, include="first")
+        factorize(model, rank=2, include="first")
         wrapped = nn.parallel.DistributedDataParallel(model)
-        for act in (lambda m: factorize(m, 2), merge, unroll):
+        for act in (lambda m: factorize(m, rank=2), merge, unroll):
             _assert_raises_and_changes_nothing(
                 act, wrapped, ValueError, "DistributedDataParallel.*before wrapping"
             )
@@ -274,8 +283,8 @@ def test_sharded_weights_are_refused(tmp_path):
         model = Net()
         model.bad.weight = nn.Parameter(distribute_tensor(model.bad.weight.detach(), mesh))
         with pytest.raises(ValueError, match=r"bad.weight.*DTensor.*before fully_shard"):
-            factorize(model, 2, include="bad")
-        assert "DTensor" in str(factorize(model, 2))
+            factorize(model, rank=2, include="bad")
+        assert "DTensor" in str(factorize(model, rank=2))
         held = model.first.parametrizations.weight
         held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
         with pytest.raises(ValueError, match=r"first.weight.*DTensor.*before merging"):
@@ -292,7 +301,7 @@ def test_sharded_weights_are_refused(tmp_path):
 def test_factors_on_the_meta_device_are_refused_on_the_way_back(act):
     """There is nothing to multiply."""
     model = Net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     _assert_raises_and_changes_nothing(act, model.to("meta"), ValueError, "first.weight.*meta")
 
 
@@ -304,7 +313,7 @@ def test_factors_on_the_meta_device_are_refused_on_the_way_back(act):
 def test_wrong_arguments_of_merge(arguments, message):
     """Selectors that match nothing, or nothing factorized."""
     model = Net()
-    factorize(model, 2, include="first")
+    factorize(model, rank=2, include="first")
     _assert_raises_and_changes_nothing(
         lambda model: merge(model, **arguments), model, ValueError, message
     )
@@ -325,7 +334,7 @@ class Doubled(nn.Module):
 def test_a_parametrization_on_top_of_a_product_is_refused():
     """The weight is then not the product, and its decay would not be the weight's."""
     model = Net()
-    factorize(model, 2, include="bad")
+    factorize(model, rank=2, include="bad")
     parametrize.register_parametrization(model.bad, "weight", Doubled(), unsafe=True)
     for act in (products, unroll):
         _assert_raises_and_changes_nothing(act, model, ValueError, "bad.weight.*other|on top")
@@ -336,7 +345,7 @@ def test_patterns_that_are_no_chain_are_named_by_unroll(pattern):
     """Every such layer is listed before anything was changed."""
     model = Net()
     axes = {"b": 2} if "b" in pattern else None
-    factorize(model, 2, parametrization=functools.partial(LowRank, pattern=pattern, axes=axes))
+    factorize(model, rank=2, parametrization=functools.partial(LowRank, pattern=pattern, axes=axes))
     _assert_raises_and_changes_nothing(unroll, model, ValueError, "first.weight.*bad.weight.*merge")
 
 
@@ -359,7 +368,7 @@ def test_sizes_of_one_work(shape):
     """They are matrices like others."""
     model = nn.Linear(*shape)
     dense = model.weight.detach().clone()
-    factorize(model, 1)
+    factorize(model, rank=1)
     torch.testing.assert_close(merge(model).weight.detach(), dense)
 
 

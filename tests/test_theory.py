@@ -28,7 +28,7 @@ def decayed(kind):
     """Singular values, and the direction of W, before and after one step of decay alone."""
     layer = nn.Linear(12, 9, bias=False, dtype=torch.float64)
     if kind != "dense":
-        factorize(layer, 1.0)
+        factorize(layer, rank=1.0)
     before = dense(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=ETA, weight_decay=LAMBDA)
     if kind == "frobenius":
@@ -115,7 +115,7 @@ def test_decay_of_three_factors_bounds_a_schatten_quasi_norm():
 def test_decay_is_stable_below_two(product, shrinks):
     """A balanced pair is multiplied by 1 − ηλs, so the largest singular value bounds η and λ."""
     layer = nn.Linear(12, 9, bias=False, dtype=torch.float64)
-    factorize(layer, 1.0)
+    factorize(layer, rank=1.0)
     before = torch.linalg.matrix_norm(dense(layer), 2)
     rate = product / before.item()
     base = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=rate)

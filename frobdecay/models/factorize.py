@@ -32,8 +32,8 @@ from frobdecay.weights.product_tensor import ProductTensor
 @ordinary("factorize")
 def factorize(
     model: nn.Module,
-    rank: RankRule | None = None,
     *,
+    rank: RankRule | None = None,
     ratio: float | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,

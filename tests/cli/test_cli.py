@@ -119,7 +119,7 @@ def test_planned_ranks_are_those_of_the_model(tmp_path, capsys):
 def test_factors_are_read_as_their_product(tmp_path, capsys, suffix):
     """Norms and ranks of the product, under the dense weight's name and shape."""
     model = _net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     _saved(tmp_path / f"model{suffix}", model)
     report = _report(capsys, tmp_path / f"model{suffix}", "--ratio", "0.9")
     rows = {row["name"]: row for row in report["weights"]}
@@ -138,7 +138,7 @@ def test_factors_are_read_as_their_product(tmp_path, capsys, suffix):
 def test_tensors_are_read_as_the_dense_weight_is(tmp_path, capsys, kind):
     """Their own ranks beside the spectrum of the weight that they multiply to."""
     model = _net()
-    factorize(model, 2, include=["0", "3"], parametrization=kind)
+    factorize(model, rank=2, include=["0", "3"], parametrization=kind)
     _saved(tmp_path / "factors.pt", model)
     assert _run("merge", tmp_path / "factors.pt", tmp_path / "dense.pt") == 0
     capsys.readouterr()
@@ -253,7 +253,7 @@ def test_the_key_chooses(tmp_path, capsys):
 def test_merge_writes_what_the_original_class_loads(tmp_path, capsys, given, out, dtype):
     """From either format to either: its keys, its dtype, the merged weights."""
     model = _net().to(dtype)
-    factorize(model, 2)
+    factorize(model, rank=2)
     _saved(tmp_path / f"in{given}", model)
     assert _run("merge", tmp_path / f"in{given}", tmp_path / f"out{out}") == 0
     assert "3 weights merged" in capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_merge_expands_ties(tmp_path, capsys):
         return model
 
     model = make()
-    factorize(model, 2)
+    factorize(model, rank=2)
     save_factorized(model, tmp_path / "in.safetensors")
     for name in ("out.safetensors", "out.pt"):
         assert _run("merge", tmp_path / "in.safetensors", tmp_path / name) == 0
@@ -299,7 +299,7 @@ def test_merge_keeps_both_names_of_a_shared_module(tmp_path, capsys, given):
         return model
 
     model = make()
-    factorize(model, 2)
+    factorize(model, rank=2)
     _saved(tmp_path / f"in{given}", model)
     assert _run("merge", tmp_path / f"in{given}", tmp_path / "out.pt") == 0
     found = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -311,7 +311,7 @@ def test_merge_keeps_both_names_of_a_shared_module(tmp_path, capsys, given):
 def test_merge_keeps_what_lies_beside_the_tensors(tmp_path, capsys):
     """Extra state stays, where the format can hold it."""
     model = _net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     state = model.state_dict()
     state["extra"] = {"answer": 42}
     torch.save(state, tmp_path / "in.pt")
@@ -324,7 +324,7 @@ def test_merge_keeps_what_lies_beside_the_tensors(tmp_path, capsys):
 
 def _factorized_file(path):
     model = _net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     return _saved(path, model)
 
 
@@ -344,7 +344,7 @@ def test_merge_does_not_overwrite(tmp_path, capsys):
 def test_a_disk_that_is_full_is_one_line(tmp_path, capsys, out):
     """The old file stays, and no half of a new one."""
     model = nn.Sequential(nn.Linear(200, 200))
-    factorize(model, 2)
+    factorize(model, rank=2)
     _saved(tmp_path / "in.pt", model)
     (tmp_path / f"out{out}").write_text("precious")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -360,7 +360,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, capsys, out):
 
 def _state(edit):
     model = _net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     state = model.state_dict()
     edit(state)
     return state
@@ -568,7 +568,7 @@ def test_hostile_files_are_one_line(tmp_path, capsys, case, command):
 def test_files_of_any_name_are_read_and_written(tmp_path, capsys, name, suffix):
     """What cannot be printed is spelled."""
     model = _net()
-    factorize(model, 2)
+    factorize(model, rank=2)
     _saved(tmp_path / f"x{suffix}", model)
     path = (tmp_path / f"x{suffix}").rename(tmp_path / f"{name}{suffix}")
     assert _run("inspect", path) == 0

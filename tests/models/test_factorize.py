@@ -221,7 +221,7 @@ def test_merge_is_exact_at_full_rank_D23(kind):
     make, example = MODELS[kind]
     model, x = make().double().eval(), example()
     dense = copy.deepcopy(model)
-    factorize(model, 1.0)
+    factorize(model, rank=1.0)
     assert merge(model) is model
     assert list(model.state_dict()) == list(dense.state_dict())
     assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]
@@ -235,7 +235,7 @@ def test_merge_computes_the_same(kind, training):
     """At a low rank too, in training and evaluation mode."""
     make, example = MODELS[kind]
     model, x = make().double().train(training), example()
-    factorize(model, 2)
+    factorize(model, rank=2)
     expected = model(x)
     merge(model)
     assert all(module.training is training for module in model.modules())
@@ -259,7 +259,7 @@ def test_unroll_gives_plain_torch_layers_with_the_same_function_D23():
 def test_unrolled_layers_hold_the_factors_and_know_nothing_of_us():
     """No bytes more than the factors have, and a pickle that loads without this package."""
     model = nn.Sequential(nn.Linear(32, 32), nn.Embedding(32, 32), nn.Conv2d(32, 32, 3))
-    factorize(model, 4, parametrization=functools.partial(LowRank, depth=1))
+    factorize(model, rank=4, parametrization=functools.partial(LowRank, depth=1))
     size = sum(p.nbytes for p in model.parameters())
     unroll(model)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
@@ -270,7 +270,7 @@ def test_unrolled_layers_hold_the_factors_and_know_nothing_of_us():
 def test_unroll_after_merging_what_cannot_be_a_chain():
     """The error lists what to merge; afterwards it works."""
     model, ids = Text().double(), torch.randint(0, 20, (2, 5))
-    factorize(model, 2)
+    factorize(model, rank=2)
     with pytest.raises(ValueError, match=r"(?s)lstm.weight_ih_l0.*encoder.self_attn.*merge") as e:
         unroll(model)
     names = re.findall(r"\n  ([\w.]+):", str(e.value))
@@ -288,7 +288,7 @@ def test_the_way_back_keeps_the_state(act, frozen):
     """Dtype, device, training mode and requires_grad; a frozen weight stays a parameter."""
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)).half().eval()
     model[0].weight.requires_grad_(not frozen)
-    factorize(model, 2)
+    factorize(model, rank=2)
     assert all(p.requires_grad is not frozen for p in model[0].parametrizations.weight.parameters())
     act(model)
     weights = [p for n, p in model[0].named_parameters() if n.endswith("weight")]
@@ -303,7 +303,7 @@ def test_the_way_back_keeps_hooks(act):
     """They fire afterwards too, and their handles still remove them."""
     model, calls = nn.Sequential(nn.Linear(4, 4)), []
     handle = model[0].register_forward_hook(lambda *_: calls.append(1))
-    factorize(model, 2)
+    factorize(model, rank=2)
     act(model)(torch.randn(1, 4))
     handle.remove()
     model(torch.randn(1, 4))
@@ -313,7 +313,7 @@ def test_the_way_back_keeps_hooks(act):
 def test_the_root_itself_can_be_a_layer():
     """Factorized and merged in place; unrolling returns another module."""
     layer, x = nn.Linear(6, 4).double(), torch.randn(2, 6, dtype=torch.float64)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     assert [p.name for p in products(layer)] == ["weight"]
     expected, chain = layer(x), unroll(layer)
     torch.testing.assert_close(chain(x), expected)
@@ -325,7 +325,7 @@ def test_siblings_in_a_container_survive_D10():
     """The batch norm beside ``downsample.0`` stays where it was (D10)."""
     model = ResNet()
     norm = model.layer1[0].downsample[1]
-    factorize(model, 2)
+    factorize(model, rank=2)
     assert model.layer1[0].downsample[1] is norm
     unroll(model)
     assert model.layer1[0].downsample[1] is norm
@@ -336,7 +336,7 @@ def test_a_shared_module_is_factorized_once():
     """It is one product with one name, and stays shared on the way back."""
     shared = nn.Linear(6, 6)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
-    plan = factorize(model, 2, include="b.0")
+    plan = factorize(model, rank=2, include="b.0")
     assert list(plan.ranks) == ["a.weight"]
     assert [p.name for p in products(model)] == ["a.weight"]
     unroll(model)
@@ -350,7 +350,7 @@ def test_tied_weights_are_left_dense_and_listed():
     model = nn.ModuleDict({"embed": nn.Embedding(9, 6), "head": nn.Linear(6, 9)})
     model["head"].weight = model["embed"].weight
     model["other"] = nn.Linear(6, 6)
-    plan = factorize(model, 2)
+    plan = factorize(model, rank=2)
     assert list(plan.ranks) == ["other.weight"]
     assert "tied to head.weight" in plan.rows[0].reason
     assert model["head"].weight is model["embed"].weight
@@ -506,16 +506,16 @@ def test_overlapping_memory_is_tied_too():
     """A view of another weight would silently stop following it."""
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 6)})
     model["b"].weight = nn.Parameter(model["a"].weight.detach()[:])
-    assert list(factorize(model, 2).ranks) == ["c.weight"]
+    assert list(factorize(model, rank=2).ranks) == ["c.weight"]
 
 
 def test_copies_do_not_share_their_class():
     """Torch lets copies share one; merging or factorizing one must not break the other."""
     model, x = nn.LSTM(6, 6), torch.randn(2, 1, 6)
-    factorize(model, 2, include="weight_ih_l0")
+    factorize(model, rank=2, include="weight_ih_l0")
     expected, _ = model(x)
     clone = copy.deepcopy(model)
-    factorize(clone, 2, include="weight_hh_l0")
+    factorize(clone, rank=2, include="weight_hh_l0")
     merge(clone)
     torch.testing.assert_close(model(x)[0], expected)
     assert type(clone) is nn.LSTM
@@ -525,7 +525,7 @@ def test_partial_merge_keeps_the_rest_factorized():
     """Merging one of two weights of a module leaves the other a product."""
     model = nn.GRU(6, 6)
     keys = list(model.state_dict())
-    factorize(model, 2)
+    factorize(model, rank=2)
     merge(model, include="weight_ih_l0")
     assert [p.name for p in products(model)] == ["weight_hh_l0"]
     merge(model, exclude="weight_ih_l0")
@@ -535,7 +535,7 @@ def test_partial_merge_keeps_the_rest_factorized():
 def test_state_dict_keys_are_those_of_parametrize():
     """U, M, V are original0, original1, … and nothing of ours is stored."""
     layer = nn.Linear(6, 4)
-    factorize(layer, 2, parametrization=functools.partial(LowRank, depth=1))
+    factorize(layer, rank=2, parametrization=functools.partial(LowRank, depth=1))
     keys = [f"parametrizations.weight.original{i}" for i in range(3)]
     assert list(layer.state_dict()) == ["bias", *keys]
 
@@ -551,7 +551,7 @@ def test_state_dict_keys_of_merge_without_factorize():
 def test_products_are_in_module_order_and_follow_their_parameters_D20():
     """A replaced parameter is the product's parameter at the next look (D20)."""
     model = ResNet()
-    plan = factorize(model, 2)
+    plan = factorize(model, rank=2)
     found = products(model)
     assert [p.name for p in found] == list(plan.ranks)
     fresh = nn.Parameter(torch.ones_like(found[0].params[0]))
@@ -562,7 +562,7 @@ def test_products_are_in_module_order_and_follow_their_parameters_D20():
 def test_a_product_is_the_weight():
     """Materialized, it is what the module reads, in matrix form."""
     model = nn.Conv2d(4, 6, 3, groups=2).double()
-    factorize(model, 2)
+    factorize(model, rank=2)
     (product,) = products(model)
     view = model.parametrizations.weight[0].matricization
     torch.testing.assert_close(view.tensor(product.materialize()), model.weight.materialize())
@@ -620,7 +620,7 @@ def test_provided_and_factorized_products_are_listed_once(providers):
             yield held[0].product("theirs", held)
 
     model = nn.Sequential(nn.Linear(6, 4))
-    factorize(model, 2)
+    factorize(model, rank=2)
     assert [p.name for p in products(model)] == ["theirs"]
 
 
@@ -640,7 +640,7 @@ def test_subclasses_of_linear_are_linear():
 
     model, x = nn.Sequential(Scaled(6, 4)).double(), torch.randn(2, 6, dtype=torch.float64)
     expected = model(x)
-    factorize(model, 1.0)
+    factorize(model, rank=1.0)
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(ValueError, match="Scaled reads its weight itself"):
         unroll(model)
@@ -650,7 +650,7 @@ def test_compiled_models_have_the_names_of_the_model():
     """The wrapper's prefix is no part of a name, so plans fit both."""
     model = nn.Sequential(collections.OrderedDict(fc=nn.Linear(6, 4)))
     compiled = torch.compile(model, backend="eager")
-    assert list(factorize(compiled, 2, include="fc").ranks) == ["fc.weight"]
+    assert list(factorize(compiled, rank=2, include="fc").ranks) == ["fc.weight"]
     assert [p.name for p in products(compiled)] == ["fc.weight"]
     assert compiled(torch.randn(2, 6)).shape == (2, 4)
 
@@ -658,7 +658,7 @@ def test_compiled_models_have_the_names_of_the_model():
 def test_products_are_found_behind_data_parallel():
     """Names are those of the model inside."""
     model = nn.Sequential(nn.Linear(6, 4))
-    factorize(model, 2)
+    factorize(model, rank=2)
     assert [p.name for p in products(nn.DataParallel(model))] == ["0.weight"]
 
 
@@ -666,7 +666,7 @@ def test_products_are_found_behind_data_parallel():
 def test_functional_call_uses_the_given_parameters_D19():
     """Factors are parameters of the module tree, bias included (D19)."""
     model = nn.Conv2d(3, 4, 3).double()
-    factorize(model, 2)
+    factorize(model, rank=2)
     zero = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
     assert not torch.func.functional_call(model, zero, (x,)).any()
@@ -676,7 +676,7 @@ def test_functional_call_uses_the_given_parameters_D19():
 def test_writes_by_an_optimizer_reach_the_weight_D22():
     """Nothing holds an old copy of a factor (D22)."""
     layer, x = nn.Linear(6, 4), torch.randn(3, 6)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     before = layer(x)
     before.square().sum().backward()

@@ -35,7 +35,7 @@ def overcomplete(name, rank, depth):
     make, shape = LAYERS[name]
     dense = make().double()
     layer = copy.deepcopy(dense)
-    factorize(layer, rank, parametrization=partial(LowRank, depth=depth))
+    factorize(layer, rank=rank, parametrization=partial(LowRank, depth=depth))
     return dense, layer, torch.randn(shape, dtype=torch.float64)
 
 
@@ -124,7 +124,7 @@ def test_it_trains(rank, depth):
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
         nn.Linear(6 * 16, 4),
     )  # fmt: skip
-    factorize(model, rank, parametrization=partial(LowRank, depth=depth))
+    factorize(model, rank=rank, parametrization=partial(LowRank, depth=depth))
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     optimizer = FrobeniusDecay(base, model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "original" in n}

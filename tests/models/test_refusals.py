@@ -36,7 +36,7 @@ def test_tensors_take_no_weight_that_matrices_do_not(kind, case):
     make, reason = REFUSED[case]
     model = make()
     with pytest.raises(ValueError, match=rf"(?s)bad\.weight.*{reason}"):
-        factorize(model, 2, include="bad", parametrization=kind)
+        factorize(model, rank=2, include="bad", parametrization=kind)
     assert frobdecay.products(model) == []
 
 
@@ -47,7 +47,7 @@ def test_tensors_need_numbers(kind, case):
     make, message = FATAL[case]
     model = make()
     with pytest.raises(ValueError, match=rf"(?s){message}"):
-        factorize(model, 2, parametrization=kind)
+        factorize(model, rank=2, parametrization=kind)
     assert unchanged(model)
 
 
@@ -57,7 +57,7 @@ def test_patterns_of_another_order_are_refused(kind, pattern):
     """A pattern for tensors that the model has not: with the weights there are."""
     model = nn.Sequential(nn.Linear(12, 10))
     with pytest.raises(ValueError, match=r"0\.weight"):
-        factorize(model, 2, include="0", parametrization=partial(kind, pattern=pattern))
+        factorize(model, rank=2, include="0", parametrization=partial(kind, pattern=pattern))
     assert unchanged(model)
 
 
@@ -93,7 +93,7 @@ def test_als_that_does_not_converge_says_so_before_anything_changed():
     model = nn.Sequential(nn.Linear(12, 10))
     impatient = partial(CP, init=partial(cp_als, sweeps=1, tolerance=0.0))
     with pytest.raises(RuntimeWarning, match="did not converge in 1 sweeps"):
-        factorize(model, 2, parametrization=impatient)
+        factorize(model, rank=2, parametrization=impatient)
     assert unchanged(model)
 
 
@@ -106,7 +106,7 @@ def test_a_decomposition_that_fails_names_the_weight(monkeypatch):
     model = nn.Sequential(nn.Linear(27, 27))
     monkeypatch.setattr(torch.linalg, "svd", failing)
     with pytest.raises(RuntimeError, match=r"^0\.weight: did not converge"):
-        factorize(model, 2, parametrization=CP)
+        factorize(model, rank=2, parametrization=CP)
     assert unchanged(model)
 
 
@@ -117,7 +117,7 @@ def test_a_decomposition_that_fails_names_the_weight(monkeypatch):
 def test_a_module_that_cannot_be_pickled_says_what_can():
     """The error names the state_dict and our files; the merged module pickles."""
     layer = nn.Linear(6, 4)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     for save in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
         with pytest.raises(RuntimeError, match="only supported through state_dict"):
             save(layer)
@@ -130,7 +130,7 @@ def test_the_dense_weight_is_let_go():
     """Nothing keeps it alive beside its factors."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 4))
     dense = [weakref.ref(model[i].weight) for i in range(3)]
-    factorize(model, 2)
+    factorize(model, rank=2)
     assert [ref() for ref in dense] == [None] * 3
 
 
@@ -139,8 +139,8 @@ def test_freezing_goes_through_the_module_before_and_after():
     """``requires_grad_`` of the module reaches the factors; of the weight, it is refused."""
     before, after = nn.Linear(6, 4), nn.Linear(6, 4)
     before.requires_grad_(False)
-    factorize(before, 2)
-    factorize(after, 2)
+    factorize(before, rank=2)
+    factorize(after, rank=2)
     with pytest.raises(RuntimeError, match=r"freeze .* the\s+factors themselves"):
         after.weight.requires_grad_(False)
     after.requires_grad_(False)
@@ -153,7 +153,7 @@ def test_factorizing_while_compiling_changes_nothing():
     model = nn.Sequential(nn.Linear(6, 4))
 
     def run(x):
-        factorize(model, 2)
+        factorize(model, rank=2)
         return model(x)
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
@@ -167,9 +167,9 @@ def test_factorizing_while_compiling_changes_nothing():
 def test_a_merged_layer_can_be_factorized_at_another_rank(rank):
     """Again with the smallest error there is, whatever the first rank was."""
     layer = nn.Linear(12, 10, dtype=torch.float64)
-    factorize(layer, 4)
+    factorize(layer, rank=4)
     dense = merge(layer).weight.detach().clone()
-    factorize(layer, rank)
+    factorize(layer, rank=rank)
     error = (layer.weight.materialize() - dense).norm().detach()
     tail = torch.linalg.svdvals(dense)[rank:].norm()
     torch.testing.assert_close(error, tail, rtol=1e-6, atol=1e-10)
@@ -184,7 +184,7 @@ def test_a_forward_of_ones_own_computes(kind):
             return torch.einsum("bi,oi->bo", x, self.weight.abs().view(4, 6)) + self.weight.sum()
 
     layer = Own(6, 4, bias=False)
-    factorize(layer, 2, parametrization=kind)
+    factorize(layer, rank=2, parametrization=kind)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), merge(layer)(x), rtol=1e-5, atol=1e-6)
 
@@ -232,7 +232,7 @@ def test_what_products_cannot_be_given_is_refused(kind, case):
     """Named, with what to do; the layer computes what it did."""
     act, error, message = OTHERS[case]
     layer, x = nn.Linear(6, 4), torch.ones(2, 6)
-    factorize(layer, 2, parametrization=kind)
+    factorize(layer, rank=2, parametrization=kind)
     expected, names = layer(x), [*layer.state_dict()]
     with pytest.raises(error, match=f"(?s){message}"):
         act(layer)
@@ -246,11 +246,11 @@ def test_what_products_cannot_be_given_is_refused(kind, case):
 def test_an_assigned_weight_is_factorized(kind, parameter, requires_grad):
     """A parameter as a tensor; the factors stay the objects that an optimizer has."""
     layer, twin = (nn.Sequential(nn.Linear(6, 4)) for _ in range(2))
-    factorize(layer, 2, parametrization=kind)
+    factorize(layer, rank=2, parametrization=kind)
     factors = [*layer.parameters()]
     weight = torch.linspace(-1, 1, 24).sin().view(4, 6)
     twin[0].weight = nn.Parameter(weight)
-    factorize(twin, 2, parametrization=kind)
+    factorize(twin, rank=2, parametrization=kind)
     layer[0].weight = nn.Parameter(weight, requires_grad) if parameter else weight
     x = torch.eye(6)
     one, other = (model(x) - model[0].bias for model in (layer, twin))
@@ -271,7 +271,7 @@ def test_normalizations_are_fused_into_factors(make, norm, fuse):
     """Scaled rows have the same rank."""
     layer, after = make().eval(), norm(4).eval()
     nn.init.uniform_(after.running_var, 0.5, 2)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     x = torch.randn(3, 6, *[2] * (layer.weight.ndim - 2))
     fused = fuse(layer, after)
     torch.testing.assert_close(fused(x), after(layer(x)), rtol=1e-4, atol=1e-5)
@@ -303,7 +303,7 @@ def _assigns(model):
 
 # What changes a model -> whether it works on a factorized one.
 ACTS = {
-    "factorize": (lambda model: factorize(model, 2), False),
+    "factorize": (lambda model: factorize(model, rank=2), False),
     "untie": (lambda model: factorize(model, ratio=0.9, on_tied="untie"), False),
     "merge": (merge, True),
     "unroll": (frobdecay.unroll, True),
@@ -321,7 +321,7 @@ def _changed(act, context):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6))
     if factored:
-        factorize(model, 2)
+        factorize(model, rank=2)
     elif act == "untie":
         model[2].weight = model[1].weight
     with context():
@@ -364,7 +364,7 @@ def test_contexts_without_numbers_are_refused(act, inside, where):
     run, factored = ACTS[act]
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6))
     if factored:
-        factorize(model, 2)
+        factorize(model, rank=2)
     before = [(id(module), type(module)) for module in model.modules()]
     with pytest.raises(RuntimeError, match=rf"cannot \w+ a model inside of .*{where}"):
         inside(run, model)

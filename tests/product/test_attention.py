@@ -179,7 +179,7 @@ def test_the_decay_is_the_gradient_of_the_loop(module, backend):
 def test_factorized_weights_make_no_attention_product():
     """Their own product is decayed; what they would be multiplied with is not theirs."""
     model = transformer()
-    factorize(model, 2, include="decoder.layers.0.self_attn")
+    factorize(model, rank=2, include="decoder.layers.0.self_attn")
     found = products(model, include="decoder.layers.0.self_attn.*")
     assert [product.name.rpartition("attn.")[2] for product in found] == [
         "in_proj_weight",
@@ -190,7 +190,7 @@ def test_factorized_weights_make_no_attention_product():
 def test_of_a_packed_weight_all_parts_are_factors_or_none():
     """Else its weight decay could be neither kept nor taken over."""
     module = layer()
-    factorize(module, 2, include="out_proj")
+    factorize(module, rank=2, include="out_proj")
     assert [product.name for product in products(module)] == ["out_proj.weight"]
     optimizer = FrobeniusDecay(torch.optim.SGD(module.parameters(), 0.1, weight_decay=0.1), module)
     owners = {
@@ -202,7 +202,7 @@ def test_of_a_packed_weight_all_parts_are_factors_or_none():
 def test_separate_weights_are_factors_one_by_one():
     """With q_proj_weight factorized the output–value product is what it was."""
     module = layer(kdim=6, vdim=5)
-    factorize(module, 2, include="q_proj_weight")
+    factorize(module, rank=2, include="q_proj_weight")
     assert [product.name for product in products(module)] == ["output_value", "q_proj_weight"]
 
 

@@ -23,7 +23,7 @@ def factored():
     """A model with two products, the same in every process."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
-    factorize(model, 3)
+    factorize(model, rank=3)
     return model
 
 
@@ -132,8 +132,8 @@ def flat_refusals(original):
         "add_penalty_grad_": lambda: add_penalty_grad_(before, 0.1),
         "measure": lambda: measure(before),
         "merge": lambda: merge(model),
-        "factorize": lambda: factorize(dense_flat, 3),
-        "factorize inside": lambda: factorize(dense, 3),
+        "factorize": lambda: factorize(dense_flat, rank=3),
+        "factorize inside": lambda: factorize(dense, rank=3),
     }
     return {f"{name}, {original}": said(act) for name, act in acts.items()}
 
@@ -222,4 +222,4 @@ def test_engines_of_deepspeed_are_refused():
             self.module = module
 
     with pytest.raises(ValueError, match=r"DeepSpeedEngine.*factorize before wrapping"):
-        factorize(DeepSpeedEngine(nn.Sequential(nn.Linear(8, 8))), 2)
+        factorize(DeepSpeedEngine(nn.Sequential(nn.Linear(8, 8))), rank=2)

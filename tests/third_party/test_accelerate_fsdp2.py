@@ -25,7 +25,7 @@ def factored():
     """A model with two products, the same in every process; 17 rows do not divide evenly."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(12, 17), nn.GELU(), nn.Linear(17, 6)).double()
-    factorize(model, 3)
+    factorize(model, rank=3)
     return model
 
 

@@ -17,7 +17,7 @@ from frobdecay import factorize, load_dense_, load_factorized, merge, save_facto
 
 def _factorized(name):
     model, inputs = MODELS[name]()
-    factorize(model, 0.25, exclude="*embed*" if name != "GPT-2" else "*wte")
+    factorize(model, rank=0.25, exclude="*embed*" if name != "GPT-2" else "*wte")
     return model, inputs
 
 
@@ -80,7 +80,7 @@ def test_a_factorized_model_takes_the_dense_checkpoint(family):
     """At full rank it then computes what the dense model does."""
     dense, inputs = MODELS[family]()
     model = _like(dense)
-    factorize(model, 1.0, exclude="*embed*" if family != "GPT-2" else "*wte")
+    factorize(model, rank=1.0, exclude="*embed*" if family != "GPT-2" else "*wte")
     report = load_dense_(model, dense.state_dict())
     assert max(row.error for row in report.rows) < 1e-5
     torch.testing.assert_close(logits(model, inputs), logits(dense, inputs), rtol=1e-3, atol=1e-4)

@@ -115,7 +115,7 @@ def test_full_rank_convolution_is_the_dense_one_D2_D17(case, pattern, depth):
     dense = copy.deepcopy(layer)
     factorize(
         layer,
-        FULL,
+        rank=FULL,
         include="weight",
         parametrization=functools.partial(LowRank, pattern=pattern, depth=depth),
     )
@@ -130,7 +130,7 @@ def test_unrolled_convolution_is_the_factorized_one(case, pattern, depth):
     layer, x = case
     factorize(
         layer,
-        2,
+        rank=2,
         include="weight",
         parametrization=functools.partial(LowRank, pattern=pattern, depth=depth),
     )
@@ -148,7 +148,7 @@ def test_gradients_through_a_convolution_are_those_of_the_product(case, pattern)
     layer, x = case
     x.requires_grad_()
     factorize(
-        layer, 2, include="weight", parametrization=functools.partial(LowRank, pattern=pattern)
+        layer, rank=2, include="weight", parametrization=functools.partial(LowRank, pattern=pattern)
     )
     _assert_gradients_of_the_product(layer, x)
 
@@ -195,7 +195,7 @@ def test_full_rank_layer_is_the_dense_one(kind):
     make, example = LAYERS[kind]
     layer, x = make().double(), example()
     dense = copy.deepcopy(layer)
-    factorize(layer, FULL)
+    factorize(layer, rank=FULL)
     _assert_same_function(layer, dense, x)
 
 
@@ -205,7 +205,7 @@ def test_merge_restores_the_layer(kind):
     make, _ = LAYERS[kind]
     layer = make().double()
     dense = copy.deepcopy(layer)
-    factorize(layer, FULL)
+    factorize(layer, rank=FULL)
     merge(layer)
     assert type(layer) is type(dense)
     assert list(layer.state_dict()) == list(dense.state_dict())
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_the_product(kind):
     """Factors get the gradients that forming the weight would give them."""
     make, example = LAYERS[kind]
     layer = make().double()
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     _assert_gradients_of_the_product(layer, example())
 
 
@@ -230,7 +230,7 @@ def test_a_copy_works_after_a_forward_D25(kind):
     """No graph tensor stays behind on a module, so deepcopy works and is apart (D25)."""
     make, example = LAYERS[kind]
     layer, x = make().double(), example()
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     out = _call(layer, x)
     clone = copy.deepcopy(layer)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_recurrent_layers_never_use_stale_weights(kind):
     """A write to a factor shows in the next forward, in training, after merge, after .float()."""
     make, example = LAYERS[kind]
     layer, x = make().double(), example()
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     before = _call(layer, x)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -262,7 +262,7 @@ def test_recurrent_layers_after_merge_follow_their_weights(kind):
     """The merged layer's own list of weights is its new parameters."""
     make, example = LAYERS[kind]
     layer, x = make().double(), example()
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     merge(layer)
     assert {id(p) for p in layer._flat_weights} == {id(p) for p in layer.parameters()}
     before = _call(layer, x)
@@ -287,7 +287,7 @@ class Tagger(nn.Module):
 def test_recurrent_layers_run_in_compiled_models():
     """torch.compile steps over them; the factors get the same gradients."""
     model, x = Tagger().double(), _double(3, 2, 5)
-    factorize(model, 2)
+    factorize(model, rank=2)
     grads = torch.autograd.grad(model(x).sum(), list(model.parameters()))
     compiled = torch.compile(model, backend="eager")
     again = torch.autograd.grad(compiled(x).sum(), list(model.parameters()))
@@ -299,7 +299,7 @@ def test_recurrent_layers_run_in_compiled_models():
 def test_functional_call_sees_the_factors_of_recurrent_layers_D19():
     """Parameters given from outside are the ones used (D19)."""
     layer, x = nn.LSTM(5, 4).double(), _double(3, 2, 5)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
     out, _ = torch.func.functional_call(layer, zero, (x,))
     assert not out.any()
@@ -311,7 +311,7 @@ def test_unrolled_layer_is_the_factorized_one(kind, depth):
     """Chains of plain layers compute the same, of the same parameters."""
     make, example = LAYERS[kind]
     layer, x = make().double(), example()
-    factorize(layer, 3, parametrization=functools.partial(LowRank, depth=depth))
+    factorize(layer, rank=3, parametrization=functools.partial(LowRank, depth=depth))
     expected, count = layer(x), sum(p.numel() for p in layer.parameters())
     chain = unroll(layer)
     torch.testing.assert_close(chain(x), expected)
@@ -325,7 +325,7 @@ def test_spectral_initialization_is_optimal_through_a_module(m, n, rank, depth):
     layer = nn.Linear(n, m).double()
     tail = torch.linalg.svdvals(layer.weight.detach())[rank:].square().sum().sqrt()
     dense = layer.weight.detach().clone()
-    plan = factorize(layer, rank, parametrization=functools.partial(LowRank, depth=depth))
+    plan = factorize(layer, rank=rank, parametrization=functools.partial(LowRank, depth=depth))
     error = torch.linalg.norm(dense - layer.weight.materialize())
     torch.testing.assert_close(error, tail, rtol=1e-6, atol=1e-12)
     assert plan.rows[0].error == pytest.approx(float(tail / torch.linalg.norm(dense)), abs=1e-9)
@@ -338,7 +338,7 @@ def test_spectral_initialization_of_convolutions_is_optimal_D2(case, pattern):
     layer, _ = case
     dense = layer.weight.detach().clone()
     factorize(
-        layer, 1, include="weight", parametrization=functools.partial(LowRank, pattern=pattern)
+        layer, rank=1, include="weight", parametrization=functools.partial(LowRank, pattern=pattern)
     )
     view = layer.parametrizations.weight[0].matricization
     tail = torch.linalg.svdvals(view.matrix(dense))[..., 1:].square().sum().sqrt()
@@ -350,7 +350,7 @@ def test_spectral_initialization_of_convolutions_is_optimal_D2(case, pattern):
 def test_overcomplete_convolution_has_no_dead_direction_D3():
     """Wider than full rank, every column of every factor gets a gradient (D3)."""
     layer = nn.Conv2d(2, 6, 3).double()
-    factorize(layer, 3.0)
+    factorize(layer, rank=3.0)
     layer(_double(2, 2, 7, 7)).square().sum().backward()
     for factor in layer.parametrizations.weight.parameters():
         assert (factor.grad.norm(dim=-2) > 1e-6).all()
@@ -362,7 +362,7 @@ def test_factors_have_dtype_and_are_accurate_D14(dtype):
     """Half precision is decomposed in higher precision and comes back as it was (D14)."""
     layer = nn.Linear(12, 10).to(dtype)
     dense = layer.weight.detach().clone()
-    factorize(layer, FULL)
+    factorize(layer, rank=FULL)
     assert {p.dtype for p in layer.parameters()} == {dtype}
     assert layer.weight.dtype == dtype
     torch.testing.assert_close(
@@ -376,8 +376,8 @@ def test_the_same_weight_gives_the_same_factors_D16():
     one, other = nn.Linear(12, 10), nn.Linear(12, 10)
     other.load_state_dict(one.state_dict())
     state = torch.get_rng_state()
-    factorize(one, 4)
-    factorize(other, 4)
+    factorize(one, rank=4)
+    factorize(other, rank=4)
     assert torch.equal(state, torch.get_rng_state())
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -387,7 +387,7 @@ def test_the_same_weight_gives_the_same_factors_D16():
 def test_channels_last_activations_stay_channels_last_D18():
     """No forced copy into another memory format (D18)."""
     layer = nn.Conv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -396,7 +396,7 @@ def test_channels_last_activations_stay_channels_last_D18():
 def test_padding_mode_is_not_ignored_D17():
     """A circular convolution wraps around: shifting its input shifts its output (D17)."""
     layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular").double()
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     x = _double(1, 3, 6, 6)
     torch.testing.assert_close(layer(x.roll(2, -1)), layer(x).roll(2, -1))
 
@@ -404,7 +404,7 @@ def test_padding_mode_is_not_ignored_D17():
 def test_assignment_factorizes_again():
     """``module.weight = W`` gives the factors of W at the rank that was chosen."""
     layer = nn.Linear(8, 6)
-    factorize(layer, 3)
+    factorize(layer, rank=3)
     W = torch.randn(6, 3) @ torch.randn(3, 8)
     held = [id(p) for p in layer.parameters()]
     layer.weight = W
@@ -440,7 +440,7 @@ def test_zeros_never_become_factors(case, make):
     if case == "one group" and not matrices:
         return  # a tensor as a whole is not zero
     layer = build()
-    factorize(layer, 2, parametrization=make)
+    factorize(layer, rank=2, parametrization=make)
     before = [p.detach().clone() for p in layer.parameters()]
     with pytest.raises(ValueError, match=r"zero.* never train"):
         layer.weight = zeros
@@ -452,9 +452,9 @@ def test_zeros_never_become_factors(case, make):
     dense = build()
     dense.weight = nn.Parameter(zeros)
     with pytest.raises(ValueError, match=r"weight cannot be factorized: zero.* never train"):
-        factorize(dense, 2, include="weight", parametrization=make)
+        factorize(dense, rank=2, include="weight", parametrization=make)
     model = nn.Sequential(dense, nn.Linear(6, 6))
-    assert "never train" in factorize(model, 2, parametrization=make).rows[0].reason
+    assert "never train" in factorize(model, rank=2, parametrization=make).rows[0].reason
 
 
 def test_initializations_that_do_not_look_at_the_weight_take_zeros():
@@ -466,7 +466,7 @@ def test_initializations_that_do_not_look_at_the_weight_take_zeros():
     for init in ("kaiming", ones):
         layer = nn.Linear(8, 6)
         nn.init.zeros_(layer.weight)
-        factorize(layer, 2, init=init)
+        factorize(layer, rank=2, init=init)
         layer.weight = torch.zeros(6, 8)
         assert all(bool(p.any()) for p in layer.parametrizations.parameters())
 
@@ -474,7 +474,7 @@ def test_initializations_that_do_not_look_at_the_weight_take_zeros():
 def test_assignment_of_another_shape_is_refused():
     """The rank was chosen for one shape."""
     layer = nn.Linear(8, 6)
-    factorize(layer, 3)
+    factorize(layer, rank=3)
     with pytest.raises(ValueError, match="expected a weight of shape"):
         layer.weight = torch.randn(6, 9)
 
@@ -526,7 +526,7 @@ def test_version_moves_when_a_weight_is_factorized():
 def test_factors_are_tall_and_contiguous():
     """FSDP2 refuses parameters that are not contiguous; tall factors shard on dimension 0."""
     layer = nn.Conv2d(4, 8, 3, groups=2)
-    factorize(layer, 3)
+    factorize(layer, rank=3)
     shapes = [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
     assert shapes == [(2, 12, 3), (2, 6, 3)]
     assert all(p.is_contiguous() for p in layer.parametrizations.weight.parameters())
@@ -537,7 +537,7 @@ def test_attention_blocks_have_their_own_factors():
     """Queries, keys and values do not share a row space."""
     layer = nn.MultiheadAttention(8, 2)
     dense = layer.in_proj_weight.detach().clone()
-    factorize(layer, 2, include="in_proj_weight")
+    factorize(layer, rank=2, include="in_proj_weight")
     formed = layer.in_proj_weight.materialize()
     for block, original in zip(formed.chunk(3), dense.chunk(3), strict=True):
         tail = torch.linalg.svdvals(original)[2:].square().sum().sqrt()
@@ -547,5 +547,5 @@ def test_attention_blocks_have_their_own_factors():
 def test_printing_shows_the_factors():
     """A printed model says what each weight became."""
     layer = nn.Linear(8, 6)
-    factorize(layer, 2)
+    factorize(layer, rank=2)
     assert "6×2 · 8×2" in repr(layer)

@@ -120,7 +120,7 @@ CASES = {
 
 def perturbed(model, rank, depth=0):
     """Factorize, and move away from identities, which would hide a transposition."""
-    plan = factorize(model, rank, parametrization=partial(LowRank, depth=depth))
+    plan = factorize(model, rank=rank, parametrization=partial(LowRank, depth=depth))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -348,7 +348,7 @@ def refusals(rank, world):
 
     def factored(module, **options):
         model = nn.Sequential(module)
-        factorize(model, 2, **options)
+        factorize(model, rank=2, **options)
         return model[0]
 
     def sharded():

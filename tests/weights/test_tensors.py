@@ -184,14 +184,14 @@ def test_wrong_dimension_rules_are_refused(kind, settings, message):
     model = nn.Sequential(nn.Linear(12, 10))
     before = list(model.state_dict())
     with pytest.raises(ValueError, match=rf"0\.weight cannot be factorized.*{message}"):
-        factorize(model, 2, include="0", parametrization=partial(kind, **settings))
+        factorize(model, rank=2, include="0", parametrization=partial(kind, **settings))
     assert list(model.state_dict()) == before
 
 
 def test_a_prime_number_of_entries_is_left_dense_and_listed():
     """No modes: the plan says so, and what would do."""
     model = nn.Sequential(nn.Linear(7, 1), nn.Linear(8, 8))
-    plan = factorize(model, 2, parametrization=Tucker)
+    plan = factorize(model, rank=2, parametrization=Tucker)
     assert "no divisors; take LowRank" in plan.rows[0].reason
     assert list(plan.ranks) == ["1.weight"]
 
@@ -266,7 +266,7 @@ class Convolutions:
 def test_tucker_2_is_three_convolutions(monkeypatch):
     """1×1, k×k with r input and s output channels, 1×1."""
     model = nn.Sequential(nn.Conv2d(64, 48, 3, padding=1))
-    factorize(model, {"0": (8, 6, None)}, parametrization=Tucker)
+    factorize(model, rank={"0": (8, 6, None)}, parametrization=Tucker)
     seen = Convolutions(monkeypatch)
     model(torch.randn(2, 64, 16, 16))
     assert seen.shapes == [(6, 64, 1, 1), (8, 6, 3, 3), (48, 8, 1, 1)]
@@ -284,7 +284,7 @@ def test_few_positions_take_the_factors_and_many_the_dense_weight():
     Whichever is taken, the result is the other's to rounding.
     """
     model = nn.Sequential(nn.Conv2d(64, 64, 3))
-    factorize(model, 0.7, parametrization=Tucker)
+    factorize(model, rank=0.7, parametrization=Tucker)
     for size, formed in ((3, False), (32, True)):
         weight, x = model[0].weight, torch.randn(1, 64, size, size)
         found = nn.functional.conv2d(x, weight)
@@ -298,7 +298,7 @@ def test_few_positions_take_the_factors_and_many_the_dense_weight():
 def test_flat_weights_are_plain_tensors(kind):
     """Modes that mix inputs and outputs have no factored form: the weight is dense."""
     model = nn.Sequential(nn.Linear(12, 10))
-    factorize(model, 2, parametrization=kind)
+    factorize(model, rank=2, parametrization=kind)
     assert type(model[0].weight) is torch.Tensor
 
 
@@ -323,7 +323,7 @@ def test_autocast_forms_the_weight_in_full_precision(case, kind):
     """Factors are multiplied in float32 and the result is cast, as a dense weight is."""
     layer, inputs = LAYERS[case]
     model = nn.ModuleDict({"layer": layer()})
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     with force(True), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert model["layer"].weight.dtype == torch.float32
         found = run(model, inputs())
@@ -336,7 +336,7 @@ def test_autocast_forms_the_weight_in_full_precision(case, kind):
 def test_half_precision_layers(kind, dtype):
     """Factors, weight and output have the layer's dtype."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10)).to(dtype)
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(torch.randn(2, 8, 4, 4, dtype=dtype)).dtype == dtype
 
@@ -345,7 +345,7 @@ def test_half_precision_layers(kind, dtype):
 def test_compiled_layers_agree(kind):
     """torch.compile, whole graph: forward and backward as without."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10))
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     x = torch.randn(2, 8, 4, 4)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -363,7 +363,7 @@ def test_compiled_layers_agree(kind):
 def test_traced_layers_agree(kind):
     """torch.jit.trace records the dense weight's formation, and warns of nothing."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10))
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     x = torch.randn(2, 8, 4, 4)
     traced = torch.jit.trace(model, x)
     assert torch.allclose(traced(torch.cat([x, x])), model(torch.cat([x, x])), atol=1e-6)
@@ -373,7 +373,7 @@ def test_traced_layers_agree(kind):
 def test_gradients_for_each_sample(kind):
     """functional_call under vmap(grad): the sum over samples is the gradient."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10)).double()
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     params, x = dict(model.named_parameters()), torch.randn(3, 8, 4, 4, dtype=torch.float64)
 
     def loss(params, sample):
@@ -390,7 +390,7 @@ def test_gradients_for_each_sample(kind):
 def test_reset_parameters_draws_and_factorizes(kind):
     """The layer's own initialization, decomposed anew."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3))
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     before = [p.detach().clone() for p in model.parameters()]
     model[0].reset_parameters()
     assert not any(map(torch.equal, before, model.parameters()))
@@ -407,7 +407,7 @@ def test_full_rank_keeps_the_function(case, kind):
     layer, make = LAYERS[case]
     dense, inputs = nn.ModuleDict({"layer": layer()}), make()
     expected = run(dense, inputs)
-    plan = factorize(dense, 10**6, parametrization=kind)
+    plan = factorize(dense, rank=10**6, parametrization=kind)
     assert max(row.error for row in plan.rows if row.error is not None) < 1e-5
     assert torch.allclose(run(dense, inputs), expected, atol=1e-4)
 
@@ -418,7 +418,7 @@ def test_the_plan_has_the_error_of_the_initialization(kind):
     """‖W − Ŵ‖/‖W‖, as measured on the dense weights."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10))
     before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
-    plan = factorize(model, 3, parametrization=kind)
+    plan = factorize(model, rank=3, parametrization=kind)
     merged = merge(copy.deepcopy(model))
     for row, old, new in zip(plan.rows, before, (merged[0], merged[2]), strict=True):
         assert row.error == pytest.approx(float((old - new.weight).norm().detach() / old.norm()))
@@ -431,7 +431,7 @@ def test_hooi_is_no_worse_than_hosvd():
     for init in ("spectral", "hooi"):
         model = nn.Sequential(nn.Conv2d(16, 24, 3))
         model[0].weight.data.copy_(weight)
-        plan = factorize(model, 0.5, parametrization=partial(Tucker, init=init))
+        plan = factorize(model, rank=0.5, parametrization=partial(Tucker, init=init))
         errors[init] = plan.rows[0].error
     assert errors["hooi"] <= errors["spectral"]
 
@@ -442,7 +442,7 @@ def test_matched_factors_have_the_weights_mean_square(kind):
     """Gaussian factors, the baseline without spectral initialization."""
     model = nn.Sequential(nn.Conv2d(64, 96, 3))
     square = model[0].weight.square().mean().item()
-    factorize(model, 16, parametrization=kind, init="matched")
+    factorize(model, rank=16, parametrization=kind, init="matched")
     assert model[0].weight.materialize().square().mean().item() == pytest.approx(square, rel=0.4)
 
 
@@ -450,11 +450,11 @@ def test_an_initialization_of_ones_own():
     """A callable of the tensor and the ranks; what it returns has to fit."""
     model = nn.Sequential(nn.Linear(12, 10))
     ones = partial(CP, init=lambda tensor, r: tuple(torch.ones(n, r) for n in tensor.shape))
-    factorize(model, 2, parametrization=ones)
+    factorize(model, rank=2, parametrization=ones)
     assert torch.equal(model[0].weight, torch.full((10, 12), 2.0))
     wrong = partial(CP, init=lambda tensor, r: (tensor,))
     with pytest.raises(ValueError, match=r"0\.weight: expected the initialization to return"):
-        factorize(merge(model), 2, parametrization=wrong)
+        factorize(merge(model), rank=2, parametrization=wrong)
     assert not parametrize.is_parametrized(model[0])
 
 
@@ -483,14 +483,14 @@ def test_zeros_are_left_dense_and_nan_is_an_error(kind):
     assert "never train" in plan_ranks(model, rank=2, parametrization=kind).rows[0].reason
     nn.init.constant_(model[0].weight, float("nan"))
     with pytest.raises(ValueError, match=r"0\.weight holds NaN"):
-        factorize(model, 2, parametrization=kind)
+        factorize(model, rank=2, parametrization=kind)
 
 
 @ALL
 def test_assigning_the_weight_factorizes_it(kind):
     """``module.weight = W`` at the same ranks; another shape is refused."""
     model = nn.Sequential(nn.Conv2d(8, 6, 3))
-    factorize(model, 10**6 if kind is not CP else 60, parametrization=kind)
+    factorize(model, rank=10**6 if kind is not CP else 60, parametrization=kind)
     weight = torch.randn(6, 8, 3, 3)
     model[0].weight = weight
     assert torch.allclose(model[0].weight.reshape(6, 8, 3, 3), weight, atol=2e-2)
@@ -693,13 +693,13 @@ def test_copies_after_a_forward_pass(case, kind):
 def test_a_state_dict_fits_the_same_structure_only(kind):
     """It loads where kind and reading agree, and says so where they do not."""
     model, other = convnet(), convnet()
-    factorize(model, 3, parametrization=kind)
-    factorize(other, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
+    factorize(other, rank=3, parametrization=kind)
     other.load_state_dict(model.state_dict())
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(model(x), other(x))
     flat = convnet()
-    factorize(flat, 3, parametrization=partial(kind, pattern="flat"))
+    factorize(flat, rank=3, parametrization=partial(kind, pattern="flat"))
     with pytest.raises(RuntimeError, match="flat"):
         flat.load_state_dict(model.state_dict())
 
@@ -722,11 +722,11 @@ def test_files_bring_the_structure_back(kind, tmp_path):
 def test_dense_weights_load_into_factors(kind):
     """A dense checkpoint is decomposed at the ranks there are, whatever ``init`` was."""
     model, dense = convnet(), convnet()
-    factorize(model, 6, parametrization=kind, init="matched")
+    factorize(model, rank=6, parametrization=kind, init="matched")
     plan = frobdecay.load_dense_(model, dense.state_dict())
     assert {row.name for row in plan.rows} == {"0.weight", "2.weight", "4.weight"}
     twin = copy.deepcopy(dense)
-    expected = factorize(twin, 6, parametrization=kind)
+    expected = factorize(twin, rank=6, parametrization=kind)
     for row, wanted in zip(plan.rows, expected.rows, strict=True):
         assert (row.rank, row.matrix) == (wanted.rank, wanted.matrix)
         assert row.error == pytest.approx(wanted.error, rel=1e-3)
@@ -736,7 +736,7 @@ def test_dense_weights_load_into_factors(kind):
 def test_unroll_refuses_and_names_merge(kind):
     """There is no chain of plain layers; merge is the way."""
     model = convnet()
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     message = rf"cannot unroll\n  0\.weight: a {kind.__name__} is not a chain[\s\S]*merge these"
     with pytest.raises(ValueError, match=message):
         unroll(model)
@@ -746,7 +746,7 @@ def test_unroll_refuses_and_names_merge(kind):
 def test_what_a_module_prints(kind):
     """The reading, the modes, the factors and what is kept."""
     model = convnet()
-    factorize(model, 3, parametrization=kind)
+    factorize(model, rank=3, parametrization=kind)
     assert "16×8×9" in repr(model)
     assert "kept 0." in repr(model)
     assert "rank=3" in repr(kind(3))
@@ -757,7 +757,7 @@ def test_what_a_module_prints(kind):
 def test_config_makes_it_again(kind, dtype):
     """Keyword arguments as plain data, with the ranks that were resolved."""
     model = nn.Sequential(nn.Conv2d(8, 16, 3).to(dtype))
-    factorize(model, 0.4, parametrization=kind)
+    factorize(model, rank=0.4, parametrization=kind)
     held = model[0].parametrizations.weight[0]
     twin = kind(**held.config())
     twin.adopt((16, 8, 3, 3))

@@ -57,7 +57,7 @@ class Tied(nn.Module):
 
 def _factorized(make=Net, rank=2, **options):
     model = make()
-    factorize(model, rank, **options)
+    factorize(model, rank=rank, **options)
     return model
 
 
@@ -106,7 +106,7 @@ def test_a_dense_state_dict_loads_into_a_factorized_model(prefix):
     dense = nested(Net())
     model = nested(_factorized())
     assert str(model.load_state_dict(dense.state_dict())) == "<All keys matched successfully>"
-    factorize(dense, 2)
+    factorize(dense, rank=2)
     assert _alike(model, dense)
 
 
@@ -115,7 +115,7 @@ def test_load_dense_reports_the_error_of_every_weight():
     dense, model = Net(), _factorized()
     parameters = list(model.parameters())
     report = load_dense_(model, dense.state_dict())
-    plan = factorize(dense, 2)
+    plan = factorize(dense, rank=2)
     assert {(row.name, row.shape, row.matrix, row.rank) for row in report.rows} == {
         (row.name, row.shape, row.matrix, row.rank) for row in plan.rows
     }
@@ -153,7 +153,7 @@ def test_loading_with_assign():
     dense = Net().double()
     model = _factorized().to("meta")
     model.load_state_dict(dense.state_dict(), assign=True)
-    factorize(dense, 2)
+    factorize(dense, rank=2)
     assert _alike(model, dense)
 
 
@@ -162,7 +162,7 @@ def test_a_model_in_half_precision_takes_a_float32_checkpoint():
     dense = nn.Linear(8, 6)
     model = _factorized(lambda: nn.Linear(8, 6).bfloat16())
     model.load_state_dict(dense.state_dict())
-    factorize(dense, 2)
+    factorize(dense, rank=2)
     assert _alike(model, dense.bfloat16())
 
 
@@ -171,7 +171,7 @@ def test_shared_modules_are_loaded():
     layer = nn.Linear(6, 6)
     dense = nn.Sequential(layer, layer)
     model = copy.deepcopy(dense)
-    factorize(model, 3)
+    factorize(model, rank=3)
     report = load_dense_(model, dense.state_dict())
     assert len(report.rows) == 1
     model.load_state_dict(dense.state_dict())
@@ -426,7 +426,7 @@ def test_reset_parameters_draws_the_dense_weights_and_factorizes_them(case, rank
     dense = RESETS[case]()
     torch.manual_seed(3)
     _reset(dense)
-    factorize(dense, rank)
+    factorize(dense, rank=rank)
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
 
@@ -522,7 +522,7 @@ def test_round_trip(tmp_path_factory, structure):
     model = _built(**structure)
     settings = {key: structure[key] for key in ("depth", "pattern")}
     make = functools.partial(LowRank, **settings)
-    factorize(model, structure["rank"], parametrization=make, init=structure["init"])
+    factorize(model, rank=structure["rank"], parametrization=make, init=structure["init"])
     save_factorized(model, path)
     for fresh in (_built(**structure), _on_meta(functools.partial(_built, **structure))):
         assert load_factorized(fresh, path) is fresh
@@ -543,7 +543,7 @@ def test_nothing_is_decomposed_again(tmp_path, kind, monkeypatch):
     """A file and a state dict hold the factors: how a machine rounds does not matter to them."""
     model, other, fresh = Net(), Net(), Net()
     for one in (model, other):
-        factorize(one, 2, include=["body", "head"], parametrization=kind)
+        factorize(one, rank=2, include=["body", "head"], parametrization=kind)
     save_factorized(model, tmp_path / "model.safetensors")
     for name in ("svd", "eigh", "qr", "pinv", "svdvals", "eigvalsh"):
         monkeypatch.delattr(torch.linalg, name)
@@ -558,14 +558,14 @@ def test_nothing_is_decomposed_again(tmp_path, kind, monkeypatch):
 def test_every_kind_makes_the_round_trip(tmp_path, kind):
     """Into a file and back, from a dense checkpoint, and through a reset."""
     model = Net()
-    factorize(model, 2, include=["body", "head"], parametrization=kind)
+    factorize(model, rank=2, include=["body", "head"], parametrization=kind)
     save_factorized(model, tmp_path / "model.safetensors")
     fresh = load_factorized(_on_meta(Net), tmp_path / "model.safetensors")
     assert _same(fresh, model)
     assert _same(merge(copy.deepcopy(fresh)), merge(copy.deepcopy(model)))
     dense = Net()
     report = load_dense_(fresh, dense.state_dict())
-    plan = factorize(dense, 2, include=["body", "head"], parametrization=kind)
+    plan = factorize(dense, rank=2, include=["body", "head"], parametrization=kind)
     chosen = [row for row in plan.rows if row.rank is not None]
     assert [(row.name, row.matrix, row.rank) for row in report.rows] == [
         (row.name, row.matrix, row.rank) for row in chosen
@@ -592,7 +592,7 @@ def test_a_loaded_model_is_like_the_saved_one(tmp_path):
     """It computes the same, trains, keeps frozen weights frozen, and loads once more."""
     model = Net()
     model.head.requires_grad_(False)
-    factorize(model, 2, exclude="attention")
+    factorize(model, rank=2, exclude="attention")
     save_factorized(model, tmp_path / "model.safetensors")
     fresh = _on_meta(Net)
     fresh.head.requires_grad_(False)
@@ -877,7 +877,7 @@ def test_a_weight_has_one_record(tmp_path):
 def test_ties_have_to_agree(tmp_path, saved):
     """Two tensors in one's memory would overwrite each other; one in two's would part."""
     model = Tied(tie=saved)
-    factorize(model, 2, include="mid")
+    factorize(model, rank=2, include="mid")
     save_factorized(model, tmp_path / "model.safetensors")
     message = "two in the model; tie them" if saved else "one tensor in the model.*untie"
     with pytest.raises(ValueError, match=message):
@@ -929,7 +929,7 @@ def test_dense_weights_under_inference_mode():
     assert _alike(model, ordinary)
     model(torch.randn(2, 3, 4, 4)).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
-    factorize(made, 2)
+    factorize(made, rank=2)
     with pytest.raises(ValueError, match=r"body\.0\.bias.*made under torch\.inference_mode"):
         load_dense_(made, state)
 

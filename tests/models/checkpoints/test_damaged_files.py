@@ -41,9 +41,9 @@ def _dense():
 @functools.cache
 def _factorized():
     model = _dense()
-    factorize(model, 2, include="0", parametrization=functools.partial(LowRank, depth=1))
-    factorize(model, 2, include="1", parametrization=Tucker)
-    factorize(model, 2, include="2", parametrization=CP)
+    factorize(model, rank=2, include="0", parametrization=functools.partial(LowRank, depth=1))
+    factorize(model, rank=2, include="1", parametrization=Tucker)
+    factorize(model, rank=2, include="2", parametrization=CP)
     return model
 
 
