@@ -1,4 +1,4 @@
-"""frobdecay: train factorized layers as what they are, products.
+"""Train factorized layers as what they are, products.
 
 A factorized weight is a product, W = U Vᵀ. Two things about it go wrong by default, and two
 replace them (Khodak et al., ICLR 2021, arXiv:2105.01029):
@@ -10,6 +10,17 @@ replace them (Khodak et al., ICLR 2021, arXiv:2105.01029):
     optimizer = frobdecay.FrobeniusDecay(torch.optim.SGD(model.parameters(), …), model)
 
 where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), ∇_V = V (UᵀU).
+
+A model:       factorize, plan_ranks, merge, unroll
+Its files:     save_factorized, load_factorized, load_dense_
+The optimizer: FrobeniusDecay, FrobeniusDecayFactory, Flambe, split_param_groups
+Products:      products, register_products, Product, Factor, explain
+Their penalty: penalty, product_norm, add_penalty_grad_
+Factors:       spectral_init, balance_
+Weights:       LowRank, Tucker, TensorTrain, CP, FactoredTensor
+What to watch: diagnostics.measure, diagnostics.Recorder
+
+Each begins its help with an example: ``help(frobdecay.factorize)``.
 """
 
 from frobdecay import diagnostics

@@ -1,10 +1,17 @@
 """README and docs do what they say."""
 
+import inspect
+import pydoc
 import re
 import sys
 
 import pytest
 from pages import BLOCKS, PAGES, ROOT, extras, run, torchrun
+
+import frobdecay
+
+PUBLIC = [getattr(frobdecay, name) for name in frobdecay.__all__ if name != "diagnostics"]
+PUBLIC += [getattr(frobdecay.diagnostics, name) for name in ("measure", "Recorder")]
 
 
 def test_the_pages_have_examples():
@@ -56,6 +63,30 @@ def test_every_page_is_in_the_index():
     """Whoever adds a page names it there."""
     linked = set(re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"].read_text(encoding="utf-8")))
     assert linked == set(PAGES) - {"README", "index"}
+
+
+def test_help_names_what_is_public_before_the_modules():
+    """Whoever types ``help(frobdecay)`` wants to know what there is to call."""
+    said, contents, _ = pydoc.render_doc(frobdecay, renderer=pydoc.plaintext).partition(
+        "PACKAGE CONTENTS"
+    )
+    assert contents
+    assert {name for name in frobdecay.__all__ if not re.search(rf"\b{name}\b", said)} == set()
+
+
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
+def test_docstrings_begin_with_an_example(public):
+    """After one sentence that says what it does; doctests run it."""
+    _, second, *_ = inspect.getdoc(public).split("\n\n", 2)
+    assert second.startswith("Examples:\n    >>> ")
+
+
+def test_the_reference_has_every_public_name():
+    """And names nothing that is not there."""
+    names = re.findall(r"^::: frobdecay\.(\S+)$", PAGES["reference"].read_text("utf-8"), re.M)
+    assert set(frobdecay.__all__) - {"diagnostics"} <= set(names)
+    for name in names:
+        assert pydoc.locate(f"frobdecay.{name}") is not None, name
 
 
 @pytest.mark.slow

@@ -34,19 +34,19 @@ BLOCK = 1 << 22
 class Shifted:
     """W = W₀ + Σ s_k U_k V_kᵀ, of the factors W₀ (*batch, m, n), U₁, V₁, U₂, V₂, ….
 
-    W₀ is a factor like the others: frozen, it is a constant in the product; trained, it decays to
-    zero along with the rest. Nothing of it is kept, so that it may change from step to step.
-
-    Attributes:
-        scales: s_k, one a pair U_k (*batch, m, r_k), V_k (*batch, n, r_k); LoRA's α/r.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from frobdecay.product.product import Product, product_norm
         >>> W0, B, A = torch.eye(4), torch.ones(4, 1), torch.ones(4, 1)
         >>> product = Product.of(W0, B, A, structure=Shifted((0.5,)))
         >>> torch.allclose(product_norm(product), torch.linalg.norm(W0 + 0.5 * B @ A.T))
         True
+
+    W₀ is a factor like the others: frozen, it is a constant in the product; trained, it decays to
+    zero along with the rest. Nothing of it is kept, so that it may change from step to step.
+
+    Attributes:
+        scales: s_k, one a pair U_k (*batch, m, r_k), V_k (*batch, n, r_k); LoRA's α/r.
     """
 
     scales: tuple[float, ...]

@@ -81,6 +81,13 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
 def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor, ...]:
     """Factorize a matrix by its truncated singular value decomposition, √S on both sides.
 
+    Examples:
+        >>> import torch
+        >>> U, V = spectral_init(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), rank=1)
+        >>> U @ V.T
+        tensor([[3., 0.],
+                [0., 0.]])
+
     Exact (never randomized): the error is the smallest there is to a relative 1e-5 and usually
     to 1e-7, whatever the dtype and the magnitude. The same weight gives the same product, to
     rounding, and where its singular values are apart the same factors, too: the largest entry of
@@ -102,13 +109,6 @@ def spectral_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor
 
     Raises:
         TypeError, ValueError: a weight that cannot be factorized, or a rank that is none.
-
-    Example:
-        >>> import torch
-        >>> U, V = spectral_init(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), rank=1)
-        >>> U @ V.T
-        tensor([[3., 0.],
-                [0., 0.]])
     """
     return _decomposed(weight, rank, depth, truncated_svd)
 

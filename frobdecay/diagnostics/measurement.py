@@ -181,6 +181,15 @@ class Measurement:
 def measure(products: Product | Iterable[Product], lr: LearningRate | None = None) -> Measurement:
     """Measure norms, spectrum, balance and effective step size of products.
 
+    Examples:
+        >>> import torch
+        >>> U = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> V = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> print(measure(Product.of(U, V, name="fc.weight"), lr=0.13))
+        product    shape  norm  nuclear  bound  imbalance  stable_rank  rank  effective_step
+        fc.weight    3×2  3.61        5    7.5      0.759         1.44     2            0.01
+        all 1             3.61        5    7.5      0.759         1.44     2            0.01
+
     Args:
         products: one product or several, with names that differ.
         lr: learning rate for the effective step, or the optimizer to read it from: the mean
@@ -193,15 +202,6 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
     Raises:
         ValueError: no products, two of one name, or factors that the optimizer does not hold.
         TypeError: ``lr`` is neither a number nor an optimizer.
-
-    Example:
-        >>> import torch
-        >>> U = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> V = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> print(measure(Product.of(U, V, name="fc.weight"), lr=0.13))
-        product    shape  norm  nuclear  bound  imbalance  stable_rank  rank  effective_step
-        fc.weight    3×2  3.61        5    7.5      0.759         1.44     2            0.01
-        all 1             3.61        5    7.5      0.759         1.44     2            0.01
     """
     found = as_products(products)
     names = [product.name for product in found]

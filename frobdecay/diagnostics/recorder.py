@@ -31,6 +31,16 @@ from frobdecay.product.product import Product, as_products, product_norm
 class Recorder:
     """Keep the numbers of products over training: a history, its plot, its file.
 
+    Examples:
+        >>> import torch
+        >>> U, V = torch.ones(2, 1), torch.ones(8, 1)
+        >>> recorder = Recorder(Product.of(U, V, name="fc"))
+        >>> for _ in range(2):
+        ...     _ = recorder.step(lr=0.1)
+        ...     _ = U.mul_(0.5)
+        >>> recorder.steps, [round(norm, 6) for norm in recorder.history["fc"]["norm"]]
+        ([0, 1], [4.0, 2.0])
+
     Only the quantities' floats are kept, not the spectra.
 
     Args:
@@ -46,16 +56,6 @@ class Recorder:
 
     Raises:
         ValueError: as ``measure``; ``every`` below 1; an unknown quantity, or none.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.ones(2, 1), torch.ones(8, 1)
-        >>> recorder = Recorder(Product.of(U, V, name="fc"))
-        >>> for _ in range(2):
-        ...     _ = recorder.step(lr=0.1)
-        ...     _ = U.mul_(0.5)
-        >>> recorder.steps, [round(norm, 6) for norm in recorder.history["fc"]["norm"]]
-        ([0, 1], [4.0, 2.0])
     """
 
     def __init__(

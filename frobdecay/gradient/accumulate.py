@@ -347,6 +347,15 @@ def add_penalty_grad_(
 ) -> None:
     """Add the gradient of ½·coef·Σ‖W‖_F² to the ``.grad`` of every factor, in place.
 
+    Examples:
+        >>> import torch
+        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1, requires_grad=True)
+        >>> (U @ V.T).sum().backward()
+        >>> add_penalty_grad_(Product.of(U, V), 0.5)
+        >>> U.grad
+        tensor([[12.],
+                [12.]])
+
     The same as ``penalty(products, coef).backward()`` at a fraction of the cost, for training
     loops that clip the decay along with the gradient. As with weight decay in ``torch.optim``, a
     factor without a gradient is left alone: call it after ``backward()``. With sharded factors all
@@ -362,15 +371,6 @@ def add_penalty_grad_(
     Raises:
         ValueError: a negative or NaN λ, or products that cannot run.
         TypeError: a sparse gradient. No gradient has changed after an error.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1, requires_grad=True)
-        >>> (U @ V.T).sum().backward()
-        >>> add_penalty_grad_(Product.of(U, V), 0.5)
-        >>> U.grad
-        tensor([[12.],
-                [12.]])
     """
     check_coefficient(coef, "coef")
     found = listed(products)
@@ -389,7 +389,7 @@ def explain(
 ) -> str:
     """Say what runs where and why; with ``steps``, their flops and what is kept, too.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pairs = [Product.of(torch.ones(6, 2), torch.ones(5, 2)) for _ in range(3)]
         >>> print(explain(pairs))

@@ -44,6 +44,14 @@ def factorize(
 ) -> RankPlan:
     """Replace dense weights by products of factors, in place.
 
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+        >>> factorize(model, rank=4).ranks
+        {'0.weight': 4}
+        >>> list(model.state_dict())
+        ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
+
     Give ``rank`` or ``ratio``. Without ``include`` this takes every weight of linear, convolution,
     embedding, recurrent and attention modules, and of transformers' Conv1D and expert stacks, that
     can be factorized; what cannot is listed in the plan, as are PEFT's adapters and parameters of
@@ -83,14 +91,6 @@ def factorize(
             meta device, and NaN.
         ImportError: ``progress=True`` without rich.
         RuntimeError: an initialization that fails.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
-        >>> factorize(model, rank=4).ranks
-        {'0.weight': 4}
-        >>> list(model.state_dict())
-        ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
     """
     walk, options = unwrapped(model, "factorize"), {"init": init}
     found, before = plan_entries(

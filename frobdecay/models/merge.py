@@ -31,6 +31,13 @@ M = TypeVar("M", bound=nn.Module)
 def merge(model: M, *, include: Selector | None = None, exclude: Selector | None = None) -> M:
     """Multiply the factors out again, in place: dense modules of their original class.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = frobdecay.factorize(model, rank=2)
+        >>> list(merge(model).state_dict())
+        ['0.weight', '0.bias']
+
     The ``state_dict`` has the keys and the order that it had before ``factorize``, and the weights
     keep dtype, device and training mode; a weight requires a gradient if one of its factors does.
 
@@ -45,13 +52,6 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
     Raises:
         ValueError: selectors that match no factorized weight; sharded factors; data-parallel
             wrappers. Nothing was changed then.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = frobdecay.factorize(model, rank=2)
-        >>> list(merge(model).state_dict())
-        ['0.weight', '0.bias']
     """
     walk = unwrapped(model, "merge")
     chosen = _chosen(walk, include, exclude)
@@ -121,6 +121,16 @@ def _usual_order(module: nn.Module) -> tuple[str, ...]:
 def unroll(model: nn.Module) -> nn.Module:
     """Replace layers with factorized weights by chains of plain torch layers, in place.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> _ = frobdecay.factorize(layer, rank=2)
+        >>> unroll(layer)
+        Sequential(
+          (0): Linear(in_features=8, out_features=2, bias=False)
+          (1): Linear(in_features=2, out_features=8, bias=True)
+        )
+
     The chains are ``nn.Sequential`` of Linear, Conv and Embedding layers that need no frobdecay and
     hold the factors' numbers, no more. Device, dtype, training mode, ``requires_grad``, forward and
     backward hooks are kept, and what the layer said of itself (``in_features``, ``stride``, …); a
@@ -137,16 +147,6 @@ def unroll(model: nn.Module) -> nn.Module:
             expert stacks, subclasses with a forward of their own, layers whose weight or
             bias a forward or a hook may read, by its bytecode, layers that are held outside of
             the modules, patterns that split neither way), all named; nothing was changed then.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> layer = torch.nn.Linear(8, 8)
-        >>> _ = frobdecay.factorize(layer, rank=2)
-        >>> unroll(layer)
-        Sequential(
-          (0): Linear(in_features=8, out_features=2, bias=False)
-          (1): Linear(in_features=2, out_features=8, bias=True)
-        )
     """
     walk = unwrapped(model, "unroll")
     chosen = _chosen(walk, None, None)

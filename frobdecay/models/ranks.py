@@ -44,6 +44,11 @@ def plan_ranks(
 ) -> RankPlan:
     """Plan a factorization: a dry run of ``factorize`` that changes nothing.
 
+    Examples:
+        >>> import torch
+        >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
+        {'weight': 10}
+
     Give one of ``ratio``, ``rank`` and ``energy``. Works on the meta device, except for ``energy``.
 
     Args:
@@ -65,11 +70,6 @@ def plan_ranks(
     Raises:
         TypeError, ValueError: selectors that match nothing, weights that were named and cannot be
             factorized, a ratio that cannot be attained (says what can), ranks that are none.
-
-    Example:
-        >>> import torch
-        >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
-        {'weight': 10}
     """
     walk = Walk(model)
     return planned(

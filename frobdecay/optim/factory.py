@@ -20,15 +20,7 @@ _UNFIT = {"model", "optimizer_dict"}  # what Trainer passes to optimizers of the
 class FrobeniusDecayFactory:
     """Build groups, optimizer and wrapper for a factorized model, in one call.
 
-    An optimizer factory of transformers, so that its ``Trainer`` decays products in one line:
-
-        Trainer(model, args, …, optimizer_cls_and_kwargs=(FrobeniusDecayFactory, {"args": args}))
-
-    which takes optimizer, learning rate, betas and weight decay from the training arguments. Or
-    name them: ``{"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 1e-4}``. Groups are
-    those of ``split_param_groups``. It works with ``model_init``, which has to factorize.
-
-    Example:
+    Examples:
         >>> import torch, frobdecay
         >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
         >>> plan = frobdecay.factorize(model, rank=4)
@@ -36,6 +28,14 @@ class FrobeniusDecayFactory:
         >>> optimizer = build(model, optimizer=torch.optim.AdamW, weight_decay=0.1)
         >>> [(g["weight_decay"], g["frobenius_decay"]) for g in optimizer.param_groups]
         [(0.0, 0.0), (0.0, 0.1)]
+
+    An optimizer factory of transformers, so that its ``Trainer`` decays products in one line:
+
+        Trainer(model, args, …, optimizer_cls_and_kwargs=(FrobeniusDecayFactory, {"args": args}))
+
+    which takes optimizer, learning rate, betas and weight decay from the training arguments. Or
+    name them: ``{"optimizer": torch.optim.SGD, "lr": 0.1, "weight_decay": 1e-4}``. Groups are
+    those of ``split_param_groups``. It works with ``model_init``, which has to factorize.
     """
 
     def __call__(

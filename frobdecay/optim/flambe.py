@@ -45,6 +45,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Flambe(Optimizer):
     r"""LAMB with Frobenius decay inside of the trust ratio; see the module's docstring.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4)
+        >>> optimizer = Flambe(model.parameters(), model, lr=1e-2, weight_decay=0.01)
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> optimizer.step()
+
     λ is ``weight_decay``, for factors and all others alike, or of a param group's factors its
     ``"frobenius_decay"`` where it has that key. Without products it is plain LAMB. There is no
     clipping by the global norm before the moments and no bound on the ratio, which other LAMBs
@@ -66,14 +74,6 @@ class Flambe(Optimizer):
     Raises:
         ValueError: an option out of its range; a model without products; a trainable factor in no
             param group or in two.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 10))
-        >>> plan = frobdecay.factorize(model, rank=4)
-        >>> optimizer = Flambe(model.parameters(), model, lr=1e-2, weight_decay=0.01)
-        >>> model(torch.randn(8, 32)).square().mean().backward()
-        >>> optimizer.step()
     """
 
     def __init__(

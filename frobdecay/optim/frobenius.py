@@ -55,6 +55,18 @@ class _Step(NamedTuple):
 class FrobeniusDecay(OptimizerProxy):
     r"""Wrap an optimizer so that it decays the products of factors instead of each factor.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        >>> optimizer = FrobeniusDecay(base, model)
+        >>> [(g["weight_decay"], g["frobenius_decay"]) for g in optimizer.param_groups]
+        [(0.0001, 0.0), (0.0, 0.0001)]
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> optimizer.step()
+
     Adds λ·∇½‖W‖_F² for every product W where the base optimizer would add its weight decay:
     after accumulation, unscaling and clipping, to those factors that have a gradient. With λ = 0
     it is the base optimizer, bit for bit.
@@ -90,18 +102,6 @@ class FrobeniusDecay(OptimizerProxy):
         ValueError: λ negative or not finite; a wrapper inside; a scheduler attached already; a
             model without products; a trainable factor in no param group or in two; no weight
             decay to take over, or a convention that cannot be known. Nothing was changed then.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
-        >>> plan = frobdecay.factorize(model, rank=4)
-        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-        >>> optimizer = FrobeniusDecay(base, model)
-        >>> [(g["weight_decay"], g["frobenius_decay"]) for g in optimizer.param_groups]
-        [(0.0001, 0.0), (0.0, 0.0001)]
-        >>> model(torch.randn(8, 32)).square().mean().backward()
-        >>> optimizer.step()
     """
 
     def __init__(

@@ -25,6 +25,18 @@ def split_param_groups(
 ) -> list[dict[str, Any]]:
     """Make the param groups of a model: the usual two, and one for the factors.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4, include="0")
+        >>> groups = split_param_groups(model, 0.1)
+        >>> for group in groups:
+        ...     print(group["weight_decay"], *group["param_names"])
+        0.1 2.weight
+        0.0 0.bias 1.weight 1.bias 2.bias
+        0.1 0.parametrizations.weight.original0 0.parametrizations.weight.original1
+        >>> optimizer = frobdecay.FrobeniusDecay(torch.optim.AdamW(groups), model)
+
         {dense weights, weight_decay}  {norms, biases, one-dimensional, 0}  {factors, weight_decay}
 
     Every trainable parameter is in one group, a shared one once. Factors are told by identity,
@@ -46,18 +58,6 @@ def split_param_groups(
     Raises:
         TypeError: no model, or a pattern of another kind.
         ValueError: a negative or infinite λ, or a pattern that matches nothing.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 10))
-        >>> plan = frobdecay.factorize(model, rank=4, include="0")
-        >>> groups = split_param_groups(model, 0.1)
-        >>> for group in groups:
-        ...     print(group["weight_decay"], *group["param_names"])
-        0.1 2.weight
-        0.0 0.bias 1.weight 1.bias 2.bias
-        0.1 0.parametrizations.weight.original0 0.parametrizations.weight.original1
-        >>> optimizer = frobdecay.FrobeniusDecay(torch.optim.AdamW(groups), model)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")

@@ -31,6 +31,14 @@ from frobdecay.product.product import Product, as_products
 def balance_(products: Product | Iterable[Product]) -> None:
     """Spectrally initialize products that already are factored, in place, W unchanged.
 
+    Examples:
+        >>> import torch
+        >>> U, V = torch.randn(6, 2) * 100, torch.randn(5, 2)
+        >>> before = U @ V.T
+        >>> balance_(Product.of(U, V))
+        >>> torch.allclose(U.T @ U, V.T @ V, atol=1e-3), torch.allclose(U @ V.T, before, atol=1e-3)
+        (True, True)
+
     Biases between the factors (``Product.biases``) go along, so that the model computes what it
     did before. The decomposition is of r×r matrices; see ``balance.py`` for the formulas.
 
@@ -42,14 +50,6 @@ def balance_(products: Product | Iterable[Product]) -> None:
         ValueError: a product that is ``fixed``; a frozen factor, a parameter that is a factor
             twice, inner factors that are not square, factors that are not finite, a product that
             is zero, or one of so low a rank that biases cannot go along; nothing was changed then.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.randn(6, 2) * 100, torch.randn(5, 2)
-        >>> before = U @ V.T
-        >>> balance_(Product.of(U, V))
-        >>> torch.allclose(U.T @ U, V.T @ V, atol=1e-3), torch.allclose(U @ V.T, before, atol=1e-3)
-        (True, True)
     """
     found = as_products(products)
     _check_balanceable(found)

@@ -22,6 +22,11 @@ class Bare:
 class Factor:
     """Where one factor lives and how it is seen.
 
+    Examples:
+        >>> layer = torch.nn.Linear(64, 8)  # its weight is 8×64, and stands tall as a factor
+        >>> Factor(layer, "weight", "r n -> n r").view(layer.weight).shape
+        torch.Size([64, 8])
+
     Attributes:
         owner: the module (or other object) that holds the parameter.
         attribute: the parameter's name there; looked up anew at every use, because training

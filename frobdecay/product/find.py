@@ -50,6 +50,14 @@ def products(
 ) -> list[Product]:
     """List the products of a model, in module order, each once.
 
+    Examples:
+        >>> import frobdecay
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> _ = frobdecay.factorize(model, rank=2)
+        >>> [(product.name, product.shape) for product in products(model)]
+        [('0.weight', (4, 6))]
+
     These are the factorized weights, named like the dense weight; of dense attention the
     query–key and output–value products, "….query_key" and "….output_value" (see
     ``attention.py``); of LoRA layers of PEFT what their active adapters add to the weight,
@@ -69,14 +77,6 @@ def products(
             not have the numbers and sizes of heads that its attributes say; adapters that are
             merged or whose update is not s·BA, and for "full" a W₀ that is not dense.
         TypeError: a selector of an unknown kind; a provider returned something else than products.
-
-    Example:
-        >>> import frobdecay
-        >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> _ = frobdecay.factorize(model, rank=2)
-        >>> [(product.name, product.shape) for product in products(model)]
-        [('0.weight', (4, 6))]
     """
     check_module(model)
     if lora not in LORA:
@@ -126,20 +126,7 @@ def _checked(provider: Provider, found: list[Product]) -> list[Product]:
 def register_products(type_or_qualified_name: type | str) -> Callable[[Provider], Provider]:
     """Register a function that finds the products in modules of one type; a decorator.
 
-    Use it for modules that already are factored. Subclasses inherit; a later registration for the
-    same type takes the place of the earlier one, and one of yours that of frobdecay's own.
-
-    Args:
-        type_or_qualified_name: the class, or "package.module.Class", which is never imported.
-
-    Returns:
-        A decorator for ``provider(module, name) -> iterable of Product``; ``name`` is the
-        module's qualified name, to be put before the product's own.
-
-    Raises:
-        TypeError: neither a class nor a dotted name.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from frobdecay.product.factor import Factor
         >>> from frobdecay.product.product import Product
@@ -154,6 +141,19 @@ def register_products(type_or_qualified_name: type | str) -> Callable[[Provider]
         ...     yield Product(f"{name}.pair", (up, Factor(module.down, "weight", "r n -> n r")))
         >>> [(product.name, product.shape) for product in products(torch.nn.Sequential(Pair()))]
         [('0.pair', (8, 6))]
+
+    Use it for modules that already are factored. Subclasses inherit; a later registration for the
+    same type takes the place of the earlier one, and one of yours that of frobdecay's own.
+
+    Args:
+        type_or_qualified_name: the class, or "package.module.Class", which is never imported.
+
+    Returns:
+        A decorator for ``provider(module, name) -> iterable of Product``; ``name`` is the
+        module's qualified name, to be put before the product's own.
+
+    Raises:
+        TypeError: neither a class nor a dotted name.
     """
     key = type_or_qualified_name
     if not (isinstance(key, type) or (isinstance(key, str) and "." in key)):

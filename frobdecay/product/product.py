@@ -39,6 +39,15 @@ them into a stack then costs more than the calls it saves."""
 class Product:
     """Factors that stand for one dense weight.
 
+    Examples:
+        >>> import torch
+        >>> U, V = torch.randn(6, 2), torch.randn(5, 2)
+        >>> product = Product.of(U, V)
+        >>> product.shape, product.rank
+        ((6, 5), 2)
+        >>> torch.allclose(product_norm(product), torch.linalg.norm(U @ V.T))
+        True
+
     Factors may differ in dtype: they are multiplied in the widest of them, float32 at least.
 
     Attributes:
@@ -54,15 +63,6 @@ class Product:
         fixed: what forbids other factors of the same product, such as a nonlinearity between
             them; ``balance_`` then refuses, and says so.
         equation: in place of a structure, any einsum in which each factor is once.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.randn(6, 2), torch.randn(5, 2)
-        >>> product = Product.of(U, V)
-        >>> product.shape, product.rank
-        ((6, 5), 2)
-        >>> torch.allclose(product_norm(product), torch.linalg.norm(U @ V.T))
-        True
     """
 
     name: str
@@ -285,13 +285,13 @@ def squared_norm(product: Product) -> Tensor:
 def product_norm(product: Product) -> Tensor:
     """Compute the product norm ‖W‖_F from the factors.
 
-    Returns:
-        A tensor without dimensions, at least float32. Differentiable where W is not zero.
-
-    Example:
+    Examples:
         >>> import torch
         >>> product_norm(Product.of(torch.ones(2, 1), torch.ones(8, 1))).item()
         4.0
+
+    Returns:
+        A tensor without dimensions, at least float32. Differentiable where W is not zero.
     """
     if not isinstance(product, Product):
         raise TypeError(f"expected one Product, got a {type(product).__name__}")
@@ -349,6 +349,12 @@ def listed(products: Product | Iterable[Product]) -> list[Product]:
 def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
     """Compute the penalty ½·λ·Σ‖W‖_F² of products, to be added to a loss.
 
+    Examples:
+        >>> import torch
+        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1)
+        >>> penalty(Product.of(U, V), 0.5).item()
+        4.0
+
     Differentiable, also twice; factors in half precision are accumulated in float32, also under
     autocast. ``FrobeniusDecay`` and ``add_penalty_grad_`` give the same gradient for less.
 
@@ -361,12 +367,6 @@ def penalty(products: Product | Iterable[Product], coef: Coefficient) -> Tensor:
 
     Raises:
         ValueError: no products, or a negative or NaN λ.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1)
-        >>> penalty(Product.of(U, V), 0.5).item()
-        4.0
     """
     found = as_products(products)
     if not found:

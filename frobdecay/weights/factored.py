@@ -35,6 +35,17 @@ from frobdecay.weights.product_tensor import ProductTensor, untraced
 class FactoredTensor(ProductTensor):
     """Stand for the tensor that a chain of factors multiplies to.
 
+    Examples:
+        >>> import torch
+        >>> from frobdecay.algebra.matricize import Matricization
+        >>> U, V = torch.randn(8, 2), torch.randn(6, 2)
+        >>> W = FactoredTensor([U, V], Matricization.of("o i -> o i", (8, 6)))
+        >>> W.shape
+        torch.Size([8, 6])
+        >>> x = torch.randn(3, 6)
+        >>> torch.allclose(torch.nn.functional.linear(x, W), x @ V @ U.T, atol=1e-6)
+        True
+
     It has the dense tensor's shape, dtype, device and gradients, and no storage of its own.
     ``detach()`` cuts it from its factors: after ``requires_grad_()`` it gathers a dense gradient
     itself. ``.data``, ``torch.save`` and ``nn.Parameter`` give dense tensors.
@@ -53,17 +64,6 @@ class FactoredTensor(ProductTensor):
 
     Raises:
         ValueError: a factor's shape does not chain, or dtypes or devices differ.
-
-    Example:
-        >>> import torch
-        >>> from frobdecay.algebra.matricize import Matricization
-        >>> U, V = torch.randn(8, 2), torch.randn(6, 2)
-        >>> W = FactoredTensor([U, V], Matricization.of("o i -> o i", (8, 6)))
-        >>> W.shape
-        torch.Size([8, 6])
-        >>> x = torch.randn(3, 6)
-        >>> torch.allclose(torch.nn.functional.linear(x, W), x @ V @ U.T, atol=1e-6)
-        True
     """
 
     @classmethod

@@ -39,6 +39,14 @@ from frobdecay.weights.parametrization import Recorded, check_same_shape, record
 class LowRank(Recorded):
     """Parametrize a weight as W = U M₁ … M_d Vᵀ, spectrally initialized from the dense weight.
 
+    Examples:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> layer = torch.nn.Linear(12, 8)
+        >>> _ = parametrize.register_parametrization(layer, "weight", LowRank(2))
+        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
+        [(8, 2), (12, 2)]
+
     U (m×r) and V (n×r) are both stored tall and contiguous; a weight that is read as a batch of
     matrices (groups of a convolution, blocks of an attention) has a leading batch axis.
     Assigning to the weight factorizes the new value at the same rank.
@@ -57,14 +65,6 @@ class LowRank(Recorded):
 
     Raises:
         TypeError, ValueError: a rank, depth or initialization that is none.
-
-    Example:
-        >>> import torch
-        >>> from torch.nn.utils import parametrize
-        >>> layer = torch.nn.Linear(12, 8)
-        >>> _ = parametrize.register_parametrization(layer, "weight", LowRank(2))
-        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
-        [(8, 2), (12, 2)]
     """
 
     def __init__(

@@ -64,6 +64,14 @@ def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
 class Tucker(Tensorized):
     """Parametrize a weight as a core times one factor a mode, W = G ×₁ U₁ … ×_d U_d.
 
+    Examples:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> layer = torch.nn.Conv2d(16, 32, 3)
+        >>> _ = parametrize.register_parametrization(layer, "weight", Tucker((8, 4, None)))
+        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
+        [(8, 4, 9), (32, 8), (16, 4)]
+
     A mode whose rank is its size has no factor: a square one would be redundant. A convolution at
     ranks (r, s, None) therefore is Tucker-2, 1×1 · k×k · 1×1 (Kim et al. 2016, arXiv:1511.06530).
 
@@ -73,14 +81,6 @@ class Tucker(Tensorized):
         pattern, axes, modes: see ``Tensorized``.
         init: "spectral", the truncated higher-order singular value decomposition; "hooi", the same
             improved; "matched", Gaussian; or a callable.
-
-    Example:
-        >>> import torch
-        >>> from torch.nn.utils import parametrize
-        >>> layer = torch.nn.Conv2d(16, 32, 3)
-        >>> _ = parametrize.register_parametrization(layer, "weight", Tucker((8, 4, None)))
-        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
-        [(8, 4, 9), (32, 8), (16, 4)]
     """
 
     inits: ClassVar[Mapping[str, Init]] = {"spectral": hosvd, "hooi": hooi}
@@ -141,6 +141,14 @@ class Tucker(Tensorized):
 class TensorTrain(Tensorized):
     """Parametrize a weight as a tensor train, W[i₁ … i_d] = C₁[i₁] C₂[i₂] … C_d[i_d].
 
+    Examples:
+        >>> import torch
+        >>> from torch.nn.utils import parametrize
+        >>> layer = torch.nn.Linear(160, 160)
+        >>> _ = parametrize.register_parametrization(layer, "weight", TensorTrain(0.234))
+        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
+        [(32, 7), (32, 7, 6), (25, 6)]
+
     Its product is a chain U · C₂ … · V, whose inner factors are summed over their modes.
 
     Args:
@@ -148,14 +156,6 @@ class TensorTrain(Tensorized):
             for each of the d − 1 bonds.
         pattern, axes, modes: see ``Tensorized``.
         init: "spectral", the TT-SVD with balanced bonds; "matched", Gaussian; or a callable.
-
-    Example:
-        >>> import torch
-        >>> from torch.nn.utils import parametrize
-        >>> layer = torch.nn.Linear(160, 160)
-        >>> _ = parametrize.register_parametrization(layer, "weight", TensorTrain(0.234))
-        >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
-        [(32, 7), (32, 7, 6), (25, 6)]
     """
 
     inits: ClassVar[Mapping[str, Init]] = {"spectral": tt_svd}
@@ -195,19 +195,19 @@ class TensorTrain(Tensorized):
 class CP(Tensorized):
     """Parametrize a weight as a sum of r terms, W = Σ_a U₁[:, a] ∘ … ∘ U_d[:, a].
 
-    Args:
-        rank: r, an int or a fraction of the smallest mode, which it may exceed.
-        pattern, axes, modes: see ``Tensorized``.
-        init: "spectral", alternating least squares, which warns where it does not converge;
-            "matched", Gaussian; or a callable.
-
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn.utils import parametrize
         >>> layer = torch.nn.Conv2d(16, 32, 3)
         >>> _ = parametrize.register_parametrization(layer, "weight", CP(4))
         >>> [tuple(p.shape) for p in layer.parametrizations.weight.parameters()]
         [(32, 4), (16, 4), (9, 4)]
+
+    Args:
+        rank: r, an int or a fraction of the smallest mode, which it may exceed.
+        pattern, axes, modes: see ``Tensorized``.
+        init: "spectral", alternating least squares, which warns where it does not converge;
+            "matched", Gaussian; or a callable.
     """
 
     inits: ClassVar[Mapping[str, Init]] = {"spectral": cp_als}

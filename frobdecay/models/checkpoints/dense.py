@@ -27,6 +27,14 @@ def load_dense_(
 ) -> RankPlan:
     """Load a dense ``state_dict`` into a factorized model, and say how well the ranks hold it.
 
+    Examples:
+        >>> import torch, frobdecay
+        >>> dense, model = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
+        >>> _ = frobdecay.factorize(model, rank=6)
+        >>> plan = load_dense_(model, dense.state_dict())
+        >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
+        (True, True)
+
     Each factorized weight gets the spectral factors of the dense one at the rank it has, whatever
     its initialization; everything else is loaded as it is. Parameters stay the same objects, so an
     optimizer goes on. ``model.load_state_dict(state_dict)`` does the same without the report; with
@@ -48,14 +56,6 @@ def load_dense_(
         TypeError, ValueError: keys or shapes that differ; weights that cannot be factorized; a
             model that is dense, sharded, on the meta device or made under ``inference_mode``.
             Nothing was changed then.
-
-    Example:
-        >>> import torch, frobdecay
-        >>> dense, model = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
-        >>> _ = frobdecay.factorize(model, rank=6)
-        >>> plan = load_dense_(model, dense.state_dict())
-        >>> plan.rows[0].error < 1e-6, torch.allclose(model.weight, dense.weight, atol=1e-6)
-        (True, True)
     """
     if not Walk(model).factorized:
         inside = [key for key in state_dict if ".parametrizations." in f".{key}"]

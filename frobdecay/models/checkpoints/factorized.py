@@ -53,6 +53,16 @@ M = TypeVar("M", bound=nn.Module)
 def save_factorized(model: nn.Module, path: FilePath) -> None:
     """Write a factorized model to one safetensors file, with its structure in the header.
 
+    Examples:
+        >>> import tempfile, torch, frobdecay
+        >>> model = torch.nn.Linear(8, 6)
+        >>> _ = frobdecay.factorize(model, rank=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_factorized(model, f"{folder}/model.safetensors")
+        ...     again = load_factorized(torch.nn.Linear(8, 6), f"{folder}/model.safetensors")
+        >>> torch.equal(again.weight, model.weight)
+        True
+
     The structure is how each factorized weight is parametrized: kind, rank, pattern, axes, depth,
     initialization. Parameters and buffers are saved under their ``state_dict`` keys (without the
     segments that ``torch.compile`` adds), tied ones once; factors are not multiplied out. For a
@@ -68,16 +78,6 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
         OSError: the file cannot be written: a full disk, no permission, no regular file.
         ValueError: tensors that are sharded, sparse or on the meta device; data-parallel wrappers;
             extra state; parametrizations that no file can name. Nothing was written then.
-
-    Example:
-        >>> import tempfile, torch, frobdecay
-        >>> model = torch.nn.Linear(8, 6)
-        >>> _ = frobdecay.factorize(model, rank=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_factorized(model, f"{folder}/model.safetensors")
-        ...     again = load_factorized(torch.nn.Linear(8, 6), f"{folder}/model.safetensors")
-        >>> torch.equal(again.weight, model.weight)
-        True
     """
     walk = unwrapped(model, "save model.module, or save")
     records = {weight.name: record_of(weight) for weight in walk.factorized}
@@ -101,12 +101,17 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
 def load_factorized(model: M, path: FilePath) -> M:
     """Factorize a dense model as a file of ``save_factorized`` says, and load the file, in place.
 
-    Nothing is decomposed and nothing drawn, so the model may be on the meta device: what is there
-    comes to the CPU, what is elsewhere stays. A model that is factorized the same way already is
-    only loaded. Needs ``safetensors``.
+    Examples:
+        >>> import tempfile, torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> _ = frobdecay.factorize(model, rank=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_factorized(model, f"{folder}/it")
+        ...     _ = load_factorized(torch.nn.Sequential(torch.nn.Linear(8, 6)), f"{folder}/it")
 
-    For models of ``transformers``, whose ``from_pretrained`` would initialize the weights anew:
-    ``load_factorized(AutoModel.from_config(config), path)``.
+    Nothing is decomposed or drawn, so the model may be on the meta device: what is there comes to
+    the CPU. A model that is factorized the same way already is only loaded. Needs ``safetensors``.
+    For ``transformers``: ``load_factorized(AutoModel.from_config(config), path)``.
 
     Args:
         model: of the class that was saved, fresh; make the optimizer afterwards.
@@ -118,12 +123,8 @@ def load_factorized(model: M, path: FilePath) -> M:
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file cannot be opened, or is a folder, a pipe or a device.
-        ValueError: not such a file, or one of a later version; names, shapes, dtypes or ties that
-            differ; weights that cannot be factorized; a buffer on the meta device that no file
-            holds. Nothing was changed then.
-
-    Example:
-        See ``save_factorized``.
+        ValueError: no such file, or of a later version; names, shapes, dtypes or ties that differ;
+            weights that cannot be factorized; a meta buffer that no file holds. Nothing changed.
     """
     walk = unwrapped(model, "load")
     try:
