@@ -57,7 +57,7 @@ class FactoredTensor(ProductTensor):
     factor changed in place meanwhile is seen, except through ``.data``, which leaves no trace:
     torch's rule, which is not to change parameters inside ``cached()``, holds.
 
-    Args:
+    Attributes:
         factors: U (*batch, m, r), then any number of inner M (*batch, r, r), then V (*batch, n, r),
             of one dtype and device.
         matricization: how the product, a (*batch, m, n) matrix, is read as a tensor.

@@ -78,7 +78,11 @@ class Tucker(Tensorized):
     Args:
         rank: an int, cut down to what fits each mode; a fraction of each mode; or one for each
             mode, of which None keeps the mode whole.
-        pattern, axes, modes: see ``Tensorized``.
+        pattern: an einops pattern with the modes on its right side, or "flat". By default
+            a weight with three axes or more keeps them, the kernel's as one mode, and every
+            other one is read "flat".
+        axes: lengths that the pattern needs.
+        modes: how many modes "flat" makes.
         init: "spectral", the truncated higher-order singular value decomposition; "hooi", the same
             improved; "matched", Gaussian; or a callable.
     """
@@ -154,7 +158,11 @@ class TensorTrain(Tensorized):
     Args:
         rank: of the bonds; an int, cut down to what fits; a fraction of min(n_k, n_{k+1}); or one
             for each of the d − 1 bonds.
-        pattern, axes, modes: see ``Tensorized``.
+        pattern: an einops pattern with the modes on its right side, or "flat". By default
+            a weight with three axes or more keeps them, the kernel's as one mode, and every
+            other one is read "flat".
+        axes: lengths that the pattern needs.
+        modes: how many modes "flat" makes.
         init: "spectral", the TT-SVD with balanced bonds; "matched", Gaussian; or a callable.
     """
 
@@ -205,7 +213,11 @@ class CP(Tensorized):
 
     Args:
         rank: r, an int or a fraction of the smallest mode, which it may exceed.
-        pattern, axes, modes: see ``Tensorized``.
+        pattern: an einops pattern with the modes on its right side, or "flat". By default
+            a weight with three axes or more keeps them, the kernel's as one mode, and every
+            other one is read "flat".
+        axes: lengths that the pattern needs.
+        modes: how many modes "flat" makes.
         init: "spectral", alternating least squares, which warns where it does not converge;
             "matched", Gaussian; or a callable.
     """
