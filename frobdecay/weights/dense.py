@@ -55,11 +55,13 @@ def refuse_writes(
         if name == "__set__":
             name = f"{getattr(func, '__self__', func).__name__} = ..."
         raise _written(name)
-    if name in _HOOKS and _holds(target, kind):
+    given = name == "backward" and _holds(kwargs.get("inputs"), kind)
+    if given or (name in _HOOKS and _holds(target, kind)):
         raise RuntimeError(
-            f"expected a tensor that gets a gradient, got a factored weight ({name}): the gradient "
-            "goes to its factors without being formed. Use the factors' gradients, or the dense "
-            "tensor weight.materialize() in the weight's place"
+            "expected a tensor that gets a gradient, got a factored weight "
+            f"({'backward(inputs=...)' if given else name}): the gradient goes to its factors "
+            "without being formed. Use the factors, which module.parametrizations holds, and "
+            "their gradients, or the dense tensor weight.materialize() in the weight's place"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.precision import full_precision
@@ -30,9 +31,14 @@ _scripting: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 # Without the keys of a backend that has memory, torch refuses to put the tensor in another's place.
 _NOWHERE = torch.device("meta")
 
-transforms_active: Callable[[], bool] = getattr(
+_functorch_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
+
+
+def transforms_active() -> bool:
+    """Whether torch.func transforms what runs here, or its tensors may be dual ones."""
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -379,6 +385,8 @@ def _check(factors: tuple[Tensor, ...], matricization: Matricization) -> None:
     if len(factors) < 2:
         raise ValueError(f"expected at least two factors (U, V), got {len(factors)}")
     *batch, m, n = matricization.matrix_shape
+    if _scripting():
+        return  # sizes are tensors in a trace, whose comparisons it would record
     U = factors[0]
     r = U.shape[-1] if U.ndim else 0
     rows, last = m, len(factors) - 1

@@ -11,6 +11,7 @@ import torch
 from refused_weights import FATAL, REFUSED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
 import frobdecay
@@ -119,7 +120,7 @@ def test_a_module_that_cannot_be_pickled_says_what_can():
     layer = nn.Linear(6, 4)
     factorize(layer, rank=2)
     for save in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
-        with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        with pytest.raises(RuntimeError, match=r"state_dict.*save_factorized.*unroll or merge"):
             save(layer)
     twin = pickle.loads(pickle.dumps(merge(layer)))
     assert torch.equal(twin.weight, layer.weight)
@@ -200,6 +201,11 @@ def _written(value):
     return write
 
 
+def _dual(layer):
+    with forward_ad.dual_level():
+        layer.weight = forward_ad.make_dual(torch.ones(4, 6), torch.ones(4, 6))
+
+
 MERGE = "merge or unroll"
 # What is done to a factorized layer -> the error, and what it says.
 OTHERS = {
@@ -212,6 +218,13 @@ OTHERS = {
         f"plain nn.Parameter for the factorized Linear.weight, got a Packed; {MERGE}"),
     "shape": (_written(nn.Parameter(torch.ones(6, 4))), ValueError, "Linear.weight: .*merge first"),
     "dtype": (_written(torch.ones(4, 6).double()), ValueError, "expected a weight of torch.flo"),
+    "gradient": (_written(torch.ones(4, 6, requires_grad=True)), ValueError, "without a graph"),
+    "functional call": (
+        lambda layer: torch.func.functional_call(
+            layer, {"weight": torch.ones(4, 6, requires_grad=True)}, torch.ones(2, 6)),
+        ValueError, "Linear.weight: .*functional_call the factors by their own names"),
+    "tangent": (_dual, ValueError, "without a graph"),
+    "script": (torch.jit.script, RuntimeError, "got a factorized Linear.*unroll.*torch.export"),
     "integers": (_written(torch.ones(4, 6).int()), TypeError, "Linear.weight: .* convert it"),
     "meta": (_written(torch.ones(4, 6, device="meta")), TypeError, "Linear.weight: .* meta device"),
     "pruning": (
@@ -226,6 +239,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("case", OTHERS)
 @ALL_KINDS
 def test_what_products_cannot_be_given_is_refused(kind, case):

@@ -181,6 +181,19 @@ def test_hooks_on_the_weights_gradient_raise(name):
         getattr(weight("o i -> o i", (6, 5)), name)(*arguments)
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_a_backward_pass_into_the_weight_raises(others):
+    """It would go nowhere: each access of the weight is another tensor."""
+    layer = factored(nn.Linear(5, 6), rank=2)
+    inputs = [layer.weight, *([layer.bias] if others else [])]
+    for backward in (Tensor.backward, torch.autograd.backward):
+        with pytest.raises(RuntimeError, match=r"backward\(inputs=.*Use the factors"):
+            backward(layer(torch.ones(2, 5)).sum(), inputs=inputs)
+    assert all(param.grad is None for param in layer.parameters())
+    layer(torch.ones(2, 5)).sum().backward(inputs=list(layer.parametrizations.parameters()))
+    assert all(param.grad is not None for param in layer.parametrizations.parameters())
+
+
 def test_a_hook_on_the_weights_gradient_warns():
     """A hook that never runs is told so, and can be removed."""
     with pytest.warns(UserWarning, match="never runs"):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from factored_cases import assert_same, dense_of, factored, weight
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -184,6 +185,40 @@ def test_every_way_out_gives_the_factors_their_gradients(way, product):
     assert len(ours) == len(theirs) > 2
     single = {"rtol": 1e-5, "atol": 1e-5} if "cast" in way else {}
     assert_same(ours, theirs, **single)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # within torch
+def test_dual_tensors_of_the_weight_and_of_factors(product, inside):
+    """Forward mode: a dual weight is dense, and a dual factor's tangent goes through the weight."""
+    torch.manual_seed(0)
+    layer = PRODUCTS[product]()
+    before = _read(layer)
+    tangent = torch.randn(before.shape, dtype=before.dtype)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(_read(layer) if inside else before, tangent)
+        found = forward_ad.unpack_dual(dual * dual)
+        wanted = 2 * _dense(layer) * tangent
+        torch.testing.assert_close(found.tangent, wanted)
+        name, U = next((n, p) for n, p in layer.named_parameters() if "original" in n)
+        moved = forward_ad.make_dual(U.detach(), torch.ones_like(U))
+        out = torch.func.functional_call(Squared(layer), {f"layer.{name}": moved}, ())
+        found = forward_ad.unpack_dual(out).tangent
+    (wanted,) = torch.autograd.grad(_read(layer).square().sum(), U)
+    torch.testing.assert_close(found, wanted.sum())
+
+
+class Squared(nn.Module):
+    """The squared norm of a layer's weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self):
+        """Sum of squares."""
+        return _read(self.layer).square().sum()
 
 
 @pytest.mark.parametrize("way", ["old style", "new style", "straight through"])

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.weights.forms.cost import force
+from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.product_tensor import ProductTensor
 
 # --------------------------------------------------------------------------- with the rest of torch
@@ -242,9 +244,9 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, choice):
 
 
 @pytest.mark.covers("P23")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace_follows_the_factors():
-    """A traced model follows its factors and trains them."""
+    """A traced model follows its factors and trains them, and nothing warns."""
     model, x = network(), torch.randn(2, 3, 6, 6)
     traced = torch.jit.trace(model, (x,))
     with torch.no_grad():
@@ -252,6 +254,18 @@ def test_jit_trace_follows_the_factors():
             p.mul_(0.5)
     x = torch.randn(4, 3, 6, 6)
     assert_same(gradients_of(model, traced(x)), gradients_of(model, model(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_attention_is_traced(blocks):
+    """Its packed projection is divided in the trace; torch's own function warns."""
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    kind = partial(LowRank, pattern="(b o) i -> b o i", axes={"b": blocks})
+    factorize(layer, rank=2, parametrization=kind, include="in_proj_weight")
+    x = torch.randn(2, 3, 8)
+    traced = torch.jit.trace(layer, (x, x, x))
+    assert_same(traced(x, x, x), layer(x, x, x), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- modules of torch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -42,9 +43,9 @@ def load_dense_(
 
     Args:
         model: with factorized weights.
-        state_dict: of the dense model: its shapes exactly, and its keys. Tensors of integers or
-            truth values may be more, which are no weights but buffers that a version of the model
-            had (``position_ids``, ``num_batches_tracked``, masks); they are left out.
+        state_dict: of the dense model: its shapes exactly, and its keys. What more is in it and no
+            weight is left out: integers and truth values (``position_ids``, masks), buffers that
+            the model does not save, and what a transformers model says it ignores.
         strict: False to leave out every key that the model lacks, and to leave what the
             ``state_dict`` lacks as it is.
 
@@ -115,8 +116,8 @@ def _left_out(
         )
     expected = {key: what for key, what in _shapes(state).items() if weight_of(key) not in absent}
     expected.update(dict.fromkeys(absent, "a dense weight"))
-    more = [key for key in converted if key not in expected]
-    more = [key for key in more if not strict or _is_buffer(converted[key])]
+    more, buffer = [key for key in converted if key not in expected], _buffers(model)
+    more = [key for key in more if not strict or buffer(key, converted[key])]
     left = [_unused(key, converted.pop(key), "not in the model; left out") for key in more]
     found = _shapes(converted)
     if not strict:
@@ -127,14 +128,48 @@ def _left_out(
         check_same(expected, found, "the state_dict", "the model")
     except ValueError as error:
         if strict and expected.keys() != found.keys():
-            raise ValueError(f"{error}; strict=False passes over such names") from None
+            advice = _elsewhere(expected, converted) or "strict=False passes over such names"
+            raise ValueError(f"{error}; {advice}") from None
         raise
     return left
 
 
-def _is_buffer(value: Any) -> bool:
-    """Whether it is a tensor that no optimizer could have trained."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+def _buffers(model: nn.Module) -> Callable[[str, Any], bool]:
+    """Whether what a model lacks, by name and value, is no weight that was trained."""
+    unsaved = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    said = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+
+    def buffer(key: str, value: Any) -> bool:
+        if key in unsaved or any(re.search(pattern, key) for pattern in said):
+            return True
+        return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+    return buffer
+
+
+def _elsewhere(expected: Mapping[str, str], given: Mapping[str, Any]) -> str | None:
+    """What to do where the weights have another prefix, or lie further down."""
+    lacking, more = [k for k in expected if k not in given], [k for k in given if k not in expected]
+    if prefix := _prefix(lacking, more):
+        return (
+            f"its names begin with {prefix!r}: load "
+            f"{{name.removeprefix({prefix!r}): value for name, value in state_dict.items()}}"
+        )
+    prefix = _prefix(more, lacking)
+    if prefix and all(name.startswith(prefix) for name in lacking):
+        path = prefix.removesuffix(".")
+        return f"the model's names begin with {prefix!r}: load into model.{path}"
+    inside = [key for key in more if isinstance(given[key], Mapping)]
+    return f"the weights may be in state_dict[{inside[0]!r}]" if inside else None
+
+
+def _prefix(names: Sequence[str], longer: Sequence[str]) -> str | None:
+    """What has to be put before most of some names to have the others."""
+    if not names:
+        return None
+    there = set(longer)
+    ends = (name[: -len(names[0])] for name in longer if name.endswith(f".{names[0]}"))
+    return next((p for p in ends if sum(p + n in there for n in names) * 2 > len(names)), None)
 
 
 def _unused(name: str, value: Any, reason: str) -> PlanRow:

@@ -7,6 +7,7 @@ they are gone with the last parametrization and a deep copy has them:
     reset_parameters    draws the dense weights as the dense module does, and factorizes them
     register_parameter  factorizes the new weight; so does ``layer.weight = nn.Parameter(W)``
     deepcopy            of a module around this one, too, which may forward attributes
+    pickle, jit.script  are refused: neither can hold the class
     del layer.weight    takes the factors away, with a warning: what comes after them is dense
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from frobdecay.models.surgery import ordinary, own_class, release, reorder
 from frobdecay.product.factor import is_sharded
@@ -82,7 +84,7 @@ def _extend(kind: Any) -> None:
             base.register_parameter(self, name, param)
 
     kind._load_from_state_dict = _load_from_state_dict
-    kind.register_parameter = register_parameter
+    kind.register_parameter, kind.__prepare_scriptable__ = register_parameter, _unscriptable
     if "__deepcopy__" in vars(kind) and not any(vars(b).get("__slots__") for b in base.__mro__):
         # torch's, which a forwarding wrapper would take for its own, and be copied as this module.
         del kind.__deepcopy__, kind.__getstate__
@@ -116,7 +118,13 @@ def _assign(module: nn.Module, value: Any, attribute: str) -> None:
             raise ValueError(
                 f"expected a weight of {dtype}, got {value.dtype}; convert one of them"
             )
-        held.right_inverse(value.detach() if parameter else value)
+        if not parameter and (value.requires_grad or unpack_dual(value).tangent is not None):
+            raise ValueError(
+                "expected a tensor without a graph, got one that is to be differentiated: its "
+                "factors are computed without that; assign value.detach(), and to differentiate "
+                "give torch.func.functional_call the factors by their own names"
+            )
+        held.right_inverse(value.detach())
     for factor in _factors(held) if parameter else ():
         factor.requires_grad_(value.requires_grad)
 
@@ -153,12 +161,21 @@ class _New:
 
     def __reduce__(self) -> Any:
         raise RuntimeError(
-            "serialization of parametrized modules is only supported through state_dict(), or "
-            "save the model that frobdecay.merge or unroll gives"
+            "a model with factorized weights cannot be pickled, as torch.save(model) does; save "
+            "model.state_dict(), or structure and numbers by frobdecay.save_factorized(model, "
+            "path), or pickle what frobdecay.unroll or merge makes of it: plain torch"
         )
 
 
 _NEW = _New()
+
+
+def _unscriptable(module: nn.Module) -> nn.Module:
+    raise RuntimeError(
+        f"expected plain layers for torch.jit.script, got a factorized "
+        f"{dense_type(module).__name__}; frobdecay.unroll(model) or merge(model) makes plain ones, "
+        "and torch.export and torch.jit.trace take the model as it is"
+    )
 
 
 # --- load_state_dict ----------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def _of_shape(function: Callable[..., Any], input: ProductTensor, *args: Any, **
 def _split(tensor: ProductTensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
     if tensor.ndim != 2 or not -2 <= dim < 2:
         return NotImplemented
-    size, lengths = tensor.shape[dim], split_size_or_sections
+    size, lengths = tensor.matricization.shape[dim], split_size_or_sections
     if isinstance(lengths, int):
         if lengths <= 0:
             return NotImplemented
@@ -240,6 +240,7 @@ def _fits(wanted: Sequence[Any], shape: Sequence[int]) -> bool:
 
 @form(Tensor.chunk, torch.chunk)
 def _chunk(input: ProductTensor, chunks: int, dim: int = 0) -> Any:
-    if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0 or not input.shape[dim]:
+    if input.ndim != 2 or not -2 <= dim < 2 or chunks <= 0:
         return NotImplemented
-    return _split(input, -(-input.shape[dim] // chunks), dim)
+    size = input.matricization.shape[dim]  # in a trace of torch.jit the tensor's is a tensor
+    return _split(input, -(-size // chunks), dim) if size else NotImplemented

@@ -200,6 +200,14 @@ WRONG_DENSE = {
     "missing bias": (lambda: _without("head.bias"), "head.bias"),
     "unexpected": (lambda: _changed("more", torch.ones(2)), "more"),
     "bias of another shape": (lambda: _changed("head.bias", torch.ones(2)), "head.bias"),
+    "prefix": (
+        lambda: {f"module.{key}": value for key, value in Net().state_dict().items()},
+        r"begin with 'module.': load {name.removeprefix\('module.'\)"),
+    "prefix of a part": (
+        lambda: {f"net.{k}": v for k, v in _changed("cls.weight", torch.ones(2)).items()},
+        "begin with 'net.'"),
+    "further down": (
+        lambda: {"model": Net().state_dict(), "epoch": 3}, r"may be in state_dict\['model'\]"),
 }  # fmt: skip
 
 
@@ -212,6 +220,12 @@ def test_wrong_dense_state_dicts_change_nothing(case):
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         load_dense_(model, make())
     assert _same(model, before)
+
+
+def test_a_state_dict_of_the_model_inside_of_a_wrapper():
+    """What to load it into is named."""
+    with pytest.raises(ValueError, match=r"names begin with 'net\.': load into model\.net$"):
+        load_dense_(nn.ModuleDict({"net": _factorized()}), Net().state_dict())
 
 
 BUFFERS = {
@@ -234,6 +248,18 @@ def test_buffers_that_the_model_lacks_are_left_out(key, strict):
         (key, "not in the model; left out")
     ]
     assert key in str(report)
+
+
+@pytest.mark.parametrize("key", ["rotary.inv_freq", "rotary.old.freq"])
+def test_buffers_of_numbers_are_left_out_where_the_model_says_so(key):
+    """It has an unsaved buffer of that name, or ignores the name as transformers' models do."""
+    model = _factorized()
+    model.rotary = nn.Module()
+    model.rotary.register_buffer("inv_freq", torch.ones(3), persistent=False)
+    model._keys_to_ignore_on_load_unexpected = [r"old\.freq$"]
+    report = load_dense_(model, {**Net().state_dict(), key: torch.zeros(3)})
+    assert [row.name for row in report.rows if row.rank is None] == [key]
+    assert torch.equal(model.rotary.inv_freq, torch.ones(3))
 
 
 @pytest.mark.parametrize("key", ["head.weight", "head.bias", "body.1.running_var"])
