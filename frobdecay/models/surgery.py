@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import copied_class, lists_of
 from frobdecay.weights.factored import FactoredTensor
-from frobdecay.weights.product_tensor import transforms_active
 from frobdecay.weights.registration import put_factors
+from frobdecay.weights.tracing import transforms_active
 
 
 @contextmanager

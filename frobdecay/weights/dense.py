@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from frobdecay.weights.product_tensor import ProductTensor, keep_dense, transforms_active, untraced
+from frobdecay.weights.product_tensor import ProductTensor, keep_dense
+from frobdecay.weights.tracing import transforms_active, untraced
 
 _PROPERTIES = """
     shape dtype device layout ndim itemsize nbytes names requires_grad retains_grad output_nr grad

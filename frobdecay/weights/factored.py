@@ -29,7 +29,8 @@ from frobdecay.weights.dense import (
     refuse_writes,
 )
 from frobdecay.weights.forms import FORMS
-from frobdecay.weights.product_tensor import ProductTensor, untraced
+from frobdecay.weights.product_tensor import ProductTensor
+from frobdecay.weights.tracing import untraced
 
 
 class FactoredTensor(ProductTensor):

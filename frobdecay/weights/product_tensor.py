@@ -8,61 +8,25 @@ multiplied out, and nothing else: which functions run on the factors is in
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.precision import full_precision
+from frobdecay.weights.tracing import scripting, tracing, transforms_active
 
 # Classes of the tensors that a compiler traces with.
 _TRACED = ("FakeTensor", "FunctionalTensor")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-_scripting: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-
 # Without the keys of a backend that has memory, torch refuses to put the tensor in another's place.
 _NOWHERE = torch.device("meta")
-
-_functorch_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: True
-)
-
-
-def transforms_active() -> bool:
-    """Whether torch.func transforms what runs here, or its tensors may be dual ones."""
-    return _functorch_active() or forward_ad._current_level >= 0
-
-
-def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile from tracing a function that answers for torch's own functions.
-
-    It runs as it is while a graph is made of weights that the graph itself makes. Where it is
-    called between graphs, a trace of it would be taken again for other functions than the first.
-    """
-    outside: Callable[..., Any] | None = None
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        nonlocal outside
-        compiler = torch.compiler
-        if "torch._dynamo" not in sys.modules or (
-            compiler.is_compiling() and not compiler.is_dynamo_compiling()
-        ):
-            return function(*args)
-        if outside is None:
-            # Not before the compiler is there: to import it takes more than a second.
-            outside = compiler.disable(function, reason="a factored weight is used")  # type: ignore[no-untyped-call]
-        return outside(*args)
-
-    return call
 
 
 class _Flatten:
@@ -184,13 +148,13 @@ class ProductTensor(Tensor):
         """Check the factors and make the tensor, which has no storage."""
         factors = tuple(factors)
         _check(factors, matricization)
-        tracing, transformed = _tracing(), transforms_active()
-        constant = not torch.is_grad_enabled() and not tracing
+        traced, transformed = tracing(), transforms_active()
+        constant = not torch.is_grad_enabled() and not traced
         if constant:
             factors = tuple([f.detach() for f in factors])
         shape, dtype, device = matricization.shape, factors[0].dtype, factors[0].device
         self: ProductTensor
-        if tracing or transformed or type(factors[0]).__name__ in _TRACED:
+        if traced or transformed or type(factors[0]).__name__ in _TRACED:
             self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         else:
             template = _template(shape, dtype, device)
@@ -201,7 +165,7 @@ class ProductTensor(Tensor):
         self.detached = False
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
-        unknown = constant or transformed or _scripting()
+        unknown = constant or transformed or scripting()
         self._made_tracked = not unknown and any(f.requires_grad for f in factors)
         return _multiplied((self,), *factors) if self._made_tracked else self
 
@@ -228,7 +192,7 @@ class ProductTensor(Tensor):
     @property
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
-        return type(self.factors[0]).__name__ in _TRACED or _tracing()
+        return type(self.factors[0]).__name__ in _TRACED or tracing()
 
     @property
     def needs_grad(self) -> bool:
@@ -355,17 +319,13 @@ def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     U, *inner, V = factors
     if not inner:
         return U, V
-    if _scripting() or U.shape[-2] <= V.shape[-2]:
+    if scripting() or U.shape[-2] <= V.shape[-2]:
         for M in inner:
             U = U @ M
     else:
         for M in reversed(inner):
             V = V @ M.mT
     return U, V
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or _scripting()
 
 
 def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor:
@@ -385,7 +345,7 @@ def _check(factors: tuple[Tensor, ...], matricization: Matricization) -> None:
     if len(factors) < 2:
         raise ValueError(f"expected at least two factors (U, V), got {len(factors)}")
     *batch, m, n = matricization.matrix_shape
-    if _scripting():
+    if scripting():
         return  # sizes are tensors in a trace, whose comparisons it would record
     U = factors[0]
     r = U.shape[-1] if U.ndim else 0
