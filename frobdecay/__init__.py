@@ -26,6 +26,7 @@ Each begins its help with an example: ``help(frobdecay.factorize)``.
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.gradient.accumulate import add_penalty_grad_, explain
+from frobdecay.models.checkpoints import transformers as _transformers
 from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
 from frobdecay.models.factorize import factorize
@@ -42,6 +43,9 @@ from frobdecay.product.product import Product, penalty, product_norm
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.tensors import CP, TensorTrain, Tucker
+
+_transformers.when_imported("transformers.quantizers.auto", _transformers.register)
+_transformers.when_imported("transformers.modeling_utils", _transformers.register_saving)
 
 __version__ = "0.1.0"
 

@@ -288,17 +288,30 @@ def test_saved_factors_are_loaded_into_a_factorized_model(family, tmp_path):
     assert torch.equal(logits(twin, inputs), logits(model, inputs))
 
 
+@pytest.mark.covers("P14")
 @column("from_pretrained of factors")
-@pytest.mark.xfail(strict=True, reason="transformers draws what it misses anew, with a report")
-@pytest.mark.parametrize("family", families("BERT", "GPT-2"))
-def test_saved_factors_are_not_loaded_by_from_pretrained(family, tmp_path):
-    """It makes a dense model, which has no place for them: merge first."""
+@pytest.mark.parametrize("on_tied", ["skip", "untie"])
+@pytest.mark.parametrize("family", families())
+def test_saved_factors_are_loaded_by_from_pretrained(family, on_tied, tmp_path):
+    """From several files; nothing is missing, drawn anew or called quantized; and once more."""
     model, inputs = MODELS[family]()
-    factorize(model, rank=1.0)
-    model.save_pretrained(tmp_path)
+    plan = factorize(model, rank=4, on_tied=on_tied)
+    randomize(model)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert info["missing_keys"], "there is nothing to report"
-    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs))
+    assert not any(info.values()), info
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    for made in (model, loaded, again):
+        assert {p.name for p in frobdecay.products(made)} >= set(plan.ranks)
+        assert "quantization_config" not in made.config.to_dict()
+        assert not getattr(made, "is_quantized", False)
+        found = dict(made.named_parameters())
+        assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
+        torch.testing.assert_close(logits(made, inputs), logits(model, inputs))
+    merge(loaded).save_pretrained(tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
 
 
 # --- layouts of third parties -------------------------------------------------------------------

@@ -249,6 +249,8 @@ def test_the_best_model_comes_back(tmp_path):
     stored = safetensors.load_file(f"{best}/model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, stored[name]), name
+    loaded = dict(type(model).from_pretrained(best).named_parameters())  # a folder as any
+    assert all(torch.equal(loaded[name], p) for name, p in model.named_parameters())
 
 
 @cell("model_init")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from frobdecay.models.checkpoints.tensors import (
     like,
     named_tensors,
 )
-from frobdecay.models.fitness import reason_against, ties, unwrapped
+from frobdecay.models.fitness import reason_against, unwrapped
 from frobdecay.models.select import Walk, Weight
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties
@@ -111,7 +112,7 @@ def load_factorized(model: M, path: FilePath) -> M:
 
     Nothing is decomposed or drawn, so the model may be on the meta device: what is there comes to
     the CPU. A model that is factorized the same way already is only loaded. Needs ``safetensors``.
-    For ``transformers``: ``load_factorized(AutoModel.from_config(config), path)``.
+    Folders that ``save_pretrained`` of ``transformers`` wrote are for its ``from_pretrained``.
 
     Args:
         model: of the class that was saved, fresh; make the optimizer afterwards.
@@ -137,7 +138,7 @@ def load_factorized(model: M, path: FilePath) -> M:
                 "load_state_dict; a factorized one has to be written by save_factorized"
             )
         records, tied = parse_records(metadata[HEADER], tensors)
-        fresh = _fit(walk, records)
+        fresh = fit(walk, records)
         expected = _expected(model, fresh)
         values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
         theirs, ours = ({n: like(t) for n, t in some.items()} for some in (values, expected))
@@ -146,21 +147,32 @@ def load_factorized(model: M, path: FilePath) -> M:
         check_buffers(model)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+    with placed(walk, fresh):
+        fill(model, values)
+    return model
+
+
+@contextmanager
+def placed(walk: Walk, fresh: Sequence[tuple[Weight, Any]]) -> Iterator[None]:
+    """Factors without numbers in the place of weights; inside, they are to get their numbers.
+
+    Args:
+        walk: over the model.
+        fresh: as ``fit`` gives them.
+    """
     touched = [weight.module for weight, _ in fresh]
-    before = ties(walk)
-    others = other_ties(walk, [weight for weight, _ in fresh if id(weight.tensor) in before])
+    others = other_ties(walk, [weight for weight, _ in fresh])
     with transaction(touched):
         for weight, made in fresh:
             place(weight.module, weight.attribute, made, _empty(weight, made))
         settle_recurrent(touched)
         restorable(touched)
-        fill(model, values)
+        yield
     forget_ties(others)
     settle_encoders(walk.modules)
-    return model
 
 
-def _fit(walk: Walk, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:
+def fit(walk: Walk, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:
     """The weights to be factorized, each with its parametrization.
 
     Raises:

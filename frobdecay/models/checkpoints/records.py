@@ -136,9 +136,23 @@ def parse_records(
         header = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its structure is not JSON: {error}") from None
+    found, tied = check_structure(header)
+    for name, source in tied.items():
+        if source not in names or name in names:
+            there = "which is not in the file" if source not in names else "but has its own numbers"
+            raise ValueError(f"{name} is said to be {source}, {there}")
+    return found, tied
+
+
+def check_structure(header: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """The weights and the ties of a structure as JSON gives it, in a file's header or elsewhere.
+
+    Raises:
+        ValueError: none, or one of a later version.
+    """
     version = header.get("version") if isinstance(header, dict) else None
     if type(version) is not int or version < 1:
-        raise ValueError(f"expected a structure with a version, got {text[:80]!r}")
+        raise ValueError(f"expected a structure with a version, got {_short(header)}")
     if version > RECORDS_VERSION:
         raise ValueError(
             f"its structure is of version {version}, but this frobdecay reads up to "
@@ -149,10 +163,6 @@ def parse_records(
         raise ValueError(f"expected a table of weights in its structure, got {_short(found)}")
     if not isinstance(tied, dict) or not all(isinstance(n, str) for n in tied.values()):
         raise ValueError(f"expected a table of tied names in its structure, got {_short(tied)}")
-    for name, source in tied.items():
-        if source not in names or name in names:
-            there = "which is not in the file" if source not in names else "but has its own numbers"
-            raise ValueError(f"{name} is said to be {source}, {there}")
     return found, tied
 
 

@@ -24,6 +24,9 @@ from frobdecay.algebra.matricize import Matricization
 from frobdecay.product.holding import dense_type, lists_of
 from frobdecay.weights.lowrank import LowRank
 
+UNROLLED = "_unrolled"
+"""The attribute by which a chain says that it stands for a layer of another class."""
+
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -95,7 +98,7 @@ def unrolled(module: nn.Module) -> nn.Sequential:
     assert build is not None
     layers = build(module, weight[0].matricization, factors)
     built = nn.Sequential(*layers).train(module.training)
-    vars(built).update(copy.deepcopy(_plain(module)))
+    vars(built).update(copy.deepcopy(_plain(module)), **{UNROLLED: True})
     for name, value in vars(module).items():
         # The very dictionaries: handles that were given out can still remove their hooks.
         if name in _HOOKS:
