@@ -43,7 +43,6 @@ LONG_FUNCTIONS = {
     "optim.groups.split_param_groups": 67,
 }
 MANY_IMPORTS = {
-    "cli.inspect": 11,
     "models.factorize": 15,
     "optim.frobenius": 11,
     "weights.tensorized": 11,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 
 from frobdecay.cli import inspect as inspecting
 from frobdecay.cli import merge as merging
-from frobdecay.cli.read import printable
+from frobdecay.models.tables.table import printable
 
 
 def _share(text: str) -> float:
@@ -38,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--energy", type=_share, default=0.9, help="share of the squared norm for 'rank @' (0.9)"
     )
+    inspect.add_argument("--all", action="store_true", help="a row for every weight, none folded")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--plot", metavar="FILE", help="draw the singular values (matplotlib)")
     inspect.set_defaults(run=inspecting.run)
@@ -67,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        if importlib.util.find_spec("rich") is None:
-            raise ImportError("the command line needs rich: pip install 'frobdecay[cli]'")
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from frobdecay.cli.read import Checkpoint, check_memory, printable, read
+from frobdecay.cli.read import Checkpoint, check_memory, read
 from frobdecay.models.checkpoints.files import write_safetensors, write_torch
 from frobdecay.models.checkpoints.records import dense_weight, factor_key, rebuild, weight_of
 from frobdecay.models.progress import Progress
+from frobdecay.models.tables.table import printable
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 

@@ -1,9 +1,10 @@
-"""A file -> named tensors. Whatever is in the file, nothing in it is run.
+"""A file, or a folder of several -> named tensors. Whatever is in a file, nothing in it is run.
 
 Three formats (``models/checkpoints/formats.py``): safetensors, the zip archives of
 ``torch.save``, and what it wrote before those. The latter two are unpickled by
 ``torch.load(weights_only=True)``, which makes tensors and plain containers and refuses everything
-else.
+else. The tensors are mapped, not read: they take memory where they are looked at, which the system
+takes back.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from frobdecay.models.checkpoints.files import read_safetensors, readable
+from frobdecay.models.checkpoints.folders import weight_files
 from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
 from frobdecay.models.checkpoints.records import HEADER, parse_records, weight_of
 
@@ -27,21 +29,25 @@ _DEPTH = 4
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """What a file holds, or a folder of them.
 
     Attributes:
-        path: of the file.
+        path: of the file or of the folder.
         key: where in the file the tensors are, "" at the top.
         tensors: by name.
         records: of the factorized weights, by name.
+        tied: name -> the name that its numbers are saved under, for those that are there twice.
         others: what lies beside the tensors in their table.
+        files: name of a file -> names of the tensors in it.
     """
 
     path: str
     key: str
     tensors: dict[str, Tensor]
-    records: Mapping[str, Mapping[str, Any]]
+    records: dict[str, Mapping[str, Any]]
+    tied: dict[str, str] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def unknown(self) -> list[str]:
@@ -50,16 +56,11 @@ class Checkpoint:
         return [name for name in names if name not in self.records]
 
 
-def printable(text: str) -> str:
-    """The text without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def read(path: str, key: str | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
-        path: of the file.
+        path: of the file, of an index of several files, or of a folder as transformers writes it.
         key: the keys of nested dictionaries that lead to the tensors, joined by "/"; by default
             the only dictionary of weights is taken, those of optimizers left aside.
 
@@ -69,6 +70,19 @@ def read(path: str, key: str | None = None) -> Checkpoint:
         ValueError: not a checkpoint, a damaged one, one that asks for code to be run, or one with
             no weights or with several dictionaries of them.
     """
+    parts = {file.name: _file(str(file), key) for file in weight_files(path)}
+    first, *others = parts.values()
+    whole = replace(first, path=path, files={name: [*one.tensors] for name, one in parts.items()})
+    for part in others:
+        if twice := [name for name in part.tensors if name in whole.tensors]:
+            raise ValueError(f"{path}: {twice[:8]} are in more than one of its files")
+        whole.tensors.update(part.tensors)
+        whole.records.update(part.records)
+        whole.tied.update(part.tied)
+    return whole
+
+
+def _file(path: str, key: str | None) -> Checkpoint:
     try:
         what = recognized(path)
         if what == SAFETENSORS:
@@ -86,20 +100,21 @@ def _from_safetensors(path: str, key: str | None) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
     if HEADER not in metadata:
         return Checkpoint(path, "", tensors, {})
-    records, tied = parse_records(metadata[HEADER], tensors)
+    found, tied = parse_records(metadata[HEADER], tensors)
+    records = dict(found)
     for name, source in tied.items():
         tensors[name] = tensors[source]
         ours, theirs = weight_of(name), weight_of(source)
         if ours is not None and theirs in records:  # one module under two names
             records.setdefault(ours, records[theirs])
-    return Checkpoint(path, "", tensors, records)
+    return Checkpoint(path, "", tensors, records, tied)
 
 
 def _from_torch(path: str, zipped: bool, key: str | None) -> Checkpoint:
     where, table = _table(_unpickled(path, zipped), key)
     tensors = {name: value for name, value in table.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in table.items() if name not in tensors}
-    return Checkpoint(path, where, tensors, _records(table), others)
+    return Checkpoint(path, where, tensors, _records(table), others=others)
 
 
 def _unpickled(path: str, zipped: bool) -> Any:

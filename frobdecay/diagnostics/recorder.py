@@ -255,6 +255,7 @@ class Recorder:
         if quantity in ("nuclear", "norm") and len(self.history) > 1:
             axes.plot(self.steps, self.total(quantity), "k", label="all")
         axes.set(title=_TITLES[quantity], xlabel="step")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
         if quantity == "effective_step":
             axes.set_yscale("log")
         if axes.get_legend_handles_labels()[0]:

@@ -18,7 +18,7 @@ from frobdecay.models.candidates import Entry, OnTied
 from frobdecay.models.checkpoints.restoring import restorable
 from frobdecay.models.fitness import check_values, unwrapped
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.progress import Progress
+from frobdecay.models.progress import Progress, decomposition
 from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Weight
 from frobdecay.models.stacking import with_factors
@@ -119,9 +119,8 @@ def factorize(
 
 
 def _work(entry: Entry) -> float:
-    """The time of a decomposition, in a unit of its own: m·n·min(m, n)."""
     assert entry.view is not None
-    return entry.dense * min(entry.view.matrix_shape[len(entry.view.batch) :])
+    return decomposition(entry.view.matrix_shape, len(entry.view.batch))
 
 
 def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:

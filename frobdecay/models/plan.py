@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from frobdecay.algebra.tensorize import Tensorization
+from frobdecay.models.tables.table import Column, screen, table, times
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,15 @@ class PlanRow:
         ranked = view.matrix_shape, made.resolve(shape)
         return cls(name, shape, *ranked, prod(shape), after, error, reason, tensor)
 
-    def cells(self) -> tuple[str, ...]:
-        """The row as it is printed."""
-        matrix = self.matrix or ()
+    @property
+    def reading(self) -> str | None:
+        """How it is read, where that is not as it is stored."""
+        if self.matrix in (None, self.shape):
+            return None
+        matrix = self.matrix
         count = 0 if self.tensor else len(matrix) - 2
         blocks = f"{'·'.join(map(str, matrix[:count]))} of " if count > 0 else ""
-        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
-        return (
-            self.name,
-            "×".join(map(str, self.shape)),
-            blocks + "×".join(map(str, matrix[max(count, 0) :])),
-            "dense" if self.rank is None else "×".join(map(str, ranks)),
-            f"{self.before:,}",
-            f"{self.after:,}",
-            "" if self.error is None else f"{self.error:.3f}",
-            self.reason or "",
-        )
+        return blocks + times(matrix[max(count, 0) :])
 
 
 def parameters(made: Any, shape: tuple[int, ...]) -> int:
@@ -73,8 +66,16 @@ def parameters(made: Any, shape: tuple[int, ...]) -> int:
     return sum(map(prod, made.factor_shapes(shape)))
 
 
-_HEAD = ("weight", "shape", "matrix", "rank", "before", "after", "error", "remarks")
-_RIGHT = {3, 4, 5, 6}  # columns of numbers
+_NAME = Column[PlanRow]("weight", lambda row: row.name)
+_COLUMNS: tuple[Column[PlanRow], ...] = (
+    Column("shape", lambda row: times(row.shape)),
+    Column("matrix", lambda row: row.reading),
+    Column("rank", lambda row: "dense" if row.rank is None else
+           row.rank if isinstance(row.rank, int) else times(row.rank)),
+    Column("before", lambda row: row.before, "{:,}".format, adds=True),
+    Column("after", lambda row: row.after, "{:,}".format, adds=True),
+    Column("error", lambda row: row.error, "{:.3f}".format),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class RankPlan:
         >>> plan.ranks, round(plan.ratio, 3)
         ({'0.weight': 7}, 0.254)
         >>> print(plan)
-        weight          shape  matrix   rank  before  after  error  remarks
-        0.weight        64×64  64×64       7   4,096    896
-        1.weight        2×64           dense     128    128         excluded
-        all parameters                         4,290  1,090         ratio 0.254
+        weight    shape   rank  before  after  remarks
+        0.weight  64×64      7   4,096    896
+        1.weight  2×64   dense     128    128  excluded
+        all parameters: 4,290 → 1,090, ratio 0.254
     """
 
     rows: tuple[PlanRow, ...]
@@ -115,26 +116,17 @@ class RankPlan:
         """
         return {row.name: row.rank for row in self.rows if row.rank is not None}
 
-    def __str__(self) -> str:
-        total = ("all parameters", "", "", "", f"{self.before:,}", f"{self.after:,}", "")
-        lines = [_HEAD, *(row.cells() for row in self.rows), (*total, f"ratio {self.ratio:.3f}")]
-        return tabulated(lines, _RIGHT)
+    def table(self, *, folds: bool = True) -> str:
+        """The plan as it is printed, as wide as the terminal.
 
-    __repr__ = __str__
+        Args:
+            folds: False for a row of its own for every weight; else the repeated layers of a
+                longer plan share one, with the range of each figure and the sum of parameters.
+        """
+        rows = table(
+            self.rows, _NAME, _COLUMNS, lambda row: row.reason, folds=folds, width=screen()
+        )
+        count = f"{self.before:,} → {self.after:,}"
+        return f"{rows}\nall parameters: {count}, ratio {self.ratio:.3f}"
 
-
-def tabulated(lines: Sequence[Sequence[str]], right: Container[int]) -> str:
-    """Cells in columns, each as wide as it has to be.
-
-    Args:
-        lines: of as many cells each.
-        right: the columns that are set to the right.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if k in right else cell.ljust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    __str__ = __repr__ = table

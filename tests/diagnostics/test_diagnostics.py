@@ -368,6 +368,7 @@ def test_plot_writes_four_panels(two, tmp_path):
     shrink(recorder, 3)
     figure = recorder.plot(tmp_path / "norms.png")
     assert len(figure.axes) == 4
+    assert all(tick == round(tick) for axes in figure.axes for tick in axes.get_xticks())
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -66,7 +66,9 @@ def _json(path: FilePath) -> str:
     if not isinstance(table, dict):
         return "JSON"
     files = sorted({str(name) for name in table.values()})
-    return f"the index of a model in {len(files)} files; give one of those: {files[:8]}"
+    return (
+        f"the index of a model in {len(files)} files; give its folder, or one of those: {files[:8]}"
+    )
 
 
 def _archive(path: FilePath) -> str:

@@ -1,0 +1,97 @@
+"""Spectra of the weights in a checkpoint, several at once.
+
+Note [precision of spectra]. Singular values are the roots of the smaller Gram's eigenvalues, in
+float64: exact to about 1e-8 of the largest one (in float32 it would be 3e-4, and the tail that is
+plotted would be noise); norms, stable ranks and shares of energy to float64's digits.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from math import isfinite, prod
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.algebra.scaling import is_finite, root_mean_square
+from frobdecay.cli.read import Checkpoint, check_memory
+from frobdecay.cli.show import Row
+from frobdecay.diagnostics.measurement import measure
+from frobdecay.models.checkpoints.records import dense_weight, factors_of
+from frobdecay.models.progress import Progress, decomposition
+from frobdecay.models.ranks import energy_rank, singular_values
+from frobdecay.product.product import Product
+from frobdecay.weights.lowrank import LowRank
+
+
+def measure_all(rows: list[Row], checkpoint: Checkpoint, energy: float) -> None:
+    """Several at once, each in one thread: an eigenvalue problem has no use for more."""
+    threads = torch.get_num_threads()
+    with (
+        Progress(sum(map(_work, rows)), None, "decomposing") as bar,
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        some = {
+            pool.submit(_measure, row, checkpoint, energy): row
+            for row in sorted(rows, key=_work, reverse=True)
+        }
+        try:
+            for done in as_completed(some):
+                done.result()
+                bar.advance(_work(some[done]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(threads)  # BLAS has one number for all
+
+
+def _work(row: Row) -> float:
+    return decomposition(row.matrix, len(row.matrix) - 2) if row.matrix else 0
+
+
+def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
+    """Fill in what the numbers say."""
+    if not row.matrix:
+        return
+    if row.product:
+        measured = measure(_product(row.name, checkpoint))[row.name]
+        sigma, row.stable_rank = measured.spectrum, measured.stable_rank
+        finite = isfinite(measured.norm)
+    else:
+        tensor = _tensor(row, checkpoint)
+        finite = is_finite(tensor)
+        if finite:
+            sigma = singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
+            top = float(sigma.max())
+            row.stable_rank = float((sigma / top).square().sum()) if top else 0.0
+    if not finite:
+        row.remark, row.stable_rank = "has NaN or infinity", None
+        return
+    row.norm = root_mean_square(sigma) * sigma.numel() ** 0.5
+    row.singular_values = tuple(sigma.flatten().sort(descending=True)[0].tolist())
+    if not row.norm:
+        row.remark = "zero"
+        return
+    row.energy_rank = energy_rank(sigma, energy)
+    if row.planned_rank is not None:
+        squares = (sigma / sigma.max()).square()
+        row.planned_energy = float(squares[..., : row.planned_rank].sum() / squares.sum())
+
+
+def _tensor(row: Row, checkpoint: Checkpoint) -> Tensor:
+    """The dense weight."""
+    if row.kind == "dense":
+        tensor = checkpoint.tensors[row.name]
+    else:
+        factors = factors_of(row.name, checkpoint.records[row.name], checkpoint.tensors)[1]
+        check_memory(prod(row.shape) * factors[0].itemsize)
+        tensor = dense_weight(row.name, checkpoint.records[row.name], checkpoint.tensors)
+    return tensor.float() if tensor.itemsize == 1 else tensor  # eight bits are for storage only
+
+
+def _product(name: str, checkpoint: Checkpoint) -> Product:
+    made, factors = factors_of(name, checkpoint.records[name], checkpoint.tensors)
+    holder = nn.Module()
+    for i, factor in enumerate(factors):
+        holder.register_parameter(f"original{i}", nn.Parameter(factor, requires_grad=False))
+    product: Product = made.product(name, holder)
+    return product
