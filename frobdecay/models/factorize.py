@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from frobdecay.algebra.scaling import relative_distance
 from frobdecay.algebra.spectral import Init
-from frobdecay.models.candidates import Entry, OnTied
+from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import restorable
 from frobdecay.models.fitness import check_values, unwrapped
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.progress import Progress, decomposition
+from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Weight
 from frobdecay.models.stacking import with_factors
@@ -73,8 +73,7 @@ def factorize(
         parametrization: called as ``parametrization(rank, pattern=…, axes=…, init=…)``. Settings
             of your own go in a ``functools.partial``, and win: ``partial(LowRank, depth=1)``, or
             ``partial(LowRank, pattern="o i kh kw -> o (i kh kw)")``; a pattern is for weights with
-            that many dimensions, others keep their default. "channel" and "spatial" are patterns
-            for all convolutions.
+            that many dimensions; "channel" and "spatial" are patterns for all convolutions.
         init: "spectral", or another initialization; see ``LowRank``.
         on_tied: what to do with weights that several modules share: "skip" leaves them dense and
             lists them, an error only where they were named; "error" refuses all; "untie" gives
@@ -105,10 +104,11 @@ def factorize(
     others = other_ties(walk, untied)
     inside = [entry.weight.module for entry in chosen]
     touched = [*inside, *(weight.module for weight in dense)]
-    with Progress(sum(map(_work, chosen)), progress, "factorizing") as bar, transaction(touched):
+    bar = Progress(sum(entry.work for entry in chosen), progress, "factorizing")
+    with bar, transaction(touched):
         for entry, factors in with_factors(chosen):
             entry.error = _put(entry.weight, entry.made, factors)
-            bar.advance(_work(entry))
+            bar.advance(entry.work)
         for weight in dense:  # factors are a copy already
             untie(weight)
         settle_recurrent(inside)
@@ -116,11 +116,6 @@ def factorize(
     forget_ties(others)
     settle_encoders(walk.modules)
     return planned(found, before)
-
-
-def _work(entry: Entry) -> float:
-    assert entry.view is not None
-    return decomposition(entry.view.matrix_shape, len(entry.view.batch))
 
 
 def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from frobdecay.algebra.scaling import Unit, times_power, work_dtype
 from frobdecay.algebra.svd import gram
 from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
-from frobdecay.models.candidates import Entry, OnTied, candidates, check_any
+from frobdecay.models.budget.entry import Entry
+from frobdecay.models.candidates import OnTied, candidates, check_any
 from frobdecay.models.fitness import check_values, counted
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.select import Walk, Weight, asked, choice_of, names_exactly

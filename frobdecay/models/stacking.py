@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.models.candidates import Entry
+from frobdecay.models.budget.entry import Entry
 from frobdecay.product.names import naming
 from frobdecay.weights.lowrank import LowRank
 

@@ -1,0 +1,1 @@
+"""A budget of parameters: what stays dense under it, and how the rest is divided among weights."""

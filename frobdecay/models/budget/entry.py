@@ -1,0 +1,94 @@
+"""A weight on its way into the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.tensorize import Rank, Tensorization
+from frobdecay.models.plan import PlanRow, parameters
+from frobdecay.models.progress import decomposition
+from frobdecay.models.select import Weight
+from frobdecay.product.names import naming
+
+
+@dataclass
+class Entry:
+    """A weight on its way into the plan: either it gets a rank or a reason.
+
+    Attributes:
+        weight: which one.
+        make: rank -> its parametrization.
+        view: how it is read as a matrix or as a tensor.
+        made: the parametrization at the rank that was decided.
+        reason: why it stays dense.
+        untied: names of the weights that it shared memory with, where it gets a copy of its own.
+        copied: parameters that the copy adds to the model.
+        error: of the factors.
+        shape, dense: the weight's shape and number of parameters.
+    """
+
+    weight: Weight
+    make: Callable[[Rank], Any] | None = None
+    view: Matricization | Tensorization | None = None
+    made: Any = None
+    reason: str | None = None
+    untied: tuple[str, ...] = ()
+    copied: int = 0
+    error: float | None = None
+    shape: tuple[int, ...] = ()
+    dense: int = 0
+
+    def __post_init__(self) -> None:
+        # Noted now: the weight itself is gone once it is factorized.
+        if self.weight.tensor is not None:
+            self.shape, self.dense = tuple(self.weight.tensor.shape), self.weight.tensor.numel()
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing is decided yet."""
+        return self.reason is None and self.made is None
+
+    @property
+    def work(self) -> float:
+        """The time of a decomposition, in a unit of its own."""
+        assert self.view is not None
+        return decomposition(self.view.matrix_shape, len(self.view.batch))
+
+    def rank_at(self, scale: Rank) -> Any:
+        """The rank in numbers of columns; a float is a fraction of min(m, n)."""
+        assert self.make is not None
+        with naming(self.weight.name):
+            return self.make(scale).resolve(self.shape)
+
+    def size(self, rank: Rank) -> int:
+        """Parameters of the factors."""
+        assert self.make is not None
+        return parameters(self.make(rank), self.shape)
+
+    def size_at(self, scale: float) -> int:
+        """Parameters at a fraction of min(m, n), of the dense weight where factors have more."""
+        return min(self.dense, self.size(scale))
+
+    def take(self, rank: Rank) -> None:
+        """Have this rank."""
+        assert self.make is not None
+        self.made = self.make(rank)
+
+    def settle(self, rank: Rank) -> None:
+        """Take the rank if it pays, else say that it does not."""
+        if (after := self.size(rank)) < self.dense:
+            self.take(rank)
+        else:
+            self.reason = f"does not pay: {after:,} parameters at rank {rank}"
+
+    def row(self) -> PlanRow:
+        """The entry as a row of the plan."""
+        name, shape, dense = self.weight.name, self.shape, self.dense
+        remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
+        remark = "; ".join([*remarks, *filter(None, [self.reason])]) or None
+        if self.made is None:
+            return PlanRow(name, shape, before=dense, after=dense, reason=remark)
+        return PlanRow.of(name, shape, self.made, self.error, remark)
