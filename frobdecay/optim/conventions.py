@@ -4,7 +4,8 @@
 
 Optimizers of other packages are recognized by package and class name; nothing is imported. A name
 is in a table only if a test has measured it: for W = U·I, whose decay is U's own weight decay, the
-wrapped optimizer takes the steps of the optimizer itself. Of others nothing is assumed.
+wrapped optimizer takes the steps of the optimizer itself, after first steps in which that only
+prepares (SOAP, RAdam). Of others nothing is assumed. docs/training-stacks.md shows the tables.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _COUPLED = {
         ADOPT APOLLO ASGD AccSGD AdEMAMix AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaGO
         AdaHessian AdaMax AdaMod AdaMuon AdaNorm AdaPNM AdaSmooth AdaTAM Adai Adalite AdamC AdamG
         AdamS AggMo Aida Alice Ano ApolloDQN AvaGrad CAME DAdaptAdaGrad DAdaptAdam DAdaptLion
-        DiffGrad DistributedMuon DualAdam EXAdam EmoFact EmoLynx EmoNavi Kate Kron Lion MADGRAD
-        Muon NorMuon PAdam PID PNM QHAdam QHM RACS ROSE SCION SCIONLight SGDW SPlus SWATS
+        DiffGrad DistributedMuon DualAdam EXAdam EmoFact EmoLynx EmoNavi Kate Kron Lion Lookahead
+        MADGRAD Muon NorMuon PAdam PID PNM QHAdam QHM RACS ROSE SCION SCIONLight SGDW SPlus SWATS
         ScalableShampoo ScheduleFreeSGD SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere
-        StableAdamW Tiger VSGD Yogi""",
+        StableAdamW TRAC Tiger VSGD Yogi""",
     "schedulefree": "SGDScheduleFree",
     "timm": "Adopt MADGRAD NAdamLegacy RMSpropTF",
     "torchao": "Adam4bit Adam8bit AdamFp8",
@@ -44,14 +45,32 @@ _DECOUPLED = {
         AdaNorm AdaPNM AdaTAM Adai Adalite AdamC AdamG AdamMini AdamP AdamWSN Adan AggMo Aida
         Alice Ano AvaGrad BCOS CAME Conda DASH DeMo DiffGrad DistributedMuon DualAdam EXAdam
         EmoFact EmoLynx EmoNavi Fira GaLore Grams GrokFastAdamW Kate Kron LaProp Lamb Lion
-        MADGRAD MARS Muon MuonClip NorMuon NovoGrad PAdam PID PNM QHAdam QHM RACS ROSE SCION
-        SCIONLight SGDSaI SGDW SPAM SWATS SaRA ScalableShampoo Shampoo SignSGD SimplifiedAdEMAMix
-        SophiaH SpectralSphere StableAdamW StableSPAM TAM Tiger VSGD Yogi""",
+        Lookahead MADGRAD MARS Muon MuonClip NorMuon NovoGrad OrthoGrad PAdam PID PNM QHAdam QHM
+        RACS RAdam ROSE SCION SCIONLight SGDSaI SGDW SOAP SPAM SWATS SaRA ScalableShampoo Shampoo
+        SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere StableAdamW StableSPAM TAM Tiger VSGD
+        Yogi""",
     "timm": """
         AdaBelief AdafactorBigVision Adahessian AdamP AdamWLegacy LaProp Lion Mars Muon NAdamW
         NvNovoGrad RAdamLegacy RMSpropTF SGDW""",
     "torchao": "AdamW4bit AdamW8bit AdamWFp8",
     "transformers": "Adafactor",
+}
+# Decay by one kind, whatever the option says. (Adan's other way divides by 1 + lr·λ.)
+_REGARDLESS = {"pytorch_optimizer": "ASGD Adan"}
+# Stand around another optimizer, and decay as that does, if they do not change that kind.
+_AROUND = {"pytorch_optimizer": "Lookahead OrthoGrad TRAC"}
+# Measured to be of neither kind with any options, and of some, why.
+_NEITHER = {
+    "pytorch_optimizer": """
+        A2Grad AdaShift AliG Amos DAdaptAdan DAdaptSGD FAdam FOCUS FTRL Fromage Gravity LARS
+        LoRARite MSVAG Magma Nero Prodigy Ranger Ranger21 SGDP SM3 SRMM ScheduleFreeAdamW
+        ScheduleFreeRAdam""",
+    "schedulefree": "AdamWScheduleFree RAdamScheduleFree",
+}
+_REASONS = {
+    "DAdapt": "its steps are lr times an estimated d, mostly far below lr",
+    "Prodigy": "its steps are lr times an estimated d, mostly far below lr",
+    "ScheduleFree": "its own weight decay acts on a second copy of the weights",
 }
 # Options by which decoupled decay is something else than lr·λ.
 _MODIFIERS = (
@@ -90,6 +109,8 @@ def _names(table: Mapping[str, str]) -> set[tuple[str, str]]:
 
 
 _IN = {"coupled": _names(_COUPLED), "decoupled": _names(_DECOUPLED)}
+_ONE_KIND, _OUTER = _names(_REGARDLESS), _names(_AROUND)
+_MEASURED = _names(_NEITHER).union(*_IN.values())
 
 
 def _known(cls: type[Optimizer]) -> tuple[str, str] | None:
@@ -97,7 +118,7 @@ def _known(cls: type[Optimizer]) -> tuple[str, str] | None:
     step = inspect.unwrap(cls.step)  # torch wraps hooks around the steps of classes
     for base in cls.__mro__:
         key = base.__module__.partition(".")[0], base.__name__
-        listed = any(key in names for names in _IN.values())
+        listed = key in _MEASURED
         if listed and issubclass(base, Optimizer) and inspect.unwrap(base.step) is step:
             return key
     return None
@@ -123,23 +144,39 @@ def convention(optimizer: Optimizer, group: Mapping[str, Any]) -> Convention:
     """Tell how an optimizer applies the weight decay of a group.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: it is not known, or of neither kind.
     """
     known = _known(type(optimizer))
+    if known in _OUTER:
+        inside: Optimizer = vars(optimizer)["optimizer"]
+        kind = convention(inside, group)
+        if known in _IN[kind]:
+            return kind
+        raise _unknown(optimizer, f"around {type(inside).__name__} with {kind} decay", known)
     options = _OPTIONS.get(known[0] if known else "", ("decoupled_weight_decay",))
     flag = next((group[name] for name in options if name in group), None)
+    flag = None if known in _ONE_KIND else flag
     if known in _IN["coupled"] and not flag:
         return "coupled"
     if known in _IN["decoupled"] and flag is not False and not any(map(group.get, _MODIFIERS)):
         return "decoupled"
     if flag and type(optimizer).__module__.partition(".")[0] not in _COUPLED:
         return "decoupled"  # torch's name for it, and nothing measured that says otherwise
-    said = {name: group[name] for name in (*options, *_MODIFIERS) if group.get(name) is not None}
-    raise ValueError(
-        f"expected mode='coupled' or mode='decoupled' for {type(optimizer).__name__}"
-        f"{f' with {said}' if said else ''}, got 'auto': how it applies weight decay cannot "
-        "be known; 'coupled' adds the decay to the gradient (as SGD does), 'decoupled' subtracts "
-        "it from the parameter (as AdamW)"
+    names = [name for name in (*options, *_MODIFIERS) if group.get(name) is not None]
+    said = ", ".join(f"{name}={group[name]}" for name in names)
+    raise _unknown(optimizer, f"with {said}" if said else "", known)
+
+
+def _unknown(optimizer: Optimizer, how: str, known: tuple[str, str] | None) -> ValueError:
+    name = type(optimizer).__name__
+    why = "how it applies weight decay has not been measured"
+    if known is not None:
+        why = "its own weight decay was measured, and is of neither kind so"
+        why += "".join(f" ({reason})" for part, reason in _REASONS.items() if part in name)
+    return ValueError(
+        f"expected mode='coupled' or mode='decoupled' for {name}{how and ' '}{how}, got 'auto': "
+        f"{why}. 'coupled' adds λ·∇ to the gradient (as SGD does), 'decoupled' subtracts lr·λ·∇ "
+        "from the parameter (as AdamW)"
     )
 
 

@@ -1,6 +1,7 @@
 """What the wrapper knows of optimizers that it has never seen, and what it refuses to guess."""
 
 import copy
+import pathlib
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import frobdecay
 from frobdecay import FrobeniusDecay
+from frobdecay.optim import conventions
 
 
 class Unknown(torch.optim.Optimizer):
@@ -120,6 +122,98 @@ def test_a_name_is_not_enough():
         kind(type("Lion", (Unknown,), {})(net.parameters(), weight_decouple=True), net)
 
 
+def _named(name: str, **members):
+    """A class that is taken for one of pytorch_optimizer."""
+    return type(name, (Unknown,), {"__module__": f"pytorch_optimizer.{name.lower()}", **members})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Unknown", {}, r"for Unknown, got 'auto': .* has not been measured\. 'coupled' adds"),
+        ("Ranger21", {"weight_decouple": True},
+         r"for Ranger21 with weight_decouple=True, got 'auto': .*measured, and is of neither kind"),
+        ("Lamb", {"weight_decouple": False}, "Lamb with weight_decouple=False.*of neither kind"),
+        ("Lamb", {"weight_decouple": True, "fixed_decay": True}, "weight_decouple=True, fixed_de"),
+        ("Prodigy", {"weight_decouple": True}, r"neither kind so \(its steps are lr times an est"),
+        ("ScheduleFreeAdamW", {}, r"neither kind so \(.* on a second copy"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_a_mode_is_told_why(name, options, message):
+    """Whether it was measured, with which options, and what the modes do."""
+    net = Net()
+    with pytest.raises(ValueError, match=message):
+        kind(_named(name)(net.parameters(), **options), net)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "expected"), [("Adan", False, "decoupled"), ("ASGD", True, "coupled")]
+)
+def test_of_some_the_option_says_nothing(name, option, expected):
+    """They were measured with both."""
+    net = Net()
+    assert kind(_named(name)(net.parameters(), weight_decouple=option), net) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "expected"),
+    [
+        ("Lookahead", torch.optim.SGD, "coupled"),
+        ("Lookahead", torch.optim.AdamW, "decoupled"),
+        ("OrthoGrad", torch.optim.AdamW, "decoupled"),
+        ("OrthoGrad", torch.optim.SGD, None),
+        ("TRAC", torch.optim.SGD, "coupled"),
+        ("TRAC", torch.optim.AdamW, None),
+        ("Lookahead", Unknown, None),
+    ],
+)
+def test_what_stands_around_another_decays_as_that(name, inside, expected):
+    """Where it leaves that kind of decay as it is."""
+    net, outer = Net(), type(name, (Around,), {"__module__": "pytorch_optimizer.x"})
+    optimizer = outer(inside(net.parameters(), lr=0.1, weight_decay=0.5))
+    if expected is None:
+        with pytest.raises(ValueError, match=f"around {inside.__name__}|for {inside.__name__}"):
+            kind(optimizer, net)
+    else:
+        assert kind(optimizer, net) == expected
+
+
+def listed() -> str:
+    """What ``mode="auto"`` knows, as the table of docs/training-stacks.md."""
+    rows = ["| package | decay | optimizers |", "| --- | --- | --- |"]
+    lists = (
+        conventions._COUPLED,
+        conventions._DECOUPLED,
+        conventions._REGARDLESS,
+        conventions._AROUND,
+        conventions._NEITHER,
+    )
+    for package in sorted({name for table in lists for name in table}):
+        one, other, regardless, around, neither = (
+            set(table.get(package, "").split()) for table in lists
+        )
+        option = conventions._OPTIONS.get(package, ("decoupled_weight_decay",))[0]
+        either = (one & other) - regardless - around
+        for kind, names in {
+            "coupled": (one - other - around) | (one & regardless),
+            "decoupled": (other - one - around) | (other & regardless),
+            f"as `{option}` says": either,
+            "as the optimizer inside": around & one & other,
+            "as the optimizer inside, if coupled": around - other,
+            "as the optimizer inside, if decoupled": around - one,
+            "asks: neither, as measured": neither,
+        }.items():
+            if names:
+                rows.append(f"| {package} | {kind} | {', '.join(sorted(names, key=str.lower))} |")
+    return "\n".join(rows)
+
+
+def test_the_table_in_the_docs_is_the_code():
+    """``python tests/optim/test_conventions.py`` prints it."""
+    path = pathlib.Path(__file__).parents[2] / "docs" / "training-stacks.md"
+    assert listed() in path.read_text(encoding="utf-8")
+
+
 def test_a_wrapped_optimizer_is_found_inside_another():
     """Around(FrobeniusDecay(base)) decays already."""
     net = Net()
@@ -207,3 +301,7 @@ def test_a_schedule_goes_on_after_loading():
     train(net, optimizer, 1)
     schedule.step()
     assert [group["lr"] for group in optimizer.optimizer.param_groups] == [0.05, 0.05]
+
+
+if __name__ == "__main__":
+    print(listed())

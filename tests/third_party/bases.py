@@ -57,8 +57,8 @@ COUPLED_ONLY = {
     "AdamWScheduleFree": "it keeps a second copy of the weights",
     "SGDScheduleFree": "it keeps a second copy of the weights",
 }
-# Decay by one kind, whatever the option says: auto asks where the option says otherwise.
-REGARDLESS = ("ASGD",)
+# First steps in which it does not step, and decays nothing.
+PREPARING = {"RAdam": 5, "SOAP": 1}
 NAMES = [
     pytorch_optimizer.load_optimizer(name).__name__
     for name in pytorch_optimizer.get_supported_optimizers()
@@ -83,6 +83,11 @@ class Case(Subject):
     def closure(self) -> bool:  # type: ignore[override]
         """Whether it evaluates the loss itself."""
         return self.name in CLOSURES
+
+    @property
+    def preparing(self) -> int:  # type: ignore[override]
+        """How many of the first steps are none."""
+        return PREPARING.get(self.name, 0)
 
     @property
     def cls(self) -> Callable[..., Optimizer]:
@@ -141,6 +146,8 @@ def row(case: Case) -> str:
         notes.append(f"equals its own weight decay to {found.exact:.0e}")
     else:
         notes.append("equals its own weight decay")
+    if case.preparing and found.auto is not None:
+        notes.append(f"after {case.preparing} first steps, in which it does nothing")
     return f"| {case} | yes | {found.auto or 'asks'} | {'; '.join(notes)} |"
 
 

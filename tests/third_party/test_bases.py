@@ -64,7 +64,7 @@ def plain(value: object) -> object:
 def test_the_registry_is_not_empty():
     """The sweeps run over pytorch_optimizer's own registry."""
     assert len(bases.NAMES) > 100
-    assert {*bases.REFUSED, *bases.REGARDLESS} < set(bases.NAMES)
+    assert {*bases.REFUSED, *bases.PREPARING} < set(bases.NAMES)
 
 
 @pytest.mark.covers("P31")
@@ -97,7 +97,7 @@ def test_decay_is_the_bases_own(case):
     assert found.effects.get("decoupled", 1.0) > 0.1
     assert found.effects["coupled"] > 0 or case.name == "LoRARite"  # which trains pairs only
     if found.auto is None:
-        assert not found.kinds or case.name in bases.REGARDLESS
+        assert not found.kinds
     else:
         assert found.auto in found.kinds or found.idle
 
@@ -137,6 +137,7 @@ OTHERS = [
     Other("Muon", package="torch.optim", auto="decoupled"),
     Other("SGDScheduleFree", package="schedulefree", auto="coupled"),
     Other("AdamWScheduleFree", package="schedulefree"),
+    Other("RAdamScheduleFree", package="schedulefree"),
     Other("Adafactor", FIXED, package="transformers.optimization", auto="decoupled"),
     *(
         Other(f"Adam{w}{bits}", package="torchao.optim", auto=auto)
@@ -323,6 +324,37 @@ def test_inside_the_wrappers_of_others(name):
 
 def _bare(groups: list) -> list:
     return [{**group, "weight_decay": 0.0} for group in groups]
+
+
+@dataclass(frozen=True)
+class Outer(base_decay.Subject):
+    """An optimizer of pytorch_optimizer around one of torch's; ``auto`` is what is to be found."""
+
+    inside: type[torch.optim.Optimizer] = torch.optim.Adam
+    auto: str | None = None
+
+    def build(self, net: base_decay.Net, decay: float):
+        """Over the factors alone."""
+        factors = [{"params": [net.U], "weight_decay": decay}]
+        return getattr(pytorch_optimizer, self.name)(self.inside(factors, lr=base_decay.RATE))
+
+
+OUTERS = [
+    Outer("Lookahead", inside=torch.optim.Adam, auto="coupled"),
+    Outer("Lookahead", inside=torch.optim.AdamW, auto="decoupled"),
+    Outer("OrthoGrad", inside=torch.optim.AdamW, auto="decoupled"),
+    Outer("OrthoGrad", inside=torch.optim.Adam),
+    Outer("TRAC", inside=torch.optim.Adam, auto="coupled"),
+    Outer("TRAC", inside=torch.optim.AdamW),
+]
+
+
+@pytest.mark.parametrize("case", OUTERS, ids=lambda case: f"{case.name} {case.inside.__name__}")
+def test_what_stands_around_another_decays_as_that(case):
+    """What auto finds takes its steps; it asks where the outer one changes that kind of decay."""
+    found = base_decay.measure(case)
+    assert found.auto == case.auto
+    assert found.kinds == ({case.auto} if case.auto else set())
 
 
 def _net() -> base_decay.Net:
