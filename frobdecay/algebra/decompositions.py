@@ -118,7 +118,7 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         TypeError, ValueError: a tensor with NaN, or that is zero or not real and dense; ranks
             that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> core, U = hosvd(torch.ones(4, 3, 2), (2, 3, 2))
         >>> core.shape, U.shape
@@ -158,7 +158,7 @@ def hooi(
         sweeps: at most so many.
         tolerance: ends when a sweep lowers the relative error by less.
 
-    Example:
+    Examples:
         >>> import torch
         >>> core, *factors = hooi(torch.ones(4, 3, 2), (1, 1, 1))
         >>> round(core.item() ** 2, 4)
@@ -203,7 +203,7 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         TypeError, ValueError: a tensor with NaN, or that is zero or not real and dense; ranks
             that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [tuple(core.shape) for core in tt_svd(torch.ones(4, 3, 2), (2, 1))]
         [(4, 2), (3, 2, 1), (2, 1)]
@@ -289,7 +289,7 @@ def cp_als(
     Warns:
         RuntimeWarning: not converged; the factors are those of the last sweep.
 
-    Example:
+    Examples:
         >>> import torch
         >>> U = cp_als(torch.ones(4, 3, 2), 1)
         >>> [tuple(factor.shape) for factor in U]

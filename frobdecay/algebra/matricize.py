@@ -45,7 +45,7 @@ class Matricization:
         tensor_axes, batch_axes, row_axes, column_axes: axis names in order; ``tensor_axes``
             holds one tuple for every dimension of the tensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> view = Matricization.of("o i kh kw -> (o kh) (i kw)", (8, 4, 3, 3))
         >>> view.matrix_shape

@@ -52,7 +52,7 @@ class Network:
         equation: as it was written.
         terms, output: the same in the letters a, b, c, … as they come.
 
-    Example:
+    Examples:
         >>> import torch
         >>> kronecker = Network.of("ab,cd->acbd")
         >>> kronecker.squared_norm([torch.ones(2, 3), torch.ones(4, 5)], 0)
@@ -186,7 +186,7 @@ class Network:
     def describe(self, views: Views, batch: int) -> str:
         """The plan in words: the letters' sizes, each step, its flops, and what is kept.
 
-        Example:
+        Examples:
             >>> import torch
             >>> print(Network.of("mr,nr->mn").describe([torch.ones(64, 4), torch.ones(32, 4)], 0))
             mr,nr->mn with m=64 r=4 n=32, gram: 6,144 flops
@@ -326,7 +326,7 @@ def _pair(network: Network, k: int, batch: int, shape: tuple[int, ...], own: boo
 def chain(counts: tuple[int, ...]) -> Network:
     """U M.. Vᵀ of factors of so many axes, (*summed, rows, columns), both ends tall.
 
-    Example:
+    Examples:
         >>> chain((2, 2, 2)).equation, chain((2, 3, 2)).equation
         ('mr,rs,ns->mn', 'mr,ars,ns->man')
     """
@@ -343,7 +343,7 @@ def chain(counts: tuple[int, ...]) -> Network:
 def tucker(order: int, whole: Sequence[int] = ()) -> Network:
     """A core, then a factor for each mode that is not whole; modes are counted from 0.
 
-    Example:
+    Examples:
         >>> tucker(3).equation, tucker(3, whole=[2]).equation
         ('ABC,aA,bB,cC->abc', 'ABc,aA,bB->abc')
     """
@@ -356,7 +356,7 @@ def tucker(order: int, whole: Sequence[int] = ()) -> Network:
 def cp(order: int) -> Network:
     """The sum over r of the outer products of columns r.
 
-    Example:
+    Examples:
         >>> cp(3).equation
         'ar,br,cr->abc'
     """
@@ -370,7 +370,7 @@ def as_chain(equation: str) -> tuple[Network, int, list[str]] | None:
     Returns:
         The chain, the number of its batch axes, and an einops pattern for each factor.
 
-    Example:
+    Examples:
         >>> network, batch, patterns = as_chain("hmr,hrn->hmn")
         >>> network.equation, batch, patterns
         ('mr,nr->mn', 1, ['h m r -> h m r', 'h r n -> h n r'])

@@ -69,7 +69,7 @@ def resolve_rank(rank: Any, m: int, n: int) -> int:
         TypeError: neither int nor float.
         ValueError: zero, negative, NaN or infinite.
 
-    Example:
+    Examples:
         >>> resolve_rank(4, 16, 32), resolve_rank(0.111, 96, 48), resolve_rank(3.0, 8, 16)
         (4, 5, 24)
     """
@@ -207,7 +207,7 @@ def randomized_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tens
     returns. Draws from a generator of its own: the same weight gives the same factors, in the
     sense of ``spectral_init``. Arguments and returns as there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> W = torch.outer(torch.arange(4.0), torch.arange(3.0))
         >>> U, V = randomized_init(W, rank=1)
@@ -239,7 +239,7 @@ def kaiming_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor,
     dense He initialization of the same matrix has 2/n. Draws from torch's global generator, as
     ``torch.nn.init`` does. Arguments and returns as for ``spectral_init``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [factor.shape for factor in kaiming_init(torch.ones(6, 5), 2)]
         [torch.Size([6, 2]), torch.Size([5, 2])]
@@ -255,7 +255,7 @@ def matched_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor,
     variance v. Draws from torch's global generator. Arguments and returns as for
     ``spectral_init``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> U, V = matched_init(torch.full((400, 300), 0.5), 50)
         >>> bool(abs((U @ V.T).square().mean().sqrt() - 0.5) < 0.05)

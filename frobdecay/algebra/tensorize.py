@@ -42,7 +42,7 @@ def flat_modes(shape: Sequence[int], order: int) -> tuple[int, ...]:
     Raises:
         ValueError: the number of entries is a prime.
 
-    Example:
+    Examples:
         >>> flat_modes((160, 160), 3), flat_modes((64, 64), 3), flat_modes((640, 320), 3)
         ((32, 32, 25), (16, 16, 16), (64, 64, 50))
     """
@@ -81,7 +81,7 @@ class Tensorization:
         sizes: axis name -> length of a pattern's axes.
         weight_axes, mode_axes: axis names of a pattern, one tuple for each axis or mode.
 
-    Example:
+    Examples:
         >>> import torch
         >>> view = Tensorization.of("o i kh kw -> o i (kh kw)", (8, 4, 3, 3))
         >>> view.modes
@@ -178,7 +178,7 @@ def plain_ranks(rank: Any) -> int | float | tuple[int | float | None, ...]:
     Raises:
         TypeError, ValueError: no number, nor a sequence of numbers and None; as ``plain_rank``.
 
-    Example:
+    Examples:
         >>> plain_ranks([4, None, 0.5]), plain_ranks(True + 1)
         ((4, None, 0.5), 2)
     """
@@ -199,7 +199,7 @@ def tucker_ranks(rank: Rank, modes: Sequence[int]) -> tuple[int, ...]:
         ValueError: not as many ranks as modes, or one above n_k or above the product of the
             others (where the core's slices would depend on each other).
 
-    Example:
+    Examples:
         >>> tucker_ranks(16, (64, 3, 9)), tucker_ranks(0.25, (64, 32, 9))
         ((16, 3, 9), (16, 8, 2))
     """
@@ -223,7 +223,7 @@ def train_ranks(rank: Rank, modes: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: not as many ranks as bonds, or one above n_k times its neighbour.
 
-    Example:
+    Examples:
         >>> train_ranks(0.25, (32, 32, 25)), train_ranks(100, (4, 5, 6, 7))
         ((8, 6), (4, 20, 7))
     """

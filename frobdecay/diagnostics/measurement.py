@@ -152,7 +152,7 @@ class Measurement:
         Args:
             prefix: first part of every key.
 
-        Example:
+        Examples:
             >>> import torch
             >>> product = Product.of(torch.ones(2, 1), torch.ones(8, 1), name="fc")
             >>> numbers = measure(product, lr=0.1).as_dict("train")

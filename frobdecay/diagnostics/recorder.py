@@ -118,7 +118,7 @@ class Recorder:
                 norm of zero or NaN, or factors that cannot be scaled alone (frozen ones, one
                 parameter twice, sums with a constant); nothing was changed then.
 
-        Example:
+        Examples:
             >>> import torch
             >>> U, V = torch.ones(2, 1), torch.ones(8, 1)
             >>> recorder = Recorder(Product.of(U, V, name="fc"), quantities=["norm"])

@@ -45,7 +45,7 @@ class Layout:
     Attributes:
         entries: the length of the buffer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layout = Layout([torch.ones(2, 3), torch.ones(4), torch.ones(2, 3)])
         >>> buffer = torch.arange(layout.entries)

@@ -293,7 +293,7 @@ def shard_rows(size: int) -> Callable[[nn.Parameter], Any]:
     Args:
         size: number of processes that one copy of the model is sharded over.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> placement = shard_rows(4)
         >>> placement(nn.Parameter(torch.ones(8, 64))), placement(nn.Parameter(torch.ones(64, 8)))
@@ -325,7 +325,7 @@ def check_replicas(products: Product | Iterable[Product], group: Any = None) -> 
     Raises:
         RuntimeError: on all processes, naming the first factor, by name, that differs.
 
-    Example:
+    Examples:
         check_replicas(optimizer.products)        # after every epoch
     """
     found = sorted(as_products(products), key=lambda product: (product.name, product.shape))

@@ -84,9 +84,10 @@ class RankPlan:
 
     Attributes:
         rows: one a weight that was looked at, in module order.
-        before, after: parameters of the whole model, factorized or not.
+        before: parameters of the whole model, factorized or not.
+        after: the same with the factors of the plan.
 
-    Example:
+    Examples:
         >>> import torch, frobdecay
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
         >>> plan = frobdecay.plan_ranks(model, ratio=0.25, exclude="1")

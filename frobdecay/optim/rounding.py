@@ -40,7 +40,7 @@ def round_stochastically(
     Returns:
         A tensor of the shape of ``exact`` and of ``dtype``; NaN and infinities stay.
 
-    Example:
+    Examples:
         >>> import torch
         >>> x = torch.full((1000,), 1 + 2**-10)  # an eighth of bf16's step above 1
         >>> x.bfloat16().mean().item(), torch.tensor([1.0, 1.0078]).bfloat16().float().tolist()
@@ -75,7 +75,7 @@ def _round_bits(exact: Tensor, generator: torch.Generator | None) -> Tensor:
 class StochasticRounder:
     """Adds float32 increments to half-precision tensors, exactly in expectation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.ones(3, dtype=torch.bfloat16)
         >>> StochasticRounder().add_([weight], [torch.full((3,), 2.0**-7)])

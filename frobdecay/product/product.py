@@ -129,7 +129,7 @@ class Product:
             TypeError: a factor that is not a real floating-point, strided tensor.
             ValueError: fewer factors than are needed, shapes that do not fit, or no equation.
 
-        Example:
+        Examples:
             >>> import torch
             >>> A, B = torch.ones(2, 3), torch.ones(4, 5)
             >>> product_norm(Product.of(A, B, equation="ab,cd->acbd")) ** 2  # Kronecker

@@ -60,7 +60,7 @@ class Piece(NamedTuple):
 def pieces(shape: Sequence[int], batch: int, strides: Sequence[Sequence[int]]) -> Iterator[Piece]:
     """Take a view apart into as few matrices as strides permit, for several tensors alike.
 
-    Example:
+    Examples:
         >>> list(pieces((2, 3, 4), 0, [(12, 4, 1)]))
         [Piece(head=0, places=(0,), rows=6, row_strides=(4,))]
         >>> [piece.places for piece in pieces((2, 3, 4), 0, [(24, 4, 1)])]

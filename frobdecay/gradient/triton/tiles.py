@@ -56,7 +56,7 @@ TILES: dict[int, Tile] = {
 def tile_for(rank: int) -> Tile:
     """Look up the tile for products whose largest rank is this.
 
-    Example:
+    Examples:
         >>> tile_for(17).block
         32
     """

@@ -45,7 +45,7 @@ def fold(names: Sequence[str], keys: Sequence[Hashable]) -> list[Group]:
     Returns:
         The groups, each where its first member was.
 
-    Example:
+    Examples:
         >>> [g.name for g in fold(["in", "h.0.up", "h.0.gate", "h.1.up", "h.1.gate"], "abbbb")]
         ['in', 'h.{0,1}.{up,gate}']
     """
