@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from benchmarks.cifar import read_archive
 
@@ -80,7 +81,7 @@ class _Arrays:
     note: str = ""
 
 
-def load(source: str = "digits", *, limit: int | None = None) -> ImageData:
+def load(source: str = "digits", *, limit: int | None = None, side: int | None = None) -> ImageData:
     """Load a data set and split it.
 
     For validation a tenth as many images as are trained on are held out of the training set; 300
@@ -89,6 +90,7 @@ def load(source: str = "digits", *, limit: int | None = None) -> ImageData:
     Args:
         source: one of the forms in the module's docstring.
         limit: train on so many images; all unless given.
+        side: average the images down to so many pixels a side; as they are unless given.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -103,10 +105,10 @@ def load(source: str = "digits", *, limit: int | None = None) -> ImageData:
     if limit is not None and limit < 2:
         raise ValueError(f"expected a limit of at least 2 images, got {limit}")
     if source == "digits":
-        return _split("digits", _digits(), limit, natural=False)
+        return _split("digits", _digits(), limit, side, natural=False)
     if source.startswith("torchvision:"):
         name = source.partition(":")[2]
-        return _split(name, _torchvision(name), limit)
+        return _split(name, _torchvision(name), limit, side)
     path = _find(source)
     if path.is_dir() or tarfile.is_tarfile(path):
         (x_train, y_train), (x_test, y_test) = read_archive(path)
@@ -116,7 +118,7 @@ def load(source: str = "digits", *, limit: int | None = None) -> ImageData:
     else:
         raise ValueError(f"expected an .npz file or a CIFAR archive, got {path}")
     try:
-        return _split(_name(path), arrays, limit)
+        return _split(_name(path), arrays, limit, side)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -141,7 +143,13 @@ def _name(path: Path) -> str:
 # --- splitting ----------------------------------------------------------------------------------
 
 
-def _split(name: str, arrays: _Arrays, limit: int | None, natural: bool | None = None) -> ImageData:
+def _split(
+    name: str,
+    arrays: _Arrays,
+    limit: int | None,
+    side: int | None = None,
+    natural: bool | None = None,
+) -> ImageData:
     x, y = _images(arrays.x_train), _labels(arrays.y_train)
     x_test, y_test = _images(arrays.x_test), _labels(arrays.y_test)
     if len(x) != len(y) or len(x_test) != len(y_test) or x.shape[1:] != x_test.shape[1:]:
@@ -156,14 +164,16 @@ def _split(name: str, arrays: _Arrays, limit: int | None, natural: bool | None =
         raise ValueError(f"expected at least 4 images to train on and validate with, got {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SHUFFLE))
     train, val = order[:count], order[count : count + held_out]
-    pixels = x[train].double()
+    x_val, x_test = _averaged(x[val], side), _averaged(x_test, side)
+    x_train = _averaged(x[train], side)
+    pixels = x_train.double()
     return ImageData(
         name=name,
         note=arrays.note,
         natural=x.shape[1] == 3 if natural is None else natural,
         classes=int(max(y.max(), y_test.max())) + 1,
-        train=(x[train], y[train]),
-        val=(x[val], y[val]),
+        train=(x_train, y[train]),
+        val=(x_val, y[val]),
         test=(x_test, y_test),
         mean=pixels.mean((0, 2, 3), keepdim=True).float(),
         std=pixels.std((0, 2, 3), keepdim=True).clamp_min(1e-8).float(),
@@ -182,6 +192,16 @@ def _images(x: np.ndarray) -> Tensor:
         raise ValueError(f"expected images with 1 or 3 channels, got {x.shape}")
     kept = x if x.dtype == np.uint8 else x.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(kept))
+
+
+def _averaged(images: Tensor, side: int | None) -> Tensor:
+    """Each pixel the mean of a square of pixels."""
+    if side is None:
+        return images
+    height, width = images.shape[2:]
+    if side < 1 or height % side or width % side:
+        raise ValueError(f"expected a side that divides images of {height}×{width}, got {side}")
+    return avg_pool2d(images.float(), (height // side, width // side))
 
 
 def _labels(y: np.ndarray) -> Tensor:

@@ -36,7 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("what", choices=[*EXPERIMENTS, "report"], help="an experiment, or report PATH")
     add("path", nargs="?", type=Path, help="of a report: a JSON file, or a directory of them")
-    add("--preset", default="cpu", choices=["paper", "cpu", "gpu"], help="default: %(default)s")
+    add(
+        "--preset",
+        default="cpu",
+        choices=["paper", "small", "cpu", "gpu"],
+        help="default: %(default)s",
+    )
     add("--seeds", type=count, default=3, help="default: %(default)s")
     add("--arms", type=lambda text: text.split(","), help="some of them")
     add("--data", help="where the data is, in place of the preset's; benchmarks/README.md")

@@ -1,6 +1,7 @@
 """Every experiment: what the paper says, its arms, and its presets.
 
 ``paper`` has the published hyperparameters. ``cpu`` is a protocol for two cores and half an hour,
+``small`` one for small models that are trained to the end, hours on two cores,
 ``gpu`` one for a few minutes on a large GPU; what they change is said in ``changes``.
 """
 
@@ -33,9 +34,11 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
         changes: fields of the protocol to replace.
 
     Raises:
-        ValueError: unknown arms; one that comes after another that is not among them.
+        ValueError: unknown arms; a preset that it does not have; one that comes after another that is not among them.
     """
     experiment = EXPERIMENTS[name]
+    if preset not in experiment.presets:
+        raise ValueError(f"{name} has the presets {', '.join(experiment.presets)}, not {preset}")
     chosen = arms or list(experiment.arms)
     if unknown := set(chosen) - set(experiment.arms):
         raise ValueError(f"expected arms among {list(experiment.arms)}, got {sorted(unknown)}")

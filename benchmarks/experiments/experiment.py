@@ -19,6 +19,11 @@ class Claim:
         text: what is claimed, in our words.
         arm, against: keys of the arms; without the second, the bound of the first arm's nuclear
             norm is met: 1 - bound / nuclear norm, which is 0 at best.
+        tuned: for an experiment whose variants differ in one number (``Experiment.along``), where
+            the arms are compared: "reference", at the variant that is best for the reference arm;
+            "own", each at its own best; "regret", what an arm loses by the reference's best
+            against its own best, which is 0 or less where nothing is lost. Otherwise in each
+            variant, see ``transfer.py``.
         margin: by how much it may fall short and the claim still hold, in the score's unit.
     """
 
@@ -26,6 +31,7 @@ class Claim:
     arm: str
     against: str | None
     margin: float = 0.0
+    tuned: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Experiment:
         baseline: the arm that others are compared with, seed by seed.
         some: (preset, variant) -> its arms, where it does not have all of them.
         claims: what the table is held against, see ``verdicts.py``.
+        along: the number in which its variants differ, a field of the protocol; the picture is
+            then of the score against it.
+        reference: the arm whose best variant the others are given.
         larger_is_better: of the score.
         digits: of the score, behind the point.
     """
@@ -57,5 +66,7 @@ class Experiment:
     baseline: str = "lowrank"
     some: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
     claims: Sequence[Claim] = ()
+    along: str = ""
+    reference: str = "dense"
     larger_is_better: bool = True
     digits: int = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import cos, pi
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ class ImageProtocol(Common):
         ratio: parameters to keep ÷ all of the dense model's.
         scales: kind -> the ranks by which the paper comes to that ratio, in place of it: fractions
             of the output side, of tensors those of the modes.
+        side: pixels to which images are averaged down; as they are unless given.
         epochs, batch, lr, weight_decay, momentum: of SGD.
+        cosine: lr falls along half a cosine, step by step, in place of the milestones.
         milestones, gamma: fractions of the epochs at which lr is multiplied by gamma.
         warmup: lr of the first epoch, for deep models and large batches.
         cutout: side of the square that is cut out of each training image.
@@ -66,6 +69,8 @@ class ImageProtocol(Common):
     lr: float = 0.1
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    side: int | None = None
+    cosine: bool = False
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     warmup: float | None = None
@@ -156,8 +161,8 @@ def _optimizer(
 
 
 @lru_cache(maxsize=1)
-def _load(source: str, limit: int | None) -> ImageData:
-    return load(source, limit=limit)
+def _load(source: str, limit: int | None, side: int | None) -> ImageData:
+    return load(source, limit=limit, side=side)
 
 
 class ImageTrial(Training):
@@ -178,7 +183,7 @@ class ImageTrial(Training):
         after: str | None = None,
     ) -> None:
         super().__init__(out, arm, seed, protocol, key, after)
-        self.data = _load(protocol.data, protocol.limit).to(protocol.device)
+        self.data = _load(protocol.data, protocol.limit, protocol.side).to(protocol.device)
         channels, classes = self.data.train[0].shape[1], self.data.classes
         model = MODELS[protocol.model](channels=channels, classes=classes)
         self.dense_parameters = count_parameters(model)
@@ -199,10 +204,13 @@ class ImageTrial(Training):
         return self.epochs // 2 if self.arm.kind == "pruned" else 0
 
     def rate(self) -> float:
-        """The protocol's, by steps; the same in all of an epoch."""
+        """The protocol's; but for a cosine the same in all of an epoch."""
         protocol, passed = self.protocol, self.epoch / self.epochs
         if protocol.warmup is not None and self.epoch == 0:
-            return protocol.warmup
+            return float(protocol.warmup)
+        if protocol.cosine:
+            whole = -(-len(self.data.train[1]) // protocol.batch) * self.epochs
+            return float(protocol.lr * 0.5 * (1 + cos(pi * self.steps / whole)))
         return protocol.lr * protocol.gamma ** sum(passed >= m for m in protocol.milestones)
 
     def advance(self) -> None:

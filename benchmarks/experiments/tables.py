@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.experiments import transfer
 from benchmarks.experiments.experiment import Experiment
 
 __all__ = ["Row", "by_variant", "figure", "markdown", "rich_table", "summarize", "tightness"]
@@ -27,6 +28,7 @@ class Row:
         score: mean and standard error.
         gain: the same of the difference to the baseline with the same seed; None for that.
         parameters, ratio: of the trained model; ratio to the dense one.
+        shrinkage: D, see ``Training``; None in results from before it was recorded.
         minutes, peak_mib: median over the seeds, of a whole trial.
         tightness: the bound ÷ the nuclear norm, at the end of training; None without products.
         norm: ‖W‖_F over all products, at the end of training; None without.
@@ -39,6 +41,7 @@ class Row:
     gain: Spread | None
     parameters: int
     ratio: float
+    shrinkage: float | None
     minutes: float
     peak_mib: float
     tightness: float | None
@@ -79,6 +82,7 @@ def summarize(records: Sequence[Record], baseline: str) -> list[Row]:
                 gain=_spread(gains) if gains and arm != baseline else None,
                 parameters=mine[0]["parameters"],
                 ratio=mine[0]["ratio"],
+                shrinkage=mine[0].get("shrinkage"),
                 minutes=median(r["seconds"] for r in mine) / 60,
                 peak_mib=median(r["peak_mib"] for r in mine),
                 tightness=_mean_of(tightness, mine),
@@ -117,6 +121,7 @@ def _cells(row: Row, digits: int) -> tuple[str, ...]:
         f"{row.ratio:.3f}",
         "" if row.tightness is None else f"{row.tightness:.3f}",
         "" if row.norm is None else f"{row.norm:.3g}",
+        "" if row.shrinkage is None else f"{row.shrinkage:.2g}",
         f"{row.minutes:.1f}",
         f"{row.peak_mib:,.0f}",
     )
@@ -133,6 +138,7 @@ def _header(experiment: Experiment) -> tuple[str, ...]:
         "of dense",
         "bound ÷ nuclear",
         "‖W‖",
+        "D",
         "minutes",
         "peak MiB",
     )
@@ -167,6 +173,13 @@ def figure(records: Sequence[Record], experiment: Experiment) -> Any:
     Returns:
         The ``matplotlib.figure.Figure``.
     """
+    if experiment.along:
+        axis = {
+            variant: getattr(protocol, experiment.along)
+            for preset in experiment.presets.values()
+            for variant, protocol in preset.items()
+        }
+        return transfer.figure(records, experiment, axis)
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

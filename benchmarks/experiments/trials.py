@@ -81,6 +81,8 @@ class Training:
         generator: of everything random but dropout, on the CPU.
         epoch, epochs: done and to be done.
         steps: of the optimizer, so far.
+        shrinkage: D = Σ lr·λ / (1 - momentum) over the steps so far: decay alone would have
+            shrunk the weights by exp(-D). A decay does not act where it is far below 1.
         loss, validation: after each epoch.
         dense_parameters: of the model that the arms' sizes are compared with.
     """
@@ -98,6 +100,7 @@ class Training:
         self.out, self.arm, self.protocol, self.key, self.after = out, arm, protocol, key, after
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch, self.epochs, self.steps = 0, protocol.epochs, 0
+        self.shrinkage = 0.0
         self.loss: list[float] = []
         self.validation: list[float] = []
         self.best: dict[str, Any] = {}
@@ -145,6 +148,8 @@ class Training:
         for batch in self.batches():
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
+            lasting = 1 - getattr(self.protocol, "momentum", 0.0)
+            self.shrinkage += self.rate() * self.protocol.weight_decay / lasting
             with self._autocast():
                 loss = self.compute_loss(*batch)
             self.optimizer.zero_grad()
@@ -192,6 +197,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "steps": self.steps,
+            "shrinkage": self.shrinkage,
             "model": self.model.state_dict(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
@@ -206,6 +212,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the epoch at which the state was taken."""
         self.epoch, self.steps = state["epoch"], state["steps"]
+        self.shrinkage = state["shrinkage"]
         self.model.load_state_dict(state["model"])
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -231,6 +238,7 @@ class Training:
             **self._evaluate(self.test),
             "parameters": self.parameters(),
             "ratio": self.parameters() / self.dense_parameters,
+            "shrinkage": self.shrinkage,
             "loss": self.loss,
             "validation": self.validation,
             "norms": norms,

@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
+from benchmarks.experiments import transfer
 from benchmarks.experiments.experiment import Claim, Experiment
 from benchmarks.experiments.tables import Record, by_variant, tightness
 
@@ -61,7 +62,10 @@ def judge(records: Sequence[Record], experiment: Experiment) -> list[Verdict]:
     """
     found = []
     for claim in experiment.claims:
-        values = _differences(records, claim, 1 if experiment.larger_is_better else -1)
+        if claim.tuned:
+            values = transfer.differences(records, claim, experiment)
+        else:
+            values = _differences(records, claim, 1 if experiment.larger_is_better else -1)
         if len(values) > 1:
             middle, error = fmean(values), stdev(values) / len(values) ** 0.5
             half = float(student.ppf(0.975, len(values) - 1)) * error
@@ -118,7 +122,10 @@ def markdown(reports: Sequence[Judged]) -> str:
 def _row(verdict: Verdict, report: Judged) -> str:
     claim, (low, high) = verdict.claim, verdict.interval
     label = report.experiment.arms[claim.arm].label
-    if claim.against is None:
+    if claim.tuned:
+        labels = [label, *([report.experiment.arms[claim.against].label] if claim.against else [])]
+        compared = f"{' − '.join(labels)}, {_TUNED[claim.tuned]}"
+    elif claim.against is None:
         compared = f"1 − bound ÷ nuclear norm, {label}"
     else:
         both = (label, report.experiment.arms[claim.against].label)
@@ -136,9 +143,16 @@ def _row(verdict: Verdict, report: Judged) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+_TUNED = {
+    "reference": "at the dense network's best",
+    "own": "each at its own best",
+    "regret": "at the dense network's best, less at its own",
+}
+
 _RULE = (
     "Differences are paired by seed, averaged over the variants of a table, positive where they "
     "are in the claim's favour; intervals are Student's. A claim *holds* where all of the "
     "interval is above what is needed, *fails* where all of it is below, and is *undecided* "
-    "otherwise. The claims and what they need were written down before the tables were."
+    "otherwise. The best variant of an arm is that of the highest mean validation. The claims and "
+    "what they need were written down before the tables were."
 )

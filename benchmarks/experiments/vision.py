@@ -55,6 +55,25 @@ _ON_CPU = (
     "5,000 images, batch 64 for 128 and lr 0.03 for 0.1 (of the two the better one for the dense "
     "network's validation), JPEG images"
 )
+_TRAINED = ImageProtocol(
+    data=JPEG,
+    model="resnet8x2",
+    side=16,
+    ratio=0.1,
+    epochs=20,
+    lr=0.1,
+    cosine=True,
+    weight_decay=2e-3,
+    limit=10_000,
+    channels_last=True,
+)
+"""Long enough, with a λ large enough, for decay to act: D is 1.6."""
+_AS_TRAINED = (
+    "ResNet-8 of width 32, 10,000 JPEG images averaged down to 16×16, 20 epochs with lr 0.1 along "
+    "a cosine"
+)
+_RATIOS = (0.1, 0.3, 0.05)
+_LAMBDAS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 _FEW = "cifar10_small_jpeg.npz"
 _FEW_TESTED = "tested on 2,000"
 _GPU = ImageProtocol(
@@ -117,11 +136,13 @@ VISION: Mapping[str, Experiment] = {
                 for model in ("resnet20", "vgg19-16")
             },
             "gpu": {"resnet32x2 0.1": replace(_GPU, model="resnet32x2", ratio=0.1)},
+            "small": {f"resnet8x2 {ratio:g}": replace(_TRAINED, ratio=ratio) for ratio in _RATIOS},
         },
         {
             "cpu": "ResNet-20 for ResNet-32x2, VGG-19 with a quarter of its channels, both at 0.1 "
             f"alone, 5 epochs for 200, λ 5e-4 for 1e-4 and 2e-4, {_ON_CPU}",
             "gpu": f"ResNet-32x2 at 0.1 alone, {_ON_GPU}",
+            "small": f"{_AS_TRAINED}, λ that of the dense network's best validation",
         },
         claims=[
             Claim("low-rank with SI & FD is better than plain low-rank", "sifd", "lowrank"),
@@ -131,6 +152,53 @@ VISION: Mapping[str, Experiment] = {
             Claim("SI alone is below plain low-rank (one cell of Table 1)", "lowrank", "si"),
             Claim("FD alone is below plain low-rank (one cell of Table 1)", "lowrank", "fd"),
             Claim("SI & FD is better than unstructured sparsity of that size", "sifd", "pruned"),
+        ],
+    ),
+    "rates": _Experiment(
+        "Learning rate and λ of the dense network",
+        "Nothing: here lr and λ are chosen that all arms of the other experiments are given.",
+        {"dense": _DENSE},
+        {
+            "cpu": {
+                f"lr {lr:g}, λ {decay:g}": replace(_TRAINED, lr=lr, weight_decay=decay)
+                for lr in (0.05, 0.1, 0.2)
+                for decay in (1e-3, 2e-3, 4e-3)
+            }
+        },
+        {"cpu": _AS_TRAINED},
+        baseline="dense",
+    ),
+    "transfer": _Experiment(
+        "λ carried over from the dense network",
+        "With FD the coefficient of the dense recipe is left unchanged. Asked here: is the λ that "
+        "is best for the dense network best for SI & FD, and is that of plain decay another?",
+        {"dense": _DENSE, **_GRID},
+        {"cpu": {f"λ {decay:g}": replace(_TRAINED, weight_decay=decay) for decay in _LAMBDAS}},
+        {"cpu": _AS_TRAINED},
+        along="weight_decay",
+        claims=[
+            Claim(
+                "the dense network's λ costs SI & FD at most half a point against its own best",
+                "sifd",
+                None,
+                0.5,
+                tuned="regret",
+            ),
+            Claim(
+                "and costs low-rank + SI with plain decay more than that",
+                "sifd",
+                "si",
+                tuned="regret",
+            ),
+            Claim(
+                "at the dense network's λ SI & FD is better than SI",
+                "sifd",
+                "si",
+                tuned="reference",
+            ),
+            Claim("so it is where each has its own best λ", "sifd", "si", tuned="own"),
+            Claim("SI & FD is then better than plain low-rank", "sifd", "lowrank", tuned="own"),
+            Claim("FD without SI is not above plain low-rank", "lowrank", "fd", tuned="own"),
         ],
     ),
     "tensors": _Experiment(

@@ -33,6 +33,7 @@ __all__ = [
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8x2": partial(resnet, 8, width=32),
     "resnet32x2": partial(resnet, 32, width=64, shortcut="convolution"),
     "vgg19": VGG,
     "vgg19-16": partial(VGG, width=16),
