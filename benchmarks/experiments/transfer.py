@@ -1,0 +1,123 @@
+"""Is the best λ of one arm that of another? Experiments whose variants differ in one number.
+
+The best variant of an arm is chosen on validation: the highest mean over its seeds of the epoch
+that was tested. Test scores are looked at afterwards only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.experiments.experiment import Claim, Experiment
+
+__all__ = ["best", "differences", "figure"]
+
+Record = Mapping[str, Any]
+
+
+def _by_variant(records: Sequence[Record], arm: str) -> dict[str, dict[int, Record]]:
+    """Variant -> seed -> trial of one arm, in the records' order."""
+    found: dict[str, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        for variant in record["variants"] if record["arm"] == arm else ():
+            found[variant][record["seed"]] = record
+    return found
+
+
+def _validated(record: Record, larger: bool) -> float:
+    return float(max(record["validation"]) if larger else min(record["validation"]))
+
+
+def best(records: Sequence[Record], arm: str, larger_is_better: bool = True) -> str | None:
+    """The variant in which an arm validates best; None where it has no trials.
+
+    Only variants with all of the arm's seeds are candidates: unfinished ones are not compared.
+    """
+    variants = _by_variant(records, arm)
+    seeds = max(map(len, variants.values()), default=0)
+    whole = {
+        name: fmean(_validated(record, larger_is_better) for record in trials.values())
+        for name, trials in variants.items()
+        if len(trials) == seeds
+    }
+    choose = max if larger_is_better else min
+    return choose(whole, key=whole.__getitem__, default=None)
+
+
+def differences(records: Sequence[Record], claim: Claim, experiment: Experiment) -> list[float]:
+    """One number a seed, positive where it is in the claim's favour; see ``Claim.tuned``."""
+    larger = experiment.larger_is_better
+    arms = [claim.arm, *([claim.against] if claim.against else [])]
+    reference = best(records, experiment.reference, larger)
+    chosen = {arm: best(records, arm, larger) for arm in arms}
+    if reference is None or None in chosen.values():
+        return []
+
+    def score(arm: str, variant: str | None) -> dict[int, float]:
+        sign = 1 if larger else -1
+        trials = _by_variant(records, arm).get(variant or "", {})
+        return {seed: sign * record["score"] for seed, record in trials.items()}
+
+    def value(arm: str) -> dict[int, float]:
+        if claim.tuned == "own":
+            return score(arm, chosen[arm])
+        there = score(arm, reference)
+        if claim.tuned == "reference":
+            return there
+        own = score(arm, chosen[arm])
+        return {seed: there[seed] - own[seed] for seed in there.keys() & own.keys()}
+
+    first, second = value(arms[0]), value(arms[1]) if claim.against else None
+    if second is None:
+        return [first[seed] for seed in sorted(first)]
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str, float]) -> Any:
+    """Draw the score against the number that varies: a line an arm, its best variant marked.
+
+    Args:
+        records: results of trials.
+        experiment: gives titles and the order of arms.
+        axis: variant -> the number.
+
+    Returns:
+        The ``matplotlib.figure.Figure``.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = drawn.subplots(1, 2)
+    larger = experiment.larger_is_better
+    for number, (key, arm) in enumerate(experiment.arms.items()):
+        variants = {v: t for v, t in _by_variant(records, key).items() if v in axis}
+        names = sorted(variants, key=axis.__getitem__)
+        marked = best(records, key, larger)
+        for panel, what in zip(panels, ("score", "validation"), strict=True):
+            values = [
+                [
+                    record["score"] if what == "score" else _validated(record, larger)
+                    for record in variants[name].values()
+                ]
+                for name in names
+            ]
+            means = [fmean(each) for each in values]
+            errors = [stdev(e) / len(e) ** 0.5 if len(e) > 1 else 0.0 for e in values]
+            places = [axis[name] for name in names]
+            colour = f"C{number}"
+            panel.errorbar(places, means, errors, color=colour, label=arm.label, marker="o", ms=3)
+            if marked in names:
+                at = names.index(marked)
+                panel.plot(places[at], means[at], "*", color=colour, ms=14)
+    reference = best(records, experiment.reference, larger)
+    for panel, title in zip(panels, (experiment.score, "validation"), strict=True):
+        if reference in axis:
+            panel.axvline(axis[reference], color="0.6", ls=":", zorder=0)
+        panel.set(title=title, xlabel=experiment.along, xscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    drawn.suptitle(f"{experiment.title}; ★ best on validation, dotted: that of the dense network")
+    return drawn
