@@ -34,7 +34,8 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
         changes: fields of the protocol to replace.
 
     Raises:
-        ValueError: unknown arms; a preset that it does not have; one that comes after another that is not among them.
+        ValueError: unknown arms; one that comes after another that is not among them; a preset
+            that the experiment does not have.
     """
     experiment = EXPERIMENTS[name]
     if preset not in experiment.presets:

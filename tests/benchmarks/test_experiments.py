@@ -1,6 +1,7 @@
 """The paper's experiments: trials that continue, tables that say what the trials did."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,11 +228,25 @@ def test_milestones_and_warmup_set_the_rate(tmp_path, protocol):
         one.epoch = epoch
         rates.append(one.rate())
     assert rates == pytest.approx([0.01] + [0.1] * 3 + [0.01] * 2 + [0.001] * 2)
+    one = trial(tmp_path, VISION["rates"].arms["dense"], replace(protocol, cosine=True))
+    rates = []
+    for one.steps in range(8):  # 64 images in batches of 32, 4 epochs
+        rates.append(one.rate())
+    expected = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx(expected)
+
+
+def test_shrinkage_is_counted_by_steps(tmp_path, protocol):
+    """D: the sum of lr·λ / (1 - momentum), and it survives an interruption."""
+    protocol = replace(protocol, cosine=True, weight_decay=0.2)
+    result = finish(trial(tmp_path, VISION["transfer"].arms["sifd"], protocol))
+    assert result["shrinkage"] == pytest.approx(0.2 / 0.1 * 0.05 * 9)  # a cosine's eight steps
 
 
 @pytest.mark.covers("C25")
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("preset", ["paper", "cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("name", "preset"), [(n, p) for n in EXPERIMENTS for p in EXPERIMENTS[n].presets]
+)
 def test_every_preset_makes_its_jobs(name, preset):
     """All arms, variants and seeds, each key once; what waits, waits for another job."""
     experiment, found = EXPERIMENTS[name], jobs(name, preset, 3, None)
@@ -252,6 +267,8 @@ def test_every_preset_makes_its_jobs(name, preset):
     assert all(set(job.after) <= set(keys) for job in found)
     assert experiment.baseline in experiment.arms
     assert preset == "paper" or preset in experiment.changes
+    with pytest.raises(ValueError, match="has the presets"):
+        jobs(name, "huge", 1, None)
 
 
 def test_trials_are_shared_between_variants():

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.experiment import Claim
+from benchmarks.experiments.tables import figure
+from benchmarks.experiments.transfer import best, differences
 from benchmarks.experiments.verdicts import Judged, judge, markdown
 
 pytestmark = pytest.mark.slow
@@ -107,8 +109,9 @@ def test_the_page_has_a_row_for_each_claim():
         assert part in row
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("preset", ["paper", "cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("name", "preset"), [(n, p) for n in EXPERIMENTS for p in EXPERIMENTS[n].presets]
+)
 def test_claims_can_be_judged_in_every_preset(name, preset):
     """There is a variant that has both arms."""
     places = {
@@ -161,3 +164,66 @@ def test_other_files_are_refused(held, tmp_path, capsys):
         command.main(["report", str(tmp_path)])
     assert ("other.json" if held is not None else str(tmp_path)) in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == before
+
+
+def swept(scores, validations=None):
+    """Trials of arms over λ: arm -> λ -> the scores of its seeds."""
+    return [
+        {
+            "seed": seed,
+            "arm": arm,
+            "variants": [f"λ {decay:g}"],
+            "score": score,
+            "validation": [0.0, (validations or scores)[arm][decay][seed]],
+            "norms": {},
+        }
+        for arm, over in scores.items()
+        for decay, seeds in over.items()
+        for seed, score in enumerate(seeds)
+    ]
+
+
+SWEPT = swept(
+    {
+        "dense": {5e-4: (60, 61), 1e-3: (64, 65), 2e-3: (66, 67)},
+        "si": {5e-4: (57.0, 58.5), 1e-3: (56, 57), 2e-3: (53, 54)},
+        "sifd": {5e-4: (55, 56), 1e-3: (58, 59.5), 2e-3: (57.9, 59.0)},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "arm", "against", "expected"),
+    [
+        ("reference", "sifd", "si", [57.9 - 53, 59.0 - 54]),
+        ("own", "sifd", "si", [58 - 57.0, 59.5 - 58.5]),
+        ("regret", "sifd", None, [57.9 - 58, 59.0 - 59.5]),
+        ("regret", "sifd", "si", [-0.1 + 4.0, -0.5 + 4.5]),
+    ],
+)
+def test_arms_are_compared_at_the_best_decay(tuned, arm, against, expected):
+    """The reference's, each its own, and what the one costs against the other."""
+    claim = Claim("", arm, against, tuned=tuned)
+    assert differences(SWEPT, claim, EXPERIMENTS["transfer"]) == pytest.approx(expected)
+    (verdict,) = judge(SWEPT, replace(EXPERIMENTS["transfer"], claims=[claim]))
+    assert verdict.seeds == 2
+
+
+def test_the_best_decay_is_chosen_on_validation():
+    """By means over all seeds; not on test scores, and not where seeds are missing."""
+    scores = {"dense": {1e-3: (60, 61), 2e-3: (50, 51)}}
+    other = {"dense": {1e-3: (10, 11), 2e-3: (20, 21)}}
+    assert best(swept(scores, other), "dense") == "λ 0.002"
+    assert best(swept(scores, other), "dense", larger_is_better=False) == "λ 0.001"
+    assert best(swept(scores, other)[:-1], "dense") == "λ 0.001"
+    assert best(SWEPT, "fd") is None
+
+
+def test_a_sweep_is_drawn_against_what_varies():
+    """One line an arm, its best marked, on both panels."""
+    drawn = figure(SWEPT, EXPERIMENTS["transfer"])
+    assert isinstance(drawn, Figure)
+    for panel in drawn.axes:
+        assert panel.get_xscale() == "log"
+        stars = [line for line in panel.lines if line.get_marker() == "*"]
+        assert [list(line.get_xdata()) for line in stars] == [[2e-3], [5e-4], [1e-3]]
