@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import isnan
 from statistics import fmean, median, stdev
 from typing import Any
@@ -144,20 +145,27 @@ def _header(experiment: Experiment) -> tuple[str, ...]:
     )
 
 
+def _filled(rows: Sequence[Row], experiment: Experiment) -> list[tuple[str, ...]]:
+    """Header and rows, without the columns that are empty in all rows."""
+    cells = [_cells(row, experiment.digits) for row in rows]
+    kept = [k < 2 or any(column) for k, column in enumerate(zip(*cells, strict=True))]
+    return [tuple(compress(line, kept)) for line in (_header(experiment), *cells)]
+
+
 def rich_table(rows: Sequence[Row], experiment: Experiment, caption: str) -> Table:
     """Make the table for a terminal."""
     table = Table(title=experiment.title, caption=caption)
-    for k, name in enumerate(_header(experiment)):
+    header, *cells = _filled(rows, experiment)
+    for k, name in enumerate(header):
         table.add_column(name, justify="left" if k < 2 else "right")
-    for row in rows:
-        table.add_row(*_cells(row, experiment.digits))
+    for row in cells:
+        table.add_row(*row)
     return table
 
 
 def markdown(rows: Sequence[Row], experiment: Experiment, caption: str) -> str:
     """Make the table, headed by the claim, for the page of results."""
-    header = _header(experiment)
-    cells = [_cells(row, experiment.digits) for row in rows]
+    header, *cells = _filled(rows, experiment)
     lines = [header, ("---", "---", *("---:" for _ in header[2:])), *cells]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"# {experiment.title}\n\nThe paper: {experiment.claim}\n\n{table}\n\n{caption}\n"
