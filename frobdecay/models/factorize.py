@@ -25,6 +25,7 @@ from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
 from frobdecay.product.names import Selector, naming
+from frobdecay.weights.carry import Carried, Optimizers
 from frobdecay.weights.lowrank import LowRank
 from frobdecay.weights.product_tensor import ProductTensor
 
@@ -40,6 +41,7 @@ def factorize(
     parametrization: Callable[..., nn.Module] = LowRank,
     init: str | Init = "spectral",
     on_tied: OnTied = "skip",
+    optimizer: Optimizers = None,
     progress: bool | None = None,
 ) -> RankPlan:
     """Replace dense weights by products of factors, in place.
@@ -56,8 +58,8 @@ def factorize(
     embedding, recurrent and attention modules, and of transformers' Conv1D and expert stacks, that
     can be factorized; what cannot is listed in the plan, as are PEFT's adapters and parameters of
     other modules with two dimensions or more, and is an error only where it was named. Weights
-    keep dtype, device and ``requires_grad``; make the optimizer afterwards. An error leaves the
-    model as it was.
+    keep dtype, device and ``requires_grad``; make the optimizer afterwards, or hand it over. An
+    error leaves model and optimizer as they were.
 
     Args:
         model: any module.
@@ -79,6 +81,9 @@ def factorize(
             lists them, an error only where they were named; "error" refuses all; "untie" gives
             each that was chosen a copy of its own, which counts as the model's, and which a
             transformers model does not tie again.
+        optimizer: which trains the model already, or several: factors take the weights' places in
+            the param groups, and what it remembers of the weights is carried over, momentum
+            exactly; see ``weights/carry.py``. Schedulers and hooks stay. Wrap it afterwards.
         progress: True for a progress bar (needs rich), False for none. By default there is one
             after a second, on a terminal, where rich is installed.
 
@@ -87,7 +92,7 @@ def factorize(
 
     Raises:
         TypeError, ValueError: as ``plan_ranks``; also for data-parallel wrappers, weights on the
-            meta device, and NaN.
+            meta device, NaN, and optimizers that keep what cannot be carried over.
         ImportError: ``progress=True`` without rich.
         RuntimeError: an initialization that fails.
     """
@@ -101,8 +106,10 @@ def factorize(
     for entry in chosen:
         if entry.weight.tensor is not None and entry.weight.tensor.is_meta:
             check_values(entry.weight)
+    weights = [entry.weight for entry in chosen]
+    carried = Carried(optimizer, [(w.name, w.module, w.attribute) for w in weights])
     others = other_ties(walk, untied)
-    inside = [entry.weight.module for entry in chosen]
+    inside = [weight.module for weight in weights]
     touched = [*inside, *(weight.module for weight in dense)]
     bar = Progress(sum(entry.work for entry in chosen), progress, "factorizing")
     with bar, transaction(touched):
@@ -113,6 +120,8 @@ def factorize(
             untie(weight)
         settle_recurrent(inside)
         restorable(inside)
+        carried.map()
+    carried.commit(model)
     forget_ties(others)
     settle_encoders(walk.modules)
     return planned(found, before)

@@ -168,14 +168,16 @@ def plan_wrapping(
         TypeError, ValueError: see ``FrobeniusDecay``.
     """
     groups = optimizer.param_groups
-    if any("initial_lr" in group for group in groups):
-        raise ValueError(
-            "expected an optimizer without a learning-rate scheduler, got 'initial_lr' in a param "
-            "group: wrapping may divide groups, of which the scheduler would not know; wrap the "
-            "optimizer first, then build the scheduler on the wrapper"
-        )
     check_membership(products, groups, model)
     layout = plan_groups(optimizer, groups, products, decay, mode)
+    scheduled = any("initial_lr" in group for group in groups)
+    if scheduled and any(division.split for division in layout):
+        raise ValueError(
+            "expected an optimizer without a learning-rate scheduler, got 'initial_lr' in a param "
+            "group: wrapping divides groups, of which the scheduler would not know; wrap the "
+            "optimizer first, then build the scheduler on the wrapper, or give factors a group of "
+            "their own when building the optimizer: frobdecay.split_param_groups"
+        )
     if decay is None and not any(
         key in group
         for group, division in zip(groups, layout, strict=True)

@@ -22,6 +22,7 @@ def split_param_groups(
     weight_decay: Coefficient,
     *,
     no_decay: Selector = (),
+    planned: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Make the param groups of a model: the usual two, and one for the factors.
 
@@ -51,19 +52,23 @@ def split_param_groups(
             modules (with all below), compiled regular expressions, module types, predicates(name,
             parameter), or a list of those. A factorized weight goes by its own name, too. What a
             module's ``no_weight_decay()`` names, as timm's models have it, is left out as well.
+        planned: weights that are to be factorized during training, such as ``plan.ranks``: they
+            get the factors' group, so that nothing has to be divided afterwards.
 
     Returns:
         Those groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
 
     Raises:
         TypeError: no model, or a pattern of another kind.
-        ValueError: a negative or infinite λ, or a pattern that matches nothing.
+        ValueError: a negative or infinite λ, a pattern that matches nothing, a planned weight that
+            the model does not have.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")
     check_coefficient(weight_decay, "weight_decay")
     spared = _spared(model, no_decay)
     factors = {id(param) for product in products(model) for param in product.params}
+    factors |= _planned(model, planned)
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
 
     def kind(name: str, param: nn.Parameter) -> str:
@@ -84,6 +89,14 @@ def split_param_groups(
         group["params"].append(param)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def _planned(model: nn.Module, names: Iterable[str]) -> set[int]:
+    """Ids of the weights that will be factors."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    if lost := [name for name in names if name not in known]:
+        raise ValueError(f"expected planned to name parameters of the model, got {lost[:3]}")
+    return {id(known[name]) for name in names}
 
 
 def _spared(model: nn.Module, no_decay: Selector) -> set[int]:

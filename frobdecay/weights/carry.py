@@ -1,0 +1,204 @@
+"""Carry what an optimizer remembers of a dense weight over to its factors.
+
+A weight W = f(p₁, …, p_d) whose gradient is G gives its factors the gradients Jₖᵀ·G, with Jₖ the
+derivative of f at factor k. What an optimizer keeps is therefore mapped by what it is:
+
+    linear      a sum of gradients, as momentum: Jₖᵀ·m, exactly; of a pair m·V and mᵀ·U
+    square      a mean of squared gradients: (Jₖ∘Jₖ)ᵀ·v, as if the entries of the gradient were
+                uncorrelated; of a pair v·(V∘V) and vᵀ·(U∘U)
+    copy        a number that does not depend on the gradients, as the count of steps
+    forget      zeros of the factor's shape: an average of updates, which are no gradients
+
+so that momentum is that of an optimizer that has had these factors from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from frobdecay.product.holding import lists_of
+from frobdecay.product.names import naming
+from frobdecay.weights.product_tensor import ProductTensor
+
+_ADAM = {"step": "copy", "exp_avg": "linear", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
+RULES: Mapping[str, Mapping[str, str]] = {
+    "SGD": {"momentum_buffer": "linear"},
+    "Muon": {"momentum_buffer": "linear"},
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "RAdam": _ADAM,
+    "NAdam": {**_ADAM, "mu_product": "copy"},
+    "Adagrad": {"step": "copy", "sum": "square"},
+    "RMSprop": {
+        "step": "copy",
+        "square_avg": "square",
+        "grad_avg": "linear",
+        "momentum_buffer": "forget",
+    },
+}
+"""Optimizer of ``torch.optim`` -> key in its state -> what it is, as above."""
+
+
+Optimizers = Optimizer | Iterable[Optimizer] | None
+Place = tuple[str, nn.Module, str]
+
+
+class Carried:
+    """Weights on their way from dense to factored, and the optimizers that train them.
+
+    Args:
+        optimizers: one, several or none.
+        places: of the weights that are about to be factorized: name, module, attribute.
+
+    Raises:
+        TypeError: something that is no optimizer.
+        ValueError: a wrapper, or an optimizer of which it is not known what it keeps.
+    """
+
+    def __init__(self, optimizers: Optimizers, places: Iterable[Place]) -> None:
+        several = () if optimizers is None else optimizers
+        self._optimizers = [several] if isinstance(several, Optimizer) else list(several)
+        self._moves: list[tuple[Optimizer, Tensor, list[Tensor], list[dict[str, Any]]]] = []
+        # The parameters as they were: modules hold the factors by the time that these are mapped.
+        self._before = [(place, getattr(place[1], place[2])) for place in places if several]
+        for optimizer in self._optimizers:
+            _check_optimizer(optimizer)
+            for (name, _, _), dense in self._before:
+                _check_state(optimizer, name, dense)
+
+    def map(self) -> None:
+        """Compute the state of all factors, which are in the weights' places now.
+
+        Raises:
+            RuntimeError: it cannot be computed; no optimizer was changed.
+        """
+        for (name, module, attribute), dense in self._before:
+            held = lists_of(module)[attribute]
+            factors = list(held.parameters())
+            for optimizer in self._optimizers:
+                if _holds(optimizer, dense):
+                    with naming(name):
+                        states = _mapped(optimizer, dense, held[0], factors)
+                    self._moves.append((optimizer, dense, factors, states))
+
+    def commit(self, model: nn.Module) -> None:
+        """Give the factors the weights' places in the param groups; nothing of this can fail.
+
+        Args:
+            model: factorized; a dense weight that it still holds keeps its place, too.
+        """
+        kept = {id(param) for param in model.parameters()}
+        names = {id(param): name for name, param in model.named_parameters()}
+        for optimizer, dense, factors, states in self._moves:
+            for group in optimizer.param_groups:
+                _replace(group, dense, factors, names, keep=id(dense) in kept)
+            if id(dense) not in kept:
+                optimizer.state.pop(dense, None)
+            for factor, state in zip(factors, states, strict=True):
+                if state:
+                    optimizer.state[factor] = state
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if hasattr(optimizer, "products"):
+        raise ValueError(
+            f"expected the optimizer that is to be wrapped, got a {type(optimizer).__name__}, "
+            "whose groups are divided already: factorize with the optimizer behind it, "
+            "then wrap that"
+        )
+
+
+def _check_state(optimizer: Optimizer, name: str, dense: Tensor) -> None:
+    """Refuse an optimizer that keeps of this weight what is not known."""
+    rules = _rules(optimizer)
+    unknown = sorted(map(str, optimizer.state.get(dense, {}).keys() - rules.keys()))
+    if unknown and _holds(optimizer, dense):
+        raise ValueError(
+            f"{name}: expected an optimizer whose state can be carried over to factors "
+            f"({', '.join(RULES)}), got a {type(optimizer).__name__} that keeps "
+            f"{', '.join(unknown)}: let it forget this weight, "
+            "optimizer.state.pop(weight), or factorize first and build a new one"
+        )
+
+
+def _rules(optimizer: Optimizer) -> Mapping[str, str]:
+    """Of torch's own classes: others may keep something else by the same name."""
+    kind = type(optimizer)
+    own = getattr(torch.optim, kind.__name__, None) is kind
+    return RULES.get(kind.__name__, {}) if own else {}
+
+
+def _holds(optimizer: Optimizer, dense: Tensor) -> bool:
+    return any(param is dense for group in optimizer.param_groups for param in group["params"])
+
+
+def _mapped(
+    optimizer: Optimizer, dense: Tensor, made: nn.Module, factors: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """The state of every factor, from that of the dense weight."""
+    states: list[dict[str, Any]] = [{} for _ in factors]
+    for key, value in optimizer.state.get(dense, {}).items():
+        parts = _RULES[_rules(optimizer)[key]](value, made, factors)
+        for state, part in zip(states, parts, strict=True):
+            state[key] = part
+    return states
+
+
+def _linear(value: Tensor | None, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+    if value is None:  # a momentum before its first step
+        yield from (None for _ in factors)
+        return
+    wide = torch.promote_types(torch.float32, value.dtype)
+    inputs = [factor.detach().to(wide).requires_grad_() for factor in factors]
+    with torch.enable_grad():
+        formed = made(*inputs)
+        formed = formed.materialize() if isinstance(formed, ProductTensor) else formed
+        parts = torch.autograd.grad(formed, inputs, value.to(wide))
+    for part, factor in zip(parts, factors, strict=True):
+        yield torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(part)
+
+
+def _square(value: Tensor, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+    return _linear(value, made, [factor.detach().square() for factor in factors])
+
+
+def _copy(value: Any, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+    yield from (value.clone() if isinstance(value, Tensor) else value for _ in factors)
+
+
+def _forget(value: Any, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+    yield from (torch.zeros_like(factor, requires_grad=False) for factor in factors)
+
+
+_RULES: Mapping[str, Callable[..., Iterator[Any]]] = {
+    "linear": _linear,
+    "square": _square,
+    "copy": _copy,
+    "forget": _forget,
+}
+
+
+def _replace(
+    group: dict[str, Any],
+    dense: Tensor,
+    factors: Sequence[Tensor],
+    names: Mapping[int, str],
+    *,
+    keep: bool,
+) -> None:
+    """Put the factors where a weight is in a group, behind it if that stays."""
+    places = [k for k, param in enumerate(group["params"]) if param is dense]
+    for k in places:
+        span = slice(k + 1 if keep else k, k + 1)
+        group["params"][span] = factors
+        if "param_names" in group:
+            group["param_names"][span] = [names[id(factor)] for factor in factors]
