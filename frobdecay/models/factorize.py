@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.scaling import relative_distance
 from frobdecay.algebra.spectral import Init
 from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import restorable
-from frobdecay.models.fitness import check_values, unwrapped
+from frobdecay.models.fitness import check_values, relative_error, unwrapped
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned
-from frobdecay.models.select import Weight
+from frobdecay.models.select import Walk, Weight
 from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
 from frobdecay.product.names import Selector, naming
 from frobdecay.weights.carry import Carried, Optimizers
 from frobdecay.weights.lowrank import LowRank
-from frobdecay.weights.product_tensor import ProductTensor
 
 
 @ordinary("factorize")
@@ -100,6 +98,14 @@ def factorize(
     found, before = plan_entries(
         walk, ratio, rank, None, include, exclude, parametrization, options, on_tied
     )
+    _execute(walk, found, optimizer, progress)
+    return planned(found, before)
+
+
+def _execute(
+    walk: Walk, found: Sequence[Entry], optimizer: Optimizers, progress: bool | None
+) -> None:
+    """Put factors in the places of all weights that have a rank, or change nothing."""
     chosen = [entry for entry in found if entry.made is not None]
     untied = [entry.weight for entry in found if entry.untied]
     dense = [entry.weight for entry in found if entry.untied and entry.made is None]
@@ -121,10 +127,9 @@ def factorize(
         settle_recurrent(inside)
         restorable(inside)
         carried.map()
-    carried.commit(model)
+    carried.commit(walk.model)
     forget_ties(others)
     settle_encoders(walk.modules)
-    return planned(found, before)
 
 
 def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:
@@ -134,11 +139,3 @@ def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:
     with naming(weight.name), torch.no_grad():
         place(module, weight.attribute, made, factors)
         return relative_error(dense, getattr(module, weight.attribute))
-
-
-def relative_error(dense: Tensor, product: Tensor) -> float:
-    """‖W − UVᵀ‖_F / ‖W‖_F, in float32 at least, of a factored weight or of a dense one."""
-    if isinstance(product, ProductTensor):
-        return relative_distance(product.matricization.matrix(dense), product.factors)
-    rows = dense.reshape(len(dense), -1)
-    return relative_distance(rows, [product.reshape(rows.shape)])

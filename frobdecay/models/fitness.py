@@ -3,6 +3,7 @@
 A weight with a reason against it is left dense and listed where a default or a pattern swept it
 in, and is an error where it was named. (A depthwise convolution is factorized where it was named.)
 What makes the whole model unfit (lazy parameters, weights without numbers) is an error always.
+How well factors fit a weight is measured here, too.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from frobdecay.algebra.scaling import DTYPES, is_finite
+from frobdecay.algebra.scaling import DTYPES, is_finite, relative_distance
 from frobdecay.models.memory import overlaps
 from frobdecay.models.select import Walk, Weight
 from frobdecay.product.holding import lists_of
 from frobdecay.product.partitions import why_partitioned
 from frobdecay.weights.layouts import is_kind, refusal
+from frobdecay.weights.product_tensor import ProductTensor
 
 
 def unwrapped(model: nn.Module, act: str) -> Walk:
@@ -224,3 +226,11 @@ def _others(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for attribute, held in lists_of(module).items():
         for name, parameter in held.named_parameters():
             yield f"parametrizations.{attribute}.{name}", parameter
+
+
+def relative_error(dense: Tensor, product: Tensor) -> float:
+    """‖W − UVᵀ‖_F / ‖W‖_F, in float32 at least, of a factored weight or of a dense one."""
+    if isinstance(product, ProductTensor):
+        return relative_distance(product.matricization.matrix(dense), product.factors)
+    rows = dense.reshape(len(dense), -1)
+    return relative_distance(rows, [product.reshape(rows.shape)])

@@ -40,10 +40,9 @@ def split_param_groups(
 
         {dense weights, weight_decay}  {norms, biases, one-dimensional, 0}  {factors, weight_decay}
 
-    Every trainable parameter is in one group, a shared one once. Factors are told by identity,
-    not by name. ``FrobeniusDecay`` turns the last group's weight decay into that of the products;
-    a plain optimizer decays the factors themselves by it. Parameters on different device meshes
-    get different groups, as optimizers that update many at once need them.
+    Every trainable parameter is in one group, a shared one once. ``FrobeniusDecay`` turns the last
+    group's weight decay into that of the products; a plain optimizer decays the factors themselves
+    by it. Parameters on different device meshes get different groups, as fused updates need them.
 
     Args:
         model: factorized or not; is not changed.
@@ -52,32 +51,27 @@ def split_param_groups(
             modules (with all below), compiled regular expressions, module types, predicates(name,
             parameter), or a list of those. A factorized weight goes by its own name, too. What a
             module's ``no_weight_decay()`` names, as timm's models have it, is left out as well.
-        planned: weights that are to be factorized during training, such as ``plan.ranks``: they
-            get the factors' group, so that nothing has to be divided afterwards.
+        planned: weights that will be factorized, as ``plan.ranks``: into the factors' group.
 
     Returns:
-        Those groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
+        Groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
 
     Raises:
         TypeError: no model, or a pattern of another kind.
-        ValueError: a negative or infinite λ, a pattern that matches nothing, a planned weight that
-            the model does not have.
+        ValueError: a negative or infinite λ, or names and patterns that match nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")
     check_coefficient(weight_decay, "weight_decay")
     spared = _spared(model, no_decay)
-    factors = {id(param) for product in products(model) for param in product.params}
-    factors |= _planned(model, planned)
+    factors = _factors(model, planned)
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
 
     def kind(name: str, param: nn.Parameter) -> str:
-        if id(param) in spared:
-            return _SPARED
-        if id(param) in factors:
-            return _FACTOR
-        small = param.ndim <= 1 or name.endswith("bias") or id(param) in norms
-        return _SPARED if small else _DENSE
+        if id(param) in spared or id(param) in factors:
+            return _SPARED if id(param) in spared else _FACTOR
+        small = param.ndim <= 1 or name.endswith("bias")
+        return _SPARED if small or id(param) in norms else _DENSE
 
     groups: dict[tuple[str, Any], dict[str, Any]] = {}
     kinds = {name: kind(name, param) for name, param in model.named_parameters()}
@@ -91,12 +85,13 @@ def split_param_groups(
     return list(groups.values())
 
 
-def _planned(model: nn.Module, names: Iterable[str]) -> set[int]:
-    """Ids of the weights that will be factors."""
+def _factors(model: nn.Module, names: Iterable[str]) -> set[int]:
+    """Ids of the factors, and of the weights that will be some."""
     known = dict(model.named_parameters(remove_duplicate=False))
     if lost := [name for name in names if name not in known]:
         raise ValueError(f"expected planned to name parameters of the model, got {lost[:3]}")
-    return {id(known[name]) for name in names}
+    factors = {id(param) for product in products(model) for param in product.params}
+    return factors | {id(known[name]) for name in names}
 
 
 def _spared(model: nn.Module, no_decay: Selector) -> set[int]:

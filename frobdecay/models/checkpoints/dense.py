@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from frobdecay.models.checkpoints.records import factor_key, weight_of
 from frobdecay.models.checkpoints.restoring import dense_to_factors
 from frobdecay.models.checkpoints.tensors import check_same
-from frobdecay.models.factorize import relative_error
+from frobdecay.models.fitness import relative_error
 from frobdecay.models.plan import PlanRow, RankPlan
 from frobdecay.models.select import Walk
 from frobdecay.models.surgery import ordinary
