@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.spectral import Init
+from frobdecay.models.budget.entry import Entry
 from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import restorable
 from frobdecay.models.fitness import check_values, relative_error, unwrapped
