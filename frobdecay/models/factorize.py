@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.spectral import Init
+from frobdecay.gradient.carry import Carried, Optimizers
 from frobdecay.models.budget.entry import Entry
 from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import restorable
@@ -25,7 +26,6 @@ from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
 from frobdecay.product.names import Selector, naming
-from frobdecay.weights.carry import Carried, Optimizers
 from frobdecay.weights.lowrank import LowRank
 
 
@@ -82,7 +82,7 @@ def factorize(
             transformers model does not tie again.
         optimizer: which trains the model already, or several: factors take the weights' places in
             the param groups, and what it remembers of the weights is carried over, momentum
-            exactly; see ``weights/carry.py``. Schedulers and hooks stay. Wrap it afterwards.
+            exactly; see ``gradient/carry.py``. Schedulers and hooks stay. Wrap it afterwards.
         progress: True for a progress bar (needs rich), False for none. By default there is one
             after a second, on a terminal, where rich is installed.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import frobdecay
-from frobdecay.weights.carry import RULES
+from frobdecay.gradient.carry import RULES
 
 DEEP = partial(frobdecay.LowRank, depth=1)
 READINGS = {

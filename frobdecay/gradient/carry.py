@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from frobdecay.product.holding import lists_of
 from frobdecay.product.names import naming
-from frobdecay.weights.product_tensor import ProductTensor
 
 _ADAM = {"step": "copy", "exp_avg": "linear", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
 RULES: Mapping[str, Mapping[str, str]] = {
@@ -160,9 +159,8 @@ def _linear(value: Tensor | None, made: nn.Module, factors: Sequence[Tensor]) ->
     wide = torch.promote_types(torch.float32, value.dtype)
     inputs = [factor.detach().to(wide).requires_grad_() for factor in factors]
     with torch.enable_grad():
-        formed = made(*inputs)
-        formed = formed.materialize() if isinstance(formed, ProductTensor) else formed
-        parts = torch.autograd.grad(formed, inputs, value.to(wide))
+        dense = torch.clone(made(*inputs))  # numbers, also of a weight that is formed late
+        parts = torch.autograd.grad(dense, inputs, value.to(wide))
     for part, factor in zip(parts, factors, strict=True):
         yield torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(part)
 
