@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import measure
 from benchmarks.measure import Report, Target
-from frobdecay.gradient.accumulate import add_penalty_grad_
+from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.product.product import Product
 
 __all__ = ["LLAMAS", "Cost", "Llama", "Traffic", "cost", "counted", "main", "rows"]

@@ -35,8 +35,8 @@ from benchmarks import measure
 from benchmarks.cases import CASES, FRACTION, Case, choose, stack
 from benchmarks.measure import Report, Target, Timing
 from benchmarks.models import resnet
-from frobdecay.gradient.accumulate import add_penalty_grad_
 from frobdecay.gradient.backends import BACKENDS
+from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.product import Product, penalty

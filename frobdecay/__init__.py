@@ -25,7 +25,7 @@ Each begins its help with an example: ``help(frobdecay.factorize)``.
 
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
-from frobdecay.gradient.accumulate import add_penalty_grad_, explain
+from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.checkpoints import transformers as _transformers
 from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized

@@ -80,7 +80,7 @@ def _cases(world):
         for dtype in (torch.float64, torch.bfloat16):
             whole = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
             parts = [
-                distribute_tensor(tensor, mesh, placements)
+                distribute_tensor(tensor.clone(), mesh, placements)
                 for tensor, placements in zip(whole, _placed(text), strict=True)
             ]
             made = [
@@ -122,6 +122,38 @@ def layouts(rank, world):
     return report
 
 
+def bounded_layouts(rank, world):
+    """For every layout: errors of a bounded step, its collectives, and how much of it is left."""
+    report = []
+    for name, dtype, sent, *made in _cases(world):
+        if dtype != torch.float64:
+            continue
+        steps = []
+        for product in made:
+            generator = torch.Generator().manual_seed(3)
+            params = [param.requires_grad_() for param in product.params]
+            optimizer = frobdecay.FrobeniusDecay(
+                torch.optim.SGD(params, lr=0.5), product, decay=1e-4, bound=0.2
+            )
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator, dtype=dtype)
+                if hasattr(param, "device_mesh"):
+                    grad = distribute_tensor(grad, param.device_mesh, param.placements)
+                param.grad = grad
+            before = product.materialize().detach()
+            with CommDebugMode() as comm:
+                optimizer.step()
+            far = (product.materialize().detach() - before).norm().item()
+            steps.append(
+                ([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params], far)
+            )
+        (whole, far), (sharded, _) = steps
+        error = max(map(_largest_error, sharded, whole))
+        counts = {str(op): n for op, n in comm.get_comm_counts().items()}
+        report.append((name, error, far, counts, bool(sent)))
+    return report
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -147,6 +179,18 @@ def adamw(model, **options):
     """Decoupled decay."""
     base = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
     return frobdecay.FrobeniusDecay(base, model, **options)
+
+
+def bounded(model):
+    """Decoupled decay, and steps that are too long for the bound."""
+    return adamw(model, bound=0.2)
+
+
+def bounded_alone(model):
+    """Without decay: the Grams are the bound's own."""
+    return frobdecay.FrobeniusDecay(
+        torch.optim.SGD(model.parameters(), lr=0.5), model, decay=0.0, bound=0.02
+    )
 
 
 def shard(model, mesh, **options):
@@ -227,6 +271,17 @@ RUNS = {
     "clipped": ((2,), sgd, {}, {}, {"clip": 0.1}),
     "closure": ((2,), adamw, {}, {}, {"closure": True}),
     "closure that is read": ((2,), reads_loss, {"depth": 1}, {}, {"closure": True}),
+    "bounded": ((2,), bounded, {}, {}, {}),
+    "bounded, inner factors": ((2,), bounded, {"depth": 2}, {}, {}),
+    "bounded, offloaded": (
+        (2,),
+        bounded_alone,
+        {},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {},
+    ),
+    "bounded, closure": ((2,), bounded_alone, {}, {}, {"closure": True}),
+    "bounded, hybrid": ((2, 2), bounded, {"depth": 1}, {}, {}),
     "four processes": ((4,), sgd, {"depth": 1}, {}, {}),
     "hybrid coupled": ((2, 2), sgd, {"depth": 1}, {}, {"clip": 0.1}),
     "hybrid decoupled": ((2, 2), adamw, {}, {}, {}),
@@ -615,7 +670,7 @@ def from_meta(rank, world):
 
 def everything(rank, world):
     """All of the above that makes sense for so many processes."""
-    both = (layouts, runs, other_orders)
+    both = (layouts, bounded_layouts, runs, other_orders)
     two = (collectives, precision, ordinary, missing_gradients, not_a_number, order_of_work)
     two += (measured, other_structures)
     chosen = [*both, *(two if world == 2 else ()), refusals, from_meta]

@@ -64,6 +64,13 @@ def times_rows(left: Tensor, right: Tensor) -> Tensor:
     return rest + (stacks[0].mT @ stacks[1]).sum(-3)
 
 
+def matrix_gram(view: Tensor, batch: int) -> Tensor:
+    """VᵀV of (*batch, *summed, rows, columns): over the rows and what is summed beside them."""
+    gram = times_rows(view, view)
+    summed = list(range(batch, view.ndim - 2))
+    return gram.sum(summed) if summed else gram
+
+
 def check_coefficient(coef: Coefficient, what: str) -> None:
     """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
     if isinstance(coef, Tensor):

@@ -9,37 +9,30 @@ from __future__ import annotations
 
 import itertools
 import operator
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from copy import copy
-from functools import partial
 from textwrap import indent
-from threading import RLock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from frobdecay.algebra.precision import Coefficient, check_coefficient, full_precision
-from frobdecay.gradient.backends import BACKENDS, Choice, select
-from frobdecay.gradient.bucketed import Job
+from frobdecay.algebra.precision import Coefficient, full_precision
+from frobdecay.gradient.backends import BACKENDS, Choice, grams_of, select
+from frobdecay.gradient.bucketed import Grams, Job
 from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
 from frobdecay.gradient.sharded import Exchange, exchanges, localized
-from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.factor import TABLE, is_sharded, place_of
 from frobdecay.product.product import (
     Product,
     as_products,
     check_product,
-    listed,
     squared_norm,
 )
 
-_MAX_PLANS = 8  # for lists that begin with one product: as many as backends to compare, twice
-_TABLE = "_parameters"  # in a module's attributes
 _GRAD = operator.attrgetter("grad")
 
 
@@ -105,7 +98,8 @@ class Accumulator:
             for part, product in zip(self._parts, self.products, strict=True)
             for factor in (product if part is None else part).factors
         ]
-        self._places = [_place_of(factor) for factor in factors]
+        self._axes_apart = [product.batch for product in self.products for _ in product.factors]
+        self._places = [place_of(factor) for factor in factors]
         self._params = [factor.param for factor in factors]
         self._names = [(p.name, factor.attribute) for p in self.products for factor in p.factors]
         self._likeness = Likeness(self._params)
@@ -124,7 +118,7 @@ class Accumulator:
             The parameters of all factors, product by product: the list of the last call, unless
             everything was planned anew.
         """
-        params: list[Any] = [tables[_TABLE].get(name) for tables, name in self._places]
+        params: list[Any] = [tables[TABLE].get(name) for tables, name in self._places]
         same = (
             all(map(operator.is_, params, self._params))
             and self._likeness.of(params)
@@ -169,12 +163,18 @@ class Accumulator:
         self.run([t for one in targets for t in one], [coef for one in coefs for coef in one])
 
     @torch.no_grad()
-    def run(self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
+    def run(
+        self,
+        targets: Sequence[Tensor | None],
+        coefs: Sequence[Coefficient],
+        grams: Grams | None = None,
+    ) -> None:
         """As ``accumulate``, right after ``refresh``.
 
         Args:
             targets: of all factors, product by product.
             coefs: of all factors. Given the same list again, its entries are not looked at.
+            grams: by the number of a factor, receives those that were formed on the way.
         """
         if self._watched_parts:
             for product, one in zip(self.products, self.rows(targets), strict=True):
@@ -190,13 +190,18 @@ class Accumulator:
                 exchange.start()
             for share, run in self._runners:  # while the others' Grams are on their way
                 if isinstance(share, slice):
-                    run(targets, coefs, form)
-                else:
-                    run([targets[i] for i in share], [coefs[i] for i in share], form)
+                    run(targets, coefs, form, grams)
+                    continue
+                formed: Grams | None = None if grams is None else {}
+                run([targets[i] for i in share], [coefs[i] for i in share], form, formed)
+                if grams is not None and formed:
+                    grams.update((share[i], gram) for i, gram in formed.items())
             for members, exchange in self._exchanges:
                 exchange.wait()
                 into, by = self.rows(targets), self.rows(coefs)
                 exchange.add([into[k] for k in members], [by[k] for k in members])
+                if grams is not None:
+                    grams.update(self._numbered(members, exchange.grams()))
 
     def _checked(self, targets: Sequence[Tensor | None]) -> object:
         """Refuse what cannot be written to, before anything is.
@@ -224,6 +229,56 @@ class Accumulator:
         if not any(isinstance(coef, Tensor) for coef in coefs):  # which may change in place
             self._scaled = coefs, scaled
         return scaled
+
+    def held(self) -> list[Tensor]:
+        """What this process has of every factor: seen as it, or as its parameter where exchanged.
+
+        Of the parameters as they were at the last ``refresh``.
+        """
+        pairs = zip(self._viewers, self._params, strict=True)
+        return [part_of(p) if viewer is None else viewer.view(part_of(p)) for viewer, p in pairs]
+
+    @torch.no_grad()
+    def grams(self, parts: Sequence[Tensor | None], known: Grams | None = None) -> Grams:
+        """The Grams of the factors of chains, or of what has their shapes.
+
+        Of what is exchanged the sums over all processes, which all of them have to call for.
+
+        Args:
+            parts: as ``held`` gives them, or other numbers in the same places; None for none.
+            known: those that are there already.
+        """
+        found, kept = {} if known is None else known, [viewer is None for viewer in self._viewers]
+        with self._full_precision():
+            if any(apart and k not in found for k, apart in enumerate(kept)):
+                rows = self.rows(parts)
+                for members, exchange in self._exchanges:
+                    exchange.start([rows[k] for k in members])
+                for members, exchange in self._exchanges:
+                    exchange.wait()
+                    found.update(self._numbered(members, exchange.grams()))
+            left = {
+                k: (part, self._axes_apart[k])
+                for k, part in enumerate(parts)
+                if part is not None and k not in found
+            }
+            found.update(zip(left, grams_of([*left.values()]), strict=True))
+        return found
+
+    def spread(self, k: int, numbers: Tensor) -> Tensor:
+        """A number for each entry of the batch, over what ``held`` has of factor k."""
+        for members, exchange in self._exchanges:
+            for at, sent in zip(members, exchange.sent, strict=True):
+                row = self._rows[at]
+                if row.start <= k < row.stop:
+                    return sent.spread(k - row.start, numbers)
+        return numbers
+
+    def _numbered(
+        self, members: Sequence[int], nested: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        for k, row in zip(members, nested, strict=True):
+            yield from enumerate(row, self._rows[k].start)
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:
@@ -266,134 +321,8 @@ class Accumulator:
         return "\n".join(lines)
 
 
-class _Attributes:
-    """Any object's attributes, read like a dictionary."""
-
-    def __init__(self, owner: object) -> None:
-        self.owner = owner
-
-    def get(self, name: str) -> Any:
-        return getattr(self.owner, name)
-
-
-def _place_of(factor: Factor) -> tuple[Mapping[str, Mapping[str, Any] | _Attributes], str]:
-    """Where the table is that a parameter is looked up in: that saves ``getattr`` at every step.
-
-    Of a module, not the table itself, in the place of which code may put another one.
-    """
-    owner, name = factor.owner, factor.attribute
-    if isinstance(owner, nn.Module) and name in owner._parameters:
-        return vars(owner), name
-    return {_TABLE: vars(owner) if name in vars(owner) else _Attributes(owner)}, name
-
-
-class _Kept:
-    """The plan for one list of products, kept by the first of them while all are alive.
-
-    It has records of its own, so that none of those that keep it is kept alive by it.
-    """
-
-    def __init__(self, products: Sequence[Product], backend: str | None) -> None:
-        self.backend, self.lock = backend, RLock()
-        self.plan: Accumulator | None = Accumulator(map(copy, products), backend)
-        forget = partial(_forget, weakref.ref(self))
-        self.others = [weakref.ref(product, forget) for product in products[1:]]
-        self._coefs: list[Coefficient] = []
-
-    def coefs(self, coef: Coefficient, params: Sequence[Tensor]) -> list[Coefficient]:
-        """One coefficient for all parameters, on their devices; for equal numbers the same list."""
-        if isinstance(coef, Tensor):
-            number = coef.detach().reshape(())
-            on = {d: number.to(d, non_blocking=True) for d in {param.device for param in params}}
-            return [on[param.device] for param in params]
-        if len(self._coefs) != len(params) or self._coefs[0] != coef:
-            self._coefs = [coef] * len(params)
-        return self._coefs
-
-    def is_for(self, products: Sequence[Product], backend: str | None) -> bool:
-        """Whether it is the plan for these very products, whose first one keeps it."""
-        if self.backend != backend or len(self.others) != len(products) - 1:
-            return False
-        return all(map(operator.is_, [ref() for ref in self.others], products[1:]))
-
-
-def _forget(kept: weakref.ref[_Kept], _: object) -> None:
-    known = kept()
-    if known is not None:
-        known.plan = None
-
-
-def _kept(products: Sequence[Product], backend: str | None) -> _Kept:
-    """The plan for a list of products, made unless its first product has it."""
-    plans: list[_Kept] = products[0].plans
-    for known in plans:
-        if known.is_for(products, backend):
-            return known
-    made = _Kept(products, backend)
-    plans[:] = [made, *(known for known in plans if known.plan is not None)][:_MAX_PLANS]
-    return made
-
-
 def gradients_of(params: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of those that are wanted."""
     if all(wanted):
         return list(map(_GRAD, params))
     return [param.grad if want else None for param, want in zip(params, wanted, strict=True)]
-
-
-@_disable_dynamo
-def add_penalty_grad_(
-    products: Product | Iterable[Product], coef: Coefficient, *, backend: str | None = None
-) -> None:
-    """Add the gradient of ½·coef·Σ‖W‖_F² to the ``.grad`` of every factor, in place.
-
-    Examples:
-        >>> import torch
-        >>> U, V = torch.ones(2, 1, requires_grad=True), torch.ones(8, 1, requires_grad=True)
-        >>> (U @ V.T).sum().backward()
-        >>> add_penalty_grad_(Product.of(U, V), 0.5)
-        >>> U.grad
-        tensor([[12.],
-                [12.]])
-
-    The same as ``penalty(products, coef).backward()`` at a fraction of the cost, for training
-    loops that clip the decay along with the gradient. As with weight decay in ``torch.optim``, a
-    factor without a gradient is left alone: call it after ``backward()``. With sharded factors all
-    processes of their mesh have to call it; see ``sharded.py``.
-
-    List the products once, not at every step: what is planned for them is kept with them.
-
-    Args:
-        products: one product or several; one listed twice counts once.
-        coef: λ, a number or a tensor without dimensions.
-        backend: a name in ``backends.BACKENDS``; None chooses.
-
-    Raises:
-        ValueError: a negative or NaN λ, or products that cannot run.
-        TypeError: a sparse gradient. No gradient has changed after an error.
-    """
-    check_coefficient(coef, "coef")
-    found = listed(products)
-    if not found:
-        return
-    kept = _kept(found, backend)
-    with kept.lock:
-        plan = kept.plan
-        assert plan is not None  # all products are alive
-        params = plan.refresh()
-        plan.run(gradients_of(params, plan.trained), kept.coefs(coef, params))
-
-
-def explain(
-    products: Product | Iterable[Product], backend: str | None = None, *, steps: bool = False
-) -> str:
-    """Say what runs where and why; with ``steps``, their flops and what is kept, too.
-
-    Examples:
-        >>> import torch
-        >>> pairs = [Product.of(torch.ones(6, 2), torch.ones(5, 2)) for _ in range(3)]
-        >>> print(explain(pairs))
-        bucketed     gram   6×2 · 5×2                product, product, … (3)
-                     3 of one shape, 0.1 KiB each
-    """
-    return Accumulator(products, backend).explain(steps)

@@ -25,14 +25,23 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, times_rows
-from frobdecay.gradient.bucketed import Coefs, Job, Runner, Targets, prepare_bucketed, rows_of
+from frobdecay.algebra.precision import Coefficient, common_dtype, matrix_gram, times_rows
+from frobdecay.gradient.bucketed import (
+    Coefs,
+    Grams,
+    Job,
+    Runner,
+    Targets,
+    prepare_bucketed,
+    rows_of,
+)
+from frobdecay.gradient.flat import batches
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.refusals import refusals
 from frobdecay.product.product import BUCKET_BYTES, Product
 
 TALL, NARROW = 3072, (16, 192)
-"""Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``_gram``."""
+"""Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``gram_of``."""
 
 
 class Backend(Protocol):
@@ -92,7 +101,9 @@ class Reference:
         """Plan nothing."""
         rows = rows_of(jobs)
 
-        def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
+        def run(
+            targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+        ) -> None:
             for job, row in zip(jobs, rows, strict=True):
                 _add_formed(job, targets[row], coefs[row])
 
@@ -114,24 +125,30 @@ class PerProduct(_General):
         ]
         rows = rows_of(jobs)
 
-        def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
+        def run(
+            targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+        ) -> None:
             for job, direct, row in zip(jobs, in_place, rows, strict=True):
                 into, coef = targets[row], coefs[row]
                 if all(target is None for target in into):
                     continue  # a frozen or undecayed layer: its Grams would be for nothing
                 # In place, a target that is the factor itself would be read while it is written.
-                if direct and not any(
+                apart = any(
                     target is not None and target.data_ptr() == view.data_ptr()
                     for target, view in zip(into, job.views, strict=True)
-                ):
-                    _add_in_place(job, into, coef)
-                else:
+                )
+                if not direct or (apart and grams is None):
                     _add_formed(job, into, coef)
+                    continue
+                pair = [gram_of(view) for view in job.views]
+                (_add_apart if apart else _add_in_place)(job, pair[::-1], into, coef)
+                if grams is not None:
+                    grams.update(enumerate(pair, row.start))
 
         return run
 
 
-def _gram(view: Tensor) -> Tensor:
+def gram_of(view: Tensor) -> Tensor:
     """VᵀV of a factor without summed axes; the tall ones' rows are split between threads.
 
     A matrix product is split between threads along its result, which is too small here: the
@@ -145,9 +162,44 @@ def _gram(view: Tensor) -> Tensor:
     return (rows.mT @ rows).sum(0)
 
 
-def _add_in_place(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
-    left, right = (_gram(view) for view in job.views)
-    for view, gram, target, coef in zip(job.views, (right, left), targets, coefs, strict=True):
+def grams_of(views: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """The Grams of factors, with their numbers of batch axes: (*batch, r, r) each.
+
+    Small ones of one shape are multiplied together, on an accelerator large ones, too.
+    """
+    alike: dict[object, list[int]] = defaultdict(list)
+    for k, (view, batch) in enumerate(views):
+        large = view.device.type == "cpu" and view.numel() * view.element_size() > BUCKET_BYTES
+        alike[k if large else (view.shape, batch)].append(k)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        for chunk in batches([views[k][0] for k in members]):
+            chosen = [members[i] for i in chunk]
+            view, batch = views[chosen[0]]
+            dtype = common_dtype([view])
+            if len(chosen) == 1:
+                own = view.to(dtype)
+                found[chosen[0]] = gram_of(own) if view.ndim == 2 else matrix_gram(own, batch)
+                continue
+            stack = torch.stack([views[k][0] for k in chosen]).to(dtype)
+            found.update(zip(chosen, matrix_gram(stack, batch + 1).unbind(), strict=True))
+    return [found[k] for k in range(len(views))]
+
+
+def _add_apart(job: Job, grams: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
+    """The same where a target may be a factor: all gradients are formed before one is added."""
+    found = [
+        None if target is None else view @ (gram * coef)
+        for view, gram, target, coef in zip(job.views, grams, targets, coefs, strict=True)
+    ]
+    for target, gradient in zip(targets, found, strict=True):
+        if target is not None and gradient is not None:
+            target.add_(gradient)
+
+
+def _add_in_place(job: Job, grams: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
+    """Add the gradients of a pair, of which each factor takes the other's Gram."""
+    for view, gram, target, coef in zip(job.views, grams, targets, coefs, strict=True):
         if target is None:
             continue
         if target.dtype != view.dtype:

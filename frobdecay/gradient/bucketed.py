@@ -34,10 +34,16 @@ Coefs = Sequence[Coefficient]
 """Of all factors, job by job."""
 
 
+Grams = dict[int, Tensor]
+"""By the number of a factor its Gram, (*batch, r, r); until the next call of what formed it."""
+
+
 class Runner(Protocol):
     """What a backend has planned."""
 
-    def __call__(self, targets: Targets, coefs: Coefs, form: object = None) -> None:
+    def __call__(
+        self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+    ) -> None:
         """Add coef·∇ to each target that is not None. A target may be the factor itself.
 
         Args:
@@ -45,6 +51,7 @@ class Runner(Protocol):
             coefs: of all factors.
             form: an object that is the last call's only if dtypes, shapes and strides of the
                 targets are; None where that is not known.
+            grams: receives the Grams that were formed on the way.
         """
 
 
@@ -85,13 +92,15 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
         else:
             shapes = tuple(view.shape for view in job.views)
             others[job.dtype, shapes, job.batch, job.structure].append(k)
-    runners: list[Callable[[Targets, Coefs], None]] = []
+    runners: list[Callable[[Targets, Coefs, Grams | None], None]] = []
     runners += [_Pairs(jobs, members) for members in pairs.values()]
     runners += [_Networks(jobs, members) for members in others.values()]
 
-    def run(targets: Targets, coefs: Coefs, form: object = None) -> None:
+    def run(
+        targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+    ) -> None:
         for runner in runners:
-            runner(targets, coefs)
+            runner(targets, coefs, grams)
 
     return run
 
@@ -219,12 +228,15 @@ class _Pairs:
             torch.split(self.partners, sizes),
         )
 
-    def __call__(self, targets: Targets, coefs: Coefs) -> None:
+    def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
         for stack, gram in zip(self.stacks, self.gram_parts, strict=True):
             gathered = stack.gather()
             self.multiply(gathered.mT, gathered, out=gram)
+        if grams is not None:
+            r = self.stacks[0].views[0].shape[-1]
+            grams.update(zip(self.order, self.grams[..., :r, :r].unbind(), strict=True))
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
-        self.partners.mul_(_together([coefs[slot] for slot in self.order], self.partners))
+        self.partners.mul_(together([coefs[slot] for slot in self.order], self.partners))
         for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
             self.multiply(stack.stack, gram, out=stack.update)
             stack.scatter(targets)
@@ -256,9 +268,9 @@ class _Networks:
             for j in range(len(first.views))
         ]
 
-    def __call__(self, targets: Targets, coefs: Coefs) -> None:
+    def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
         wanted: list[Coefficient | None] = [
-            _together([coefs[slot] for slot in stack.slots], stack.stack, 1)
+            together([coefs[slot] for slot in stack.slots], stack.stack, 1)
             if any(targets[slot] is not None for slot in stack.slots)
             else None
             for stack in self.stacks
@@ -271,7 +283,7 @@ class _Networks:
                 stack.scatter(targets)
 
 
-def _together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
+def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
     """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1)."""
     first = coefs[0]
     if not isinstance(first, Tensor) and all(coef is first for coef in coefs):

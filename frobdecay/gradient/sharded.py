@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, common_dtype
+from frobdecay.algebra.precision import Coefficient, common_dtype, matrix_gram
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.product import Product, as_products
@@ -107,13 +107,13 @@ class _Sent:
         shape = self.network.gram_shape(k, placed.sizes, self.product.batch)
         return shape if prod(shape) < prod(placed.sizes) else None
 
-    def put(self, segments: Sequence[Tensor]) -> None:
-        """Add this process' part to zeros."""
+    def put(self, segments: Sequence[Tensor], parts: Targets | None = None) -> None:
+        """Add this process' part to zeros: of the factors, or of what has their shapes."""
         batch = self.product.batch
         for k, (placed, segment) in enumerate(zip(self.placed, segments, strict=True)):
-            if not placed.contributes:
+            part = part_of(placed.factor.param) if parts is None else parts[k]
+            if part is None or not placed.contributes:
                 continue
-            part = part_of(placed.factor.param)
             if self.network is not None and self.by_rows[k]:
                 gram = self.network.gram(k, placed.view(part).to(self.dtype), batch)
                 segment[placed.slices(batch)].copy_(gram)
@@ -157,6 +157,21 @@ class _Sent:
             sum_ if rows else placed.factor.view(sum_)
             for placed, rows, sum_ in zip(self.placed, self.by_rows, found, strict=True)
         ]
+
+    def grams(self, segments: Sequence[Tensor]) -> list[Tensor]:
+        """The Grams of the factors of a chain, whose rows have no letters but the batch's."""
+        pairs = zip(self.by_rows, self._summed(segments), strict=True)
+        return [found if rows else matrix_gram(found, self.product.batch) for rows, found in pairs]
+
+    def spread(self, k: int, numbers: Tensor) -> Tensor:
+        """A number for each entry of the batch, over this process' part of factor k."""
+        if not numbers.ndim:
+            return numbers
+        placed = self.placed[k]
+        full = numbers.new_empty(placed.factor.param.shape)
+        view = placed.factor.view(full)
+        view.copy_(numbers.reshape(*numbers.shape, *(1 for _ in view.shape[numbers.ndim :])))
+        return full[placed.box]
 
     def squared_norm(self, segments: Sequence[Tensor]) -> Tensor:
         """‖W‖_F², the same on every process."""
@@ -204,11 +219,16 @@ class Exchange:
         )
 
     @torch.no_grad()
-    def start(self) -> None:
-        """Form the Grams of this process' parts and begin to add up those of all."""
+    def start(self, parts: Sequence[Targets] | None = None) -> None:
+        """Form the Grams of this process' parts and begin to add up those of all.
+
+        Args:
+            parts: in place of the factors, for each product; see ``_Sent.put``.
+        """
         self.buffer.zero_()
-        for sent, segments in zip(self.sent, self.segments, strict=True):
-            sent.put(segments)
+        rows = [None] * len(self.sent) if parts is None else parts
+        for sent, segments, row in zip(self.sent, self.segments, rows, strict=True):
+            sent.put(segments, row)
         self._work = torch.distributed.all_reduce(self.buffer, group=self.group, async_op=True)
 
     def wait(self) -> None:
@@ -221,6 +241,12 @@ class Exchange:
         every = zip(self.sent, self.segments, targets, coefs, strict=True)
         for sent, segments, into, multiples in every:
             sent.add(segments, into, multiples)
+
+    @torch.no_grad()
+    def grams(self) -> list[list[Tensor]]:
+        """The Grams of the factors of every product, from the sums; of chains."""
+        pairs = zip(self.sent, self.segments, strict=True)
+        return [sent.grams(segments) for sent, segments in pairs]
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:

@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
-from frobdecay.optim.conventions import convention, refusal, refusal_of_decoupled
-from frobdecay.optim.decaying import factor_name
+from frobdecay.optim.conventions import (
+    convention,
+    refusal,
+    refusal_of_bound,
+    refusal_of_decoupled,
+)
 from frobdecay.optim.division import Division, plan_division
 from frobdecay.optim.proxy import OptimizerProxy
-from frobdecay.optim.rates import Group, has_weight_decay, is_zero, known_value
+from frobdecay.optim.rates import Group, check_bound, has_weight_decay, is_zero, known_value
 from frobdecay.product.find import products as products_of
+from frobdecay.product.names import factor_name
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
 from frobdecay.product.product import Product, as_products
 
 
-def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:
+def check_arguments(optimizer: Any, decay: Any, mode: Any, bound: Any = None) -> None:
     """Refuse what no optimizer could be wrapped with.
 
     Raises:
@@ -51,6 +56,12 @@ def check_arguments(optimizer: Any, decay: Any, mode: Any) -> None:
     if decay is not None:
         check_coefficient(decay, "decay")
         check_coefficient(known_value(decay), "decay")
+    if bound is not None:
+        check_bound(bound, "bound")
+    if bound is not None and (reason := refusal_of_bound(optimizer)):
+        raise ValueError(
+            f"expected bound=None for {type(optimizer).__name__}, got {bound}: {reason}"
+        )
 
 
 def _is_wrapped(optimizer: Optimizer) -> bool:

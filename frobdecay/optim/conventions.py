@@ -102,6 +102,10 @@ _REFUSED = {
 _RESTORING = {
     "pytorch_optimizer.optimizer.nero.Nero": "it restores the norms of all rows in every step",
 }
+_REMEMBERING = {
+    "torch.optim.lbfgs.LBFGS": "its curvature is that of the steps that it took itself",
+    "torch.optim.asgd.ASGD": "it averages the weights that it stepped to itself",
+}
 
 
 def _names(table: Mapping[str, str]) -> set[tuple[str, str]]:
@@ -198,6 +202,11 @@ def refusal_of_decoupled(optimizer: Optimizer) -> str | None:
     if any("ScheduleFree" in cls.__name__ for cls in type(optimizer).__mro__):
         return "it keeps a second copy of the weights, which the decay would not reach"
     return _reason(optimizer, _RESTORING)
+
+
+def refusal_of_bound(optimizer: Optimizer) -> str | None:
+    """Why a part of an optimizer's step cannot be taken back after it."""
+    return refusal_of_decoupled(optimizer) or _reason(optimizer, _REMEMBERING)
 
 
 def _reason(optimizer: Optimizer, reasons: Mapping[str, str]) -> str | None:

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator, gradients_of
-from frobdecay.gradient.flat import Layout, batches
 from frobdecay.gradient.likeness import check_writable
-from frobdecay.gradient.placement import part_of
-from frobdecay.optim.rates import DECAY, Group, Rate
-from frobdecay.optim.rounding import StochasticRounder
-from frobdecay.product.factor import is_sharded
+from frobdecay.optim.rates import BOUND, DECAY, Group, Rate
+from frobdecay.optim.rounding import Increments, StochasticRounder
+from frobdecay.optim.spectral.bound import StepBound, check_bounded, smallest
+from frobdecay.product.names import factor_name
 from frobdecay.product.product import Product
 
 
@@ -37,44 +36,6 @@ class _Asked(NamedTuple):
     of: tuple[Sequence[Rate | None], list[bool], list[int | None]]
     due: list[Rate | None]
     coefs: list[Coefficient]
-
-
-class Increments:
-    """Buffers for what is added to parameters later, one a parameter, float32 or better."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @torch.no_grad()
-    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters' buffers, zero at first."""
-        new = [param for param in {id(p): p for p in params}.values() if id(param) not in self._of]
-        for param in filter(is_sharded, new):
-            zeros = torch.zeros_like(param, dtype=_exact(param), requires_grad=False)
-            self._of[id(param)] = param, zeros
-        plain = [param for param in new if not is_sharded(param)]
-        for batch in batches(plain):
-            alike = [plain[k] for k in batch]
-            layout = Layout(alike)
-            zeros = torch.zeros(layout.entries, dtype=_exact(alike[0]), device=alike[0].device)
-            self._of.update(
-                zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)
-            )
-        return [self._of[id(param)][1] for param in params]
-
-    @torch.no_grad()
-    def apply(self, rounder: StochasticRounder) -> None:
-        """Add the buffers to those parameters that have a gradient, torch's rule for decay."""
-        due = [(param, buffer) for param, buffer in self._of.values() if param.grad is not None]
-        half = [(param, buffer) for param, buffer in due if param.dtype in HALF]
-        others = [(part_of(p), part_of(buffer)) for p, buffer in due if p.dtype not in HALF]
-        if others:
-            torch._foreach_add_([param for param, _ in others], [buffer for _, buffer in others])
-        rounder.add_([param for param, _ in half], [buffer for _, buffer in half])
-
-
-def _exact(param: Tensor) -> torch.dtype:
-    return torch.float32 if param.dtype in HALF else param.dtype
 
 
 class Decay:
@@ -95,6 +56,7 @@ class Decay:
         self._unheld: list[int] = []
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
+        self._checked: object = None  # factors whose step can be bounded
 
     def find(self, groups: Sequence[Group]) -> set[int]:
         """Find the factors in an optimizer's param groups; once before the other methods.
@@ -195,8 +157,47 @@ class Decay:
                 )
         return grads
 
-    def add(self, rates: Sequence[Rate | None], rounder: StochasticRounder) -> None:
-        """Decay every factor that has a gradient: coupled into it, decoupled beside it."""
+    def bound(self, limits: Sequence[Coefficient | None]) -> StepBound | None:
+        """Hold the factors as they are, to bound the step that follows; right after ``find``.
+
+        Args:
+            limits: of every group; a product has the smallest of its factors'.
+
+        Returns:
+            None where no product has a limit.
+        """
+        chosen = [None if g is None else limits[g] for g in self._groups_of]
+        trained = self.accumulator.trained
+        moving = [g is not None and t for g, t in zip(self._groups_of, trained, strict=True)]
+        own = [limit if moves else None for limit, moves in zip(chosen, moving, strict=True)]
+        each = [smallest(row) for row in self.accumulator.rows(own)]
+        bounded = [limit is not None for limit in each]
+        if not any(bounded):
+            return None
+        if self._checked != (self._params, bounded):
+            check_bounded([*compress(self.products, bounded)])
+            self._checked = self._params, bounded
+        return StepBound(self.accumulator, moving, each)
+
+    def check_bound(self, groups: Sequence[Group]) -> None:
+        """Refuse to bound the steps of factors in groups that do not say they have no bound.
+
+        Raises:
+            ValueError: names the product.
+        """
+        free = {id(p) for g in groups if BOUND in g and g[BOUND] is None for p in g["params"]}
+        check_bounded([p for p in self.products if any(id(q) not in free for q in p.params)])
+
+    def add(
+        self,
+        rates: Sequence[Rate | None],
+        rounder: StochasticRounder,
+        bound: StepBound | None = None,
+    ) -> None:
+        """Decay every factor that has a gradient: coupled into it, decoupled beside it.
+
+        The bound is given the Grams.
+        """
         increments, asked = Increments(), self._asked(rates)
         targets = self._gradients(asked)
         if any(rate is not None and rate.decoupled for rate in rates):
@@ -209,7 +210,7 @@ class Decay:
             buffers = increments.of([self._params[k] for k in beside])
             for k, buffer in zip(beside, buffers, strict=True):
                 targets[k] = buffer
-        self.accumulator.run(targets, asked.coefs)
+        self.accumulator.run(targets, asked.coefs, None if bound is None else bound.grams)
         increments.apply(rounder)
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
@@ -288,8 +289,3 @@ class PenalizedClosure:
     def users_loss(self, result: Any) -> Any:
         """The user's own loss for what the base optimizer returned."""
         return next((loss for total, loss in self._returned if total is result), result)
-
-
-def factor_name(product: Product, j: int) -> str:
-    """What messages call factor ``j`` of a product."""
-    return f"factor {j} ({product.factors[j].attribute}) of {product.name!r}"

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
-from frobdecay.optim.rates import DECAY, Group, has_weight_decay, known_value
+from frobdecay.optim.rates import BOUND, DECAY, Group, has_weight_decay, known_value
 
 _PER_PARAMETER = ("params", "param_names")
 
@@ -42,8 +42,14 @@ class Division:
     coef: Coefficient
     taken: bool
 
-    def commit(self, group: Group) -> list[Group]:
-        """Change the group, and return it with what was split off."""
+    def commit(self, group: Group, bound: Coefficient | None = None) -> list[Group]:
+        """Change the group, and return it with what was split off; factors get the bound."""
+        parts = self._commit(group)
+        if bound is not None and any(self.flags):
+            parts[-1].setdefault(BOUND, bound)
+        return parts
+
+    def _commit(self, group: Group) -> list[Group]:
         if not self.split:
             group[DECAY] = self.coef
             if any(self.flags) and "weight_decay" in group:
@@ -171,6 +177,23 @@ def adapt_plain(
             _refuse_mixed(k, group)
         out += Division(division.flags, division.split, coef, division.taken).commit(dict(group))
     return out
+
+
+def keep_bounds(saved: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
+    """Saved param groups, with the bounds that the groups have now where they say nothing of it."""
+    if len(saved) != len(groups):
+        return list(saved)  # refused by the base
+    pairs = zip(saved, groups, strict=True)
+    return [{BOUND: now[BOUND], **group} if BOUND in now else group for group, now in pairs]
+
+
+def tensors_of(param_group: Group) -> list[Any]:
+    """The tensors of a group as the user wrote it, its iterator made a list as torch does."""
+    params = param_group["params"]
+    if isinstance(params, set):
+        return []  # the base refuses it
+    params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
 
 
 def _refuse_mixed(k: int, group: Mapping[str, Any]) -> None:

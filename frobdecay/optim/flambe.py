@@ -30,9 +30,9 @@ from frobdecay.algebra.precision import HALF, Coefficient, check_coefficient
 from frobdecay.algebra.scaling import shortened
 from frobdecay.optim.checks import check_again, check_membership, find_products, plan_groups
 from frobdecay.optim.conventions import refuse
-from frobdecay.optim.decaying import Decay, Increments
+from frobdecay.optim.decaying import Decay
 from frobdecay.optim.rates import DECAY, Group, Rate, is_zero, known_value
-from frobdecay.optim.rounding import StochasticRounder
+from frobdecay.optim.rounding import Increments, StochasticRounder
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.find import products as products_of

@@ -29,10 +29,17 @@ from frobdecay.optim.conventions import (
     is_plain_descent,
     reads_the_parameter,
 )
-from frobdecay.optim.decaying import Decay, Increments, PenalizedClosure
-from frobdecay.optim.division import Halves, adapt_plain, is_plain
+from frobdecay.optim.decaying import Decay, PenalizedClosure
+from frobdecay.optim.division import Halves, adapt_plain, is_plain, keep_bounds, tensors_of
 from frobdecay.optim.proxy import OptimizerProxy
-from frobdecay.optim.rates import DECAY, Group, Rate, is_zero, known_value, rate_of
+from frobdecay.optim.rates import (
+    DECAY,
+    Group,
+    Rate,
+    asked,
+    is_dummy_step,
+    known_value,
+)
 from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.optim.stability import Watch
 from frobdecay.product.find import VERSION
@@ -49,7 +56,8 @@ class _Step(NamedTuple):
     """What one step hands to the base's update, and what is left to do after it."""
 
     args: tuple[Any, ...]
-    late: Increments | None
+    late: Any = None  # increments of decay
+    bound: Any = None  # of the step
 
 
 class FrobeniusDecay(OptimizerProxy):
@@ -89,19 +97,29 @@ class FrobeniusDecay(OptimizerProxy):
     gets his own loss. **Hooks** of the wrapper run before the decay is added (clip there); those
     of the base optimizer and the global ones run after it, inside the base's step.
 
+    **A bounded step**: with ``bound=β`` no step moves a product by more than β·lr in the spectral
+    norm, ‖ΔW‖₂ ≤ β·lr, whatever the base proposes: of what it has done, with the decoupled decay,
+    all factors of a product keep the same share, found from their norms; see
+    ``optim/spectral/bound.py`` for the inequality. β is the option ``"step_bound"`` of the factors'
+    groups. For chains of matrices, for each head by itself; costs a copy of the factors during
+    the step, and nothing is kept from one step to the next. Of half-precision parameters the
+    bound holds before they are rounded.
+
     Args:
         optimizer: any ``torch.optim.Optimizer``, built after the model was factorized.
         model_or_products: the factorized model, or the products that this optimizer trains.
         decay: λ for all factors, a number or a tensor without dimensions; None takes over their
             weight decay.
         mode: ``"coupled"``, ``"decoupled"``, or ``"auto"`` for what the base does itself.
+        bound: β, the largest ‖ΔW‖₂ of a step in units of lr; None for none.
         backend: a name in ``frobdecay.gradient.backends.BACKENDS``; None chooses by cost.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, or λ no number.
-        ValueError: λ negative or not finite; a wrapper inside; a scheduler attached already; a
-            model without products; a trainable factor in no param group or in two; no weight
-            decay to take over, or a convention that cannot be known. Nothing was changed then.
+        TypeError: ``optimizer`` is no optimizer, or λ or β no number.
+        ValueError: λ negative or not finite, β not positive; a wrapper inside; a scheduler attached
+            already; a model without products; a trainable factor in no param group or in two; no
+            weight decay to take over, or a convention that cannot be known; a step that cannot be
+            bounded. Nothing was changed then.
     """
 
     def __init__(
@@ -111,20 +129,23 @@ class FrobeniusDecay(OptimizerProxy):
         *,
         decay: Coefficient | None = None,
         mode: Mode = "auto",
+        bound: Coefficient | None = None,
         backend: str | None = None,
     ) -> None:
-        check_arguments(optimizer, decay, mode)
+        check_arguments(optimizer, decay, mode, bound)
         model = model_or_products if isinstance(model_or_products, nn.Module) else None
         version = VERSION.value
         engine = Decay(find_products(model_or_products), backend)
         layout = plan_wrapping(optimizer, engine.products, model, decay, mode)
+        if bound is not None:
+            engine.check_bound(optimizer.param_groups)
         pairs = zip(layout, optimizer.param_groups, strict=True)
-        parts = [division.commit(whole) for division, whole in pairs]
+        parts = [division.commit(whole, bound) for division, whole in pairs]
         optimizer.param_groups[:] = [group for part in parts for group in part]
         super().__init__(optimizer)
         self._engine = engine
         self._mode: Mode = mode
-        self._decay = decay
+        self._decay, self._bound = decay, bound
         self._backend = backend
         self._layout = layout
         self._rounder = StochasticRounder()
@@ -189,25 +210,33 @@ class FrobeniusDecay(OptimizerProxy):
     def _before(self, closure: Callable[[], Any] | None) -> _Step:
         self._notice_late_factorization()
         self._halves.check()
-        rates = self._rates()
-        step = _Step(() if closure is None else (closure,), None)
+        rates, limits = self._asked()
+        engine, step = self._engine, _Step(() if closure is None else (closure,))
+        bound = engine.bound(limits) if any(limit is not None for limit in limits) else None
         if any(rate is not None for rate in rates):
-            engine = self._engine
             self._watch.look(engine.products, lambda: engine.of_products(self._sizes(rates)))
-            step = self._add_decay(closure, rates)
+            step = self._add_decay(closure, rates, bound)
+        if bound is not None:
+            bound.measure()
+            step = step._replace(bound=bound)
         for name in _AMP:  # hand on what GradScaler said
             if name in self.__dict__:
                 setattr(self._base, name, self.__dict__[name])
         return step
 
     @torch.no_grad()
-    def _add_decay(self, closure: Callable[[], Any] | None, rates: list[Rate | None]) -> _Step:
+    def _add_decay(
+        self,
+        closure: Callable[[], Any] | None,
+        rates: list[Rate | None],
+        bound: Any,
+    ) -> _Step:
         engine, late = self._engine, None
         if closure is not None or reads_the_parameter(self._base):
             late = engine.increments(rates)
             rates = [None if rate is None or rate.decoupled else rate for rate in rates]
         if closure is None:
-            engine.add(rates, self._rounder)
+            engine.add(rates, self._rounder, bound)
             return _Step((), late)
         value = not ignores_the_loss(self._base)
 
@@ -220,6 +249,8 @@ class FrobeniusDecay(OptimizerProxy):
     def _after(self, step: _Step, result: Any) -> Any:
         if step.late is not None:
             step.late.apply(self._rounder)
+        if step.bound is not None:
+            step.bound.apply(self._rounder)
         for closure in step.args:
             if isinstance(closure, PenalizedClosure):
                 result = closure.users_loss(result)
@@ -230,26 +261,14 @@ class FrobeniusDecay(OptimizerProxy):
             if name in self.__dict__:
                 delattr(self._base, name)
 
-    def _rates(self) -> list[Rate | None]:
-        """What every group's options ask for in this step; all None where nothing does."""
+    def _asked(self) -> tuple[list[Rate | None], list[Coefficient | None]]:
+        """What every group's options ask for in this step, and how far it may go; None: nothing."""
         groups = self.param_groups
-        if self._is_dummy_step():
-            return [None] * len(groups)
+        if is_dummy_step(self):
+            return [None] * len(groups), [None] * len(groups)
         holding = self._engine.find(groups)
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
-        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
-        return [
-            rate_of(
-                group,
-                f"param group {g}",
-                decoupled=self._is_decoupled(group),
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-            if g in holding
-            else None
-            for g, group in enumerate(groups)
-        ]
+        amp = {name: self.__dict__.get(name) for name in _AMP}
+        return asked(groups, holding, self._is_decoupled, **amp)
 
     def _sizes(self, rates: list[Rate | None]) -> list[Coefficient | None]:
         """lr·λ of every group, where that is what a step of decay multiplies gradients by."""
@@ -264,16 +283,6 @@ class FrobeniusDecay(OptimizerProxy):
     def _is_decoupled(self, group: Group) -> bool:
         kind = convention(self._base, group) if self._mode == "auto" else self._mode
         return kind == "decoupled"
-
-    def _is_dummy_step(self) -> bool:
-        """Whether torch.distributed.checkpoint only wants the state to be initialized.
-
-        It steps with zero gradients and lr 0, and expects the moments to stay zero.
-        """
-        if self.state or any(not is_zero(group.get("lr", 1.0)) for group in self.param_groups):
-            return False
-        params = [param for group in self.param_groups for param in group["params"]]
-        return not any(p.grad is not None and bool(p.grad.any()) for p in params)
 
     def _notice_late_factorization(self) -> None:
         """Look at the model again if anything was factorized since the last time."""
@@ -311,7 +320,7 @@ class FrobeniusDecay(OptimizerProxy):
         """
         version, products = VERSION.value, self._products_now()
         index = len(self.param_groups)
-        probe = {**self.defaults, **param_group, "params": _tensors(param_group)}
+        probe = {**self.defaults, **param_group, "params": tensors_of(param_group)}
         (division,) = plan_groups(
             self._base,
             [probe],
@@ -322,7 +331,7 @@ class FrobeniusDecay(OptimizerProxy):
             own_first=True,
         )
         self._base.add_param_group(param_group)
-        self.param_groups[index:] = division.commit(self.param_groups[index])
+        self.param_groups[index:] = division.commit(self.param_groups[index], self._bound)
         self._layout.append(division)
         self._adopt(products, version)
 
@@ -356,14 +365,16 @@ class FrobeniusDecay(OptimizerProxy):
                 f"it is of a {type(self._base).__name__} that was not wrapped, laid out its own way"
             )
         if saved is not None and is_plain(saved):
-            state_dict["param_groups"] = adapt_plain(saved, self._layout, self.param_groups)
+            saved = adapt_plain(saved, self._layout, self.param_groups)
+        if saved is not None:
+            state_dict["param_groups"] = keep_bounds(saved, self.param_groups)
         self._base.load_state_dict(state_dict)
         self._rounder = rounder
 
     def __getstate__(self) -> dict[str, Any]:
         # As with torch's optimizers, hooks and what a scheduler attached here stay behind. So
         # does the model: a copy of the optimizer should not carry one along.
-        names = ("_base", "_mode", "_decay", "_backend", "_layout", "_rounder")
+        names = ("_base", "_mode", "_decay", "_bound", "_backend", "_layout", "_rounder")
         return {"products": self.products, **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -379,12 +390,3 @@ class FrobeniusDecay(OptimizerProxy):
 
 def _addresses(products: Iterable[Product]) -> list[tuple[int, str]]:
     return [(id(f.owner), f.attribute) for product in products for f in product.factors]
-
-
-def _tensors(param_group: Group) -> list[Any]:
-    """The tensors of a group as the user wrote it, its iterator made a list as torch does."""
-    params = param_group["params"]
-    if isinstance(params, set):
-        return []  # the base refuses it
-    params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
-    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]

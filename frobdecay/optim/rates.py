@@ -8,16 +8,20 @@ Numbers that live on an accelerator are computed with but never read: reading wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
 
 DECAY = "frobenius_decay"
 """The option of a param group that holds λ."""
+
+BOUND = "step_bound"
+"""The option of a param group that holds the largest ‖ΔW‖₂ of a step, in units of lr."""
 
 Group = dict[str, Any]
 
@@ -79,6 +83,53 @@ def rate_of(
     return None if is_zero(coef) else Rate(decoupled, coef, grad_scale is not None)
 
 
+def asked(
+    groups: Sequence[Group],
+    holding: Collection[int],
+    decoupled: Callable[[Group], bool],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[list[Rate | None], list[Coefficient | None]]:
+    """The rates and the limits of all groups; None of those that do not hold factors."""
+    rates: list[Rate | None] = [None] * len(groups)
+    limits: list[Coefficient | None] = [None] * len(groups)
+    for k in sorted(holding):
+        where, kind = f"param group {k}", decoupled(groups[k])
+        rates[k] = rate_of(
+            groups[k], where, decoupled=kind, grad_scale=grad_scale, found_inf=found_inf
+        )
+        limits[k] = limit_of(groups[k], where)
+    return rates, limits
+
+
+def limit_of(group: Group, where: str) -> Coefficient | None:
+    """The largest ‖ΔW‖₂ that a group of factors allows in this step; None where it has no bound.
+
+    Raises:
+        TypeError, ValueError: the bound is no positive finite number, or there is no lr.
+    """
+    bound = group.get(BOUND)
+    if bound is None:
+        return None
+    check_bound(bound, f"{BOUND} of {where}")
+    if group.get("lr") is None or group.get("differentiable"):
+        raise ValueError(
+            f"expected an 'lr' and differentiable=False in {where} with {BOUND}={bound}, got "
+            f"{sorted(group)}: the bound is a multiple of lr, and not recorded by autograd"
+        )
+    return known_value(group["lr"]) * known_value(bound)
+
+
+def check_bound(bound: Any, what: str) -> None:
+    """Refuse what is no positive finite number; tensors on an accelerator are trusted."""
+    check_coefficient(bound, what)
+    check_coefficient(known_value(bound), what)
+    if is_zero(bound):
+        raise ValueError(
+            f"expected {what} to be positive, got {bound}: nothing would move; None is no bound"
+        )
+
+
 def _check_options(group: Group, where: str) -> None:
     """Refuse options that a checkpoint or a schedule may have brought."""
     if DECAY not in group:
@@ -111,3 +162,15 @@ def is_zero(number: Coefficient) -> bool:
     """Whether a coefficient is known to be zero."""
     number = known_value(number)
     return not isinstance(number, Tensor) and number == 0
+
+
+def is_dummy_step(optimizer: Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint only wants the state to be initialized.
+
+    It steps with zero gradients and lr 0, and expects the moments to stay zero.
+    """
+    groups = optimizer.param_groups
+    if optimizer.state or any(not is_zero(group.get("lr", 1.0)) for group in groups):
+        return False
+    params = [param for group in groups for param in group["params"]]
+    return not any(p.grad is not None and bool(p.grad.any()) for p in params)

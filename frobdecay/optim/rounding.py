@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.precision import HALF
 from frobdecay.algebra.scaling import power_of_two
 from frobdecay.gradient.flat import Layout, batches
 from frobdecay.gradient.placement import part_number, part_of
@@ -180,3 +181,41 @@ class StochasticRounder:
     def __setstate__(self, state_dict: dict[str, Any]) -> None:
         self._seed = _SEED
         self.load_state_dict(state_dict)
+
+
+class Increments:
+    """Buffers for what is added to parameters later, one a parameter, float32 or better."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' buffers, zero at first."""
+        new = [param for param in {id(p): p for p in params}.values() if id(param) not in self._of]
+        for param in filter(is_sharded, new):
+            zeros = torch.zeros_like(param, dtype=_exact(param), requires_grad=False)
+            self._of[id(param)] = param, zeros
+        plain = [param for param in new if not is_sharded(param)]
+        for batch in batches(plain):
+            alike = [plain[k] for k in batch]
+            layout = Layout(alike)
+            zeros = torch.zeros(layout.entries, dtype=_exact(alike[0]), device=alike[0].device)
+            self._of.update(
+                zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)
+            )
+        return [self._of[id(param)][1] for param in params]
+
+    @torch.no_grad()
+    def apply(self, rounder: StochasticRounder) -> None:
+        """Add the buffers to those parameters that have a gradient, torch's rule for decay."""
+        due = [(param, buffer) for param, buffer in self._of.values() if param.grad is not None]
+        half = [(param, buffer) for param, buffer in due if param.dtype in HALF]
+        others = [(part_of(p), part_of(buffer)) for p, buffer in due if p.dtype not in HALF]
+        if others:
+            torch._foreach_add_([param for param, _ in others], [buffer for _, buffer in others])
+        rounder.add_([param for param, _ in half], [buffer for _, buffer in half])
+
+
+def _exact(param: Tensor) -> torch.dtype:
+    return torch.float32 if param.dtype in HALF else param.dtype

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+
+TABLE = "_parameters"  # in a module's attributes
 
 
 class Bare:
@@ -82,6 +84,30 @@ class Factor:
             else param
         )
         return self.view(known)
+
+
+class _Attributes:
+    """Any object's attributes, read like a dictionary."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def get(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+
+def place_of(factor: Factor) -> tuple[Mapping[str, Mapping[str, Any] | _Attributes], str]:
+    """Where the table is that a parameter is looked up in: that saves ``getattr`` at every step.
+
+    Of a module, not the table itself, in the place of which code may put another one.
+
+    Returns:
+        What has the table under ``TABLE``, and the name in the table.
+    """
+    owner, name = factor.owner, factor.attribute
+    if isinstance(owner, nn.Module) and name in owner._parameters:
+        return vars(owner), name
+    return {TABLE: vars(owner) if name in vars(owner) else _Attributes(owner)}, name
 
 
 def axes_in(pattern: str | None, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

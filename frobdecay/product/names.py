@@ -215,3 +215,8 @@ def near_names(one: str | re.Pattern[str], names: list[str]) -> str:
     if near:
         return f"near matches: {', '.join(near)}"
     return f"the model's names are {names[:8]}{' …' if len(names) > 8 else ''}"
+
+
+def factor_name(product: Product, j: int) -> str:
+    """What messages call factor ``j`` of a product."""
+    return f"factor {j} ({product.factors[j].attribute}) of {product.name!r}"

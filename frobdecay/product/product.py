@@ -93,7 +93,7 @@ class Product:
 
     @cached_property
     def plans(self) -> list[Any]:
-        """What ``gradient/accumulate.py`` keeps for lists that begin with this record."""
+        """What ``gradient/penalty.py`` keeps for lists that begin with this record."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import nn
 
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import likeness
-from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.backends import BACKENDS
+from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty
 

@@ -44,6 +44,16 @@ def test_every_layout_sends_what_it_has_to(world):
             assert counts == (ONE if expected else {}), name
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_bounded_step_of_every_layout_is_exact(world):
+    """Of products sharded in every way that of the whole ones; one all-reduce more for it."""
+    for report in of(world, "bounded_layouts"):
+        for name, error, far, counts, sends in report:
+            assert error < 1e-12, name
+            assert 1e-3 < far < 0.5, name
+            assert counts == ({"c10d.allreduce_": 2} if sends else {}), name
+
+
 @pytest.mark.covers("C14")
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_training_is_that_of_one_process(world):

@@ -20,8 +20,9 @@ from torch import nn
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
 from benchmarks.measure import no_waiting, precision
-from frobdecay.gradient.accumulate import Accumulator, add_penalty_grad_, explain
+from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.bucketed import Job, overlapping
+from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.gradient.triton import executor
 from frobdecay.gradient.triton.executor import Grouped, squared_norms
 from frobdecay.gradient.triton.refusals import refusals

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay import FrobeniusDecay, Product
 from frobdecay.gradient import flat
-from frobdecay.optim.decaying import Increments
-from frobdecay.optim.rounding import StochasticRounder, round_stochastically
+from frobdecay.optim.rounding import Increments, StochasticRounder, round_stochastically
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

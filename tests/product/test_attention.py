@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from frobdecay import diagnostics
 from frobdecay.algebra.network import Network
-from frobdecay.gradient.accumulate import add_penalty_grad_, explain
+from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product import find

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from frobdecay.diagnostics import measure
-from frobdecay.gradient.accumulate import add_penalty_grad_
+from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.optim.frobenius import FrobeniusDecay

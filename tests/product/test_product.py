@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frobdecay import FrobeniusDecay, balance_
 from frobdecay.algebra.network import cp
 from frobdecay.diagnostics import measure
-from frobdecay.gradient.accumulate import add_penalty_grad_
+from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.product import find
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty, product_norm, squared_norm

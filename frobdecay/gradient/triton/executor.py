@@ -28,7 +28,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.gradient.bucketed import Coefs, Job, Targets, overlapping
+from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets, overlapping
 from frobdecay.gradient.triton.refusals import load_kernels, refusals
 from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
@@ -131,7 +131,9 @@ class Grouped:
         return torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
 
     @_disable_dynamo
-    def __call__(self, targets: Targets, coefs: Coefs, form: object = None) -> None:
+    def __call__(
+        self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+    ) -> None:
         """Add coef · ∇½‖W‖² to the target of every factor; see ``Runner``."""
         wanted = [target for target in targets if target is not None]
         if not wanted:
@@ -141,6 +143,8 @@ class Grouped:
             self._keep_for_stream()
             self.launch_grams()
             self._launch_updates(table)
+        if grams is not None:
+            grams.update((slot.number, slot.gram_in(self._grams)) for slot in self._slots)
         increment_version(wanted)  # as an operator of torch would: autograd checks it
 
     def launch_grams(self) -> None:

@@ -134,6 +134,13 @@ class Slot:
         """Numbers in the Grams of all heads."""
         return prod(self.view.shape[: self.batch]) * self.leading**2
 
+    def gram_in(self, buffer: Tensor) -> Tensor:
+        """Its Grams, (*batch, r, r), in a buffer of all."""
+        shape = *self.view.shape[: self.batch], self.leading, self.leading
+        return buffer[self.gram : self.gram + self.length].view(shape)[
+            ..., : self.rank, : self.rank
+        ]
+
     @property
     def partner_gram(self) -> int:
         """Place of the other side's first Gram: both sides' Grams are neighbours, U's first."""

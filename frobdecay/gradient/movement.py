@@ -1,0 +1,71 @@
+"""How far factors move in a step, and taking a part of that back.
+
+A copy of the factors is made before the step, one buffer for many of them. After it the copy
+becomes what they have lost, old − new, and a share of that is added to them again: where the
+share is zero, the step stays as it is, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from frobdecay.algebra.precision import HALF
+from frobdecay.algebra.sharpness import norms_above
+from frobdecay.gradient.bucketed import Grams
+from frobdecay.gradient.flat import Layout, batches
+
+
+class Movement:
+    """Where the factors are now, to find out later how far they have moved.
+
+    Args:
+        held: what this process has of every factor.
+        moving: of every factor, whether it may move.
+    """
+
+    @torch.no_grad()
+    def __init__(self, held: Sequence[Tensor], moving: Sequence[bool]) -> None:
+        self._factors = len(held)
+        chosen = [k for k, moves in enumerate(moving) if moves]
+        self._copies: dict[int, Tensor] = {}
+        for batch in batches([held[k] for k in chosen]):
+            members = [chosen[i] for i in batch]
+            tensors = [held[k] for k in members]
+            layout, first = Layout(tensors), tensors[0]
+            dtype = torch.float32 if first.dtype in HALF else first.dtype
+            buffer = torch.empty(layout.entries, dtype=dtype, device=first.device)
+            views = layout.views(buffer)
+            torch._foreach_copy_(views, tensors)
+            self._copies.update(zip(members, views, strict=True))
+
+    def copies(self) -> list[Tensor | None]:
+        """The copy of every factor, None of those that may not move."""
+        return [self._copies.get(k) for k in range(self._factors)]
+
+    @torch.no_grad()
+    def lost(self, held: Sequence[Tensor]) -> list[Tensor | None]:
+        """Old − new of every factor, None of those that may not move; once, in the copies."""
+        alike: dict[object, list[int]] = defaultdict(list)
+        for k, copy in self._copies.items():
+            alike[copy.device, held[k].dtype].append(k)
+        for members in alike.values():
+            torch._foreach_sub_([self._copies[k] for k in members], [held[k] for k in members])
+        return self.copies()
+
+
+def norms_of(grams: Grams, wanted: Collection[int]) -> dict[int, Tensor]:
+    """Spectral norms from above, (*batch) for each factor that is wanted, from their Grams."""
+    alike: dict[object, list[int]] = defaultdict(list)
+    for k in wanted:
+        alike[grams[k].shape, grams[k].dtype, grams[k].device].append(k)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        for chunk in batches([grams[k] for k in members]):
+            chosen = [members[i] for i in chunk]
+            norms = norms_above(torch.stack([grams[k] for k in chosen]))
+            found.update(zip(chosen, norms.unbind(), strict=True))
+    return found

@@ -1,0 +1,226 @@
+r"""A step bounded in the product: what any optimizer proposes, scaled until ‖ΔW‖₂ is small enough.
+
+Of W = C₁ C₂ … with steps s·ΔC_k, every term of ΔW but W itself is a product of norms at most,
+
+    ‖ΔW‖₂ ≤ Π(‖C_k‖ + s‖ΔC_k‖) − Π‖C_k‖,        of a pair s(‖ΔU‖‖V‖ + ‖U‖‖ΔV‖) + s²‖ΔU‖‖ΔV‖,
+
+by the triangle inequality and ‖AB‖ ≤ ‖A‖‖B‖ for spectral norms. With a₁ what is linear in s and a₂
+the rest at s = 1, it is at most a₁s + a₂s² for 0 ≤ s ≤ 1 (equal for a pair), so that
+
+    s = min(1, 2b / (a₁ + √(a₁² + 4a₂b)))
+
+keeps it within b. One s scales all factors of a product: the direction of the step stays as it
+is, and a step that is small enough is not touched. Janson, Oyallon & Belilovsky (2026,
+arXiv:2602.12429) bound a pair's step so where both updates are orthogonal and equally long; here
+they are measured. The norms come from Grams and from above (``norms_above``), and b is in units
+of the learning rate.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from frobdecay.algebra.network import Network
+from frobdecay.algebra.precision import HALF, Coefficient
+from frobdecay.gradient.accumulate import Accumulator
+from frobdecay.gradient.bucketed import Grams, together
+from frobdecay.gradient.movement import Movement, norms_of
+from frobdecay.optim.rates import BOUND
+from frobdecay.optim.rounding import StochasticRounder
+from frobdecay.product.factor import is_sharded
+from frobdecay.product.product import Product
+
+
+class StepBound:
+    """The bound of one step: made before it, applied after it.
+
+    It holds a copy of the factors, in float32 at least, as long as the step takes.
+
+    Args:
+        accumulator: of the products; refreshed.
+        moving: of every factor, whether the step may move it.
+        limits: b of every product, None where there is none.
+
+    Attributes:
+        grams: receives those of the factors, if something else forms them before the step.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        moving: Sequence[bool],
+        limits: Sequence[Coefficient | None],
+    ) -> None:
+        self._accumulator, self._limits = accumulator, limits
+        products = accumulator.products
+        self._product = [k for k, product in enumerate(products) for _ in product.factors]
+        bounded = [limits[k] is not None for k in self._product]
+        chosen = [moves and has for moves, has in zip(moving, bounded, strict=True)]
+        self._held = accumulator.held()
+        self._bounded = [k for k, has in enumerate(bounded) if has]
+        self._movement = Movement(self._held, chosen)
+        self.grams: Grams = {}
+
+    def measure(self) -> None:
+        """Take the norms of the factors as they were when this was made."""
+        copies = self._movement.copies()
+        parts: list[Tensor | None] = [None] * len(copies)
+        for k in self._bounded:
+            copy = copies[k]
+            parts[k] = self._held[k] if copy is None else copy
+        self._norms = norms_of(self._accumulator.grams(parts, self.grams), self._bounded)
+
+    @torch.no_grad()
+    def apply(self, rounder: StochasticRounder) -> None:
+        """Take back what of the step is beyond the bound."""
+        accumulator = self._accumulator
+        params = accumulator.refresh()  # the base may have put other memory in their place
+        held = accumulator.held()
+        lost = self._movement.lost(held)
+        moves = [k for k, part in enumerate(lost) if part is not None]
+        moved = norms_of(accumulator.grams(lost), moves)
+        norms, steps = (
+            accumulator.rows([known.get(k) for k in range(len(lost))])
+            for known in (self._norms, moved)
+        )
+        found = shares(accumulator.products, norms, steps, self._limits)
+        plain: list[tuple[Tensor, Tensor]] = []
+        half: list[tuple[Tensor, Tensor]] = []
+        for k in moves:
+            part, share = lost[k], found[self._product[k]]
+            assert part is not None
+            assert share is not None
+            beyond = accumulator.spread(k, 1 - share)
+            part.mul_(beyond.reshape(*beyond.shape, *(1 for _ in range(part.ndim - beyond.ndim))))
+            if part.dtype == held[k].dtype:
+                plain.append((held[k], part))
+            else:
+                half.append((params[k] if is_sharded(params[k]) else held[k], part))
+        if plain:
+            torch._foreach_add_([own for own, _ in plain], [part for _, part in plain])
+        rounder.add_([own for own, _ in half], [part for _, part in half])
+
+
+def shares(
+    products: Sequence[Product],
+    norms: Sequence[Sequence[Tensor | None]],
+    moved: Sequence[Sequence[Tensor | None]],
+    limits: Sequence[Coefficient | None],
+) -> list[Tensor | None]:
+    """The largest s ≤ 1 with which the inequality holds a product's step within its limit.
+
+    Args:
+        products: chains.
+        norms: ‖C_k‖ of every factor, (*batch); None where there is no limit.
+        moved: ‖ΔC_k‖, None for a factor that does not move.
+        limits: of ‖ΔW‖₂ with the scale in W.
+
+    Returns:
+        (*batch) for every product, None where there is no limit or no factor moves.
+    """
+    alike: dict[object, list[int]] = defaultdict(list)
+    for k, limit in enumerate(limits):
+        first = norms[k][0]
+        if limit is not None and first is not None and any(d is not None for d in moved[k]):
+            alike[len(norms[k]), first.dtype, first.device, first.shape].append(k)
+    found: list[Tensor | None] = [None] * len(products)
+    for members in alike.values():
+        first = norms[members[0]][0]
+        assert first is not None
+        whole = first.new_ones(())  # of the factors so far
+        linear = rest = first.new_zeros(())
+        for sizes, steps in zip(
+            zip(*(norms[k] for k in members), strict=True),
+            zip(*(moved[k] for k in members), strict=True),
+            strict=True,
+        ):
+            c = torch.stack([size for size in sizes if size is not None])
+            zero = torch.zeros_like(c[0])
+            d = torch.stack([zero if step is None else step for step in steps])
+            rest = rest * (c + d) + linear * d
+            linear = linear * c + whole * d
+            whole = whole * c
+        within = _limits([products[k] for k in members], [limits[k] for k in members], linear)
+        root = (linear.square() + 4 * rest * within).sqrt()
+        part = 2 * within / (linear + root).clamp_min(torch.finfo(linear.dtype).tiny)
+        fits = linear + rest <= within  # not where a norm is not a number: the share is none, too
+        each = torch.where(fits, 1.0, part)
+        for k, share in zip(members, each.unbind(), strict=True):
+            found[k] = share
+    return found
+
+
+def smallest(limits: Sequence[Coefficient | None]) -> Coefficient | None:
+    """The smallest of a product's limits; None if there is none."""
+    found: Coefficient | None = None
+    for limit in limits:
+        if found is None or limit is None or limit is found:
+            found = limit if found is None else found
+        elif isinstance(limit, Tensor) or isinstance(found, Tensor):
+            pair = torch.as_tensor(limit), torch.as_tensor(found)
+            found = torch.minimum(*pair)
+        else:
+            found = min(found, limit)
+    return found
+
+
+def _limits(
+    products: Sequence[Product], limits: Sequence[Coefficient | None], like: Tensor
+) -> Coefficient:
+    """What the products of the factors alone may move by: one number, or (products, 1, …)."""
+    within = [
+        limit if product.scale == 1 else limit / abs(product.scale)
+        for product, limit in zip(products, limits, strict=True)
+        if limit is not None
+    ]
+    first = within[0]
+    if not isinstance(first, Tensor) and all(
+        not isinstance(limit, Tensor) and limit == first for limit in within
+    ):
+        return first
+    return together(within, like)
+
+
+# --- what can be bounded --------------------------------------------------------------------------
+
+
+def check_bounded(products: Sequence[Product]) -> None:
+    """Refuse products whose step cannot be bounded, before anything is changed.
+
+    Raises:
+        ValueError: not a chain of matrices, or a parameter that is a factor more than once.
+    """
+    owners: dict[object, str] = {}
+    for product in products:
+        if reason := _why_not(product):
+            raise ValueError(
+                f"{product.name}: expected a chain of matrices U M.. Vᵀ for bound=, got "
+                f"{product.structure.name}: {reason}; leave it out of the bound by a param group "
+                f"of its own with {BOUND!r}: None, or pass bound=None"
+            )
+        for factor in product.factors:
+            key = id(factor.param), factor.index
+            if key in owners or (key[0], None) in owners:
+                other = owners.get(key, owners.get((key[0], None)))
+                raise ValueError(
+                    f"{product.name} ({factor.attribute}): expected a parameter that is a factor "
+                    f"once, for bound=, got one that is also a factor of {other!r}: one step "
+                    "cannot have two sizes; untie them, or pass bound=None"
+                )
+            owners[key] = product.name
+
+
+def _why_not(product: Product) -> str | None:
+    structure, outlines = product.structure, product.outlines()
+    if not isinstance(structure, Network) or not structure.is_chain:
+        return "the norms of its factors say nothing of the spectral norm of one matrix"
+    if any(view.ndim != product.batch + 2 for view in outlines[1:-1]):
+        return "an inner factor has rows of its own, so that the product is no matrix"
+    halves = [is_sharded(f.param) and f.pattern and f.param.dtype in HALF for f in product.factors]
+    if any(halves):
+        return "a sharded factor in half precision that is seen through a pattern; use float32"
+    return None
