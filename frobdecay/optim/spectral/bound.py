@@ -160,11 +160,10 @@ def smallest(limits: Sequence[Coefficient | None]) -> Coefficient | None:
     for limit in limits:
         if found is None or limit is None or limit is found:
             found = limit if found is None else found
-        elif isinstance(limit, Tensor) or isinstance(found, Tensor):
-            pair = torch.as_tensor(limit), torch.as_tensor(found)
-            found = torch.minimum(*pair)
+        elif isinstance(limit, Tensor):
+            found = limit.clamp_max(found)
         else:
-            found = min(found, limit)
+            found = found.clamp_max(limit) if isinstance(found, Tensor) else min(found, limit)
     return found
 
 
