@@ -16,7 +16,7 @@ Its files:     save_factorized, load_factorized, load_dense_
 The optimizer: FrobeniusDecay, FrobeniusDecayFactory, Flambe, split_param_groups
 Products:      products, register_products, Product, Factor, explain
 Their penalty: penalty, product_norm, add_penalty_grad_
-Factors:       spectral_init, balance_
+Factors:       spectral_init, calibrate, Calibration, balance_
 Weights:       LowRank, Tucker, TensorTrain, CP, FactoredTensor
 What to watch: diagnostics.measure, diagnostics.Recorder
 
@@ -26,6 +26,8 @@ Each begins its help with an example: ``help(frobdecay.factorize)``.
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
+from frobdecay.models.calibration.calibration import Calibration
+from frobdecay.models.calibration.run import calibrate
 from frobdecay.models.checkpoints import transformers as _transformers
 from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CP",
+    "Calibration",
     "Factor",
     "FactoredTensor",
     "Flambe",
@@ -62,6 +65,7 @@ __all__ = [
     "Tucker",
     "add_penalty_grad_",
     "balance_",
+    "calibrate",
     "diagnostics",
     "explain",
     "factorize",

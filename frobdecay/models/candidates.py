@@ -12,7 +12,7 @@ from torch import nn
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.scaling import why_dead
 from frobdecay.algebra.tensorize import FLAT, Rank
-from frobdecay.models.budget.entry import Entry
+from frobdecay.models.budget.entry import Entry, Metrics
 from frobdecay.models.fitness import (
     adapter_against,
     check_values,
@@ -20,9 +20,10 @@ from frobdecay.models.fitness import (
     tie_against,
     ties,
 )
-from frobdecay.models.select import Walk, Weight, select
+from frobdecay.models.select import Walk, Weight, bias_of, select
 from frobdecay.product.names import Selector
 from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
+from frobdecay.weights.lowrank import LowRank
 
 OnTied = Literal["skip", "untie", "error"]
 
@@ -52,6 +53,8 @@ def candidates(
     found = [Entry(weight) for weight in select(walk, include, exclude)]
     given = getattr(parametrization, "keywords", {})  # of a partial: they win
     options = {name: value for name, value in options.items() if name not in given}
+    stats = options.get("init")
+    options = {**options, "init": "spectral"} if isinstance(stats, Metrics) else options
     tensors = _reads_tensors(parametrization, options)
     for entry in found:
         if entry.weight.excluded:
@@ -73,7 +76,34 @@ def candidates(
     _count_copies(walk, found)
     check_any(walk.model, found, [entry.open for entry in found])
     _check_pattern_used([entry for entry in found if entry.open], parametrization)
+    if isinstance(stats, Metrics):
+        _calibrate([entry for entry in found if entry.open], stats, tied)
     return found
+
+
+def _calibrate(found: list[Entry], stats: Metrics, tied: Mapping[int, list[str]]) -> None:
+    """Give each weight the metric in which it is truncated, or say that it has none."""
+    for entry in found:
+        view, weight = entry.view, entry.weight
+        kind = type(entry.make(1)) if entry.make is not None else None
+        if not isinstance(view, Matricization) or kind is None or not issubclass(kind, LowRank):
+            raise ValueError(
+                f"{weight.name}: calibrated initialization is of matrices, U Vᵀ, but the "
+                f"parametrization is {kind.__name__ if kind else None}; take LowRank for it, or "
+                "init='spectral'"
+            )
+        if reason := stats.why_not(weight, view):
+            entry.note = f"init='spectral': {reason}"
+            continue
+        bias = bias_of(weight)
+        moves = bias is not None and id(bias) not in tied
+        # Made when it is used: it has the size of the moment, in float64.
+        entry.metric = functools.partial(stats.metric, weight, view, moves)
+    if found and all(entry.metric is None for entry in found):
+        raise ValueError(
+            f"no chosen weight was calibrated: {found[0].weight.name}: {found[0].note}; calibrate "
+            "this model"
+        )
 
 
 def _unknown(weight: Weight) -> str:

@@ -7,21 +7,19 @@ leaves the model as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.spectral import Init
 from frobdecay.gradient.carry import Carried, Optimizers
-from frobdecay.models.budget.entry import Entry
+from frobdecay.models.budget.entry import Entry, Initialization
 from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import restorable
 from frobdecay.models.fitness import check_values, relative_error, unwrapped
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned
-from frobdecay.models.select import Walk, Weight
+from frobdecay.models.select import Walk, bias_of
 from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties, untie
@@ -38,7 +36,7 @@ def factorize(
     include: Selector | None = None,
     exclude: Selector | None = None,
     parametrization: Callable[..., nn.Module] = LowRank,
-    init: str | Init = "spectral",
+    init: Initialization = "spectral",
     on_tied: OnTied = "skip",
     optimizer: Optimizers = None,
     progress: bool | None = None,
@@ -75,7 +73,7 @@ def factorize(
             of your own go in a ``functools.partial``, and win: ``partial(LowRank, depth=1)``, or
             ``partial(LowRank, pattern="o i kh kw -> o (i kh kw)")``; a pattern is for weights with
             that many dimensions; "channel" and "spatial" are patterns for all convolutions.
-        init: "spectral", or another initialization; see ``LowRank``.
+        init: "spectral", another initialization of ``LowRank``'s, or what ``calibrate`` returned.
         on_tied: what to do with weights that several modules share: "skip" leaves them dense and
             lists them, an error only where they were named; "error" refuses all; "untie" gives
             each that was chosen a copy of its own, which counts as the model's, and which a
@@ -121,7 +119,7 @@ def _execute(
     bar = Progress(sum(entry.work for entry in chosen), progress, "factorizing")
     with bar, transaction(touched):
         for entry, factors in with_factors(chosen):
-            entry.error = _put(entry.weight, entry.made, factors)
+            _put(entry, factors)
             bar.advance(entry.work)
         for weight in dense:  # factors are a copy already
             untie(weight)
@@ -129,14 +127,26 @@ def _execute(
         restorable(inside)
         carried.map()
     carried.commit(walk.model)
+    _move_biases(chosen)  # at last: what is written in place cannot be undone
     forget_ties(others)
     settle_encoders(walk.modules)
 
 
-def _put(weight: Weight, made: Any, factors: Sequence[Tensor]) -> float:
-    """Put the factors in the weight's place; return the relative error."""
-    dense, module = weight.tensor, weight.module
+def _put(entry: Entry, factors: Sequence[Tensor]) -> None:
+    """Put the factors in the weight's place; note the relative error, unless it is known."""
+    dense, module, attribute = entry.weight.tensor, entry.weight.module, entry.weight.attribute
     assert dense is not None
-    with naming(weight.name), torch.no_grad():
-        place(module, weight.attribute, made, factors)
-        return relative_error(dense, getattr(module, weight.attribute))
+    with naming(entry.weight.name), torch.no_grad():
+        place(module, attribute, entry.made, factors)
+        if entry.error is None:
+            entry.error = relative_error(dense, getattr(module, attribute))
+
+
+@torch.no_grad()
+def _move_biases(chosen: Sequence[Entry]) -> None:
+    """Restore the means of the outputs that are truncated about them."""
+    for entry in chosen:
+        if entry.shift is not None:
+            bias = bias_of(entry.weight)
+            assert bias is not None
+            bias.add_(entry.shift.reshape(bias.shape))

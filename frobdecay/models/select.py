@@ -80,6 +80,14 @@ class Weight:
         return layouts(self.module).get(self.attribute)
 
 
+def bias_of(weight: Weight) -> nn.Parameter | None:
+    """The parameter that is added to what a weight puts out, if it is a plain one."""
+    module = weight.module
+    name = {"weight": "bias", "in_proj_weight": "in_proj_bias"}.get(weight.attribute)
+    found = module._parameters.get(name) if name else None
+    return found if type(found) is nn.Parameter and found.is_floating_point() else None
+
+
 class Walk:
     """What one walk over a model finds; it is handed to whoever asks for a part.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.models.budget.entry import Entry
 from frobdecay.product.names import naming
@@ -44,7 +45,10 @@ def with_factors(chosen: Sequence[Entry]) -> Iterator[tuple[Entry, Sequence[Tens
         with naming(entry.weight.name):
             if key in stacks and key not in ready:
                 ready |= _decomposed(stacks[key])
-            factors = ready.pop(key) if key in stacks else entry.made.right_inverse(tensor)
+            if entry.metric is not None:
+                factors = _calibrated(entry, entry.metric())
+            else:
+                factors = ready.pop(key) if key in stacks else entry.made.right_inverse(tensor)
         yield entry, factors
 
 
@@ -65,10 +69,20 @@ def _alike(entry: Entry) -> Any:
     """What weights of one stack share; None for initializations that are no function of it."""
     made, tensor = entry.made, entry.weight.tensor
     own = isinstance(made, LowRank) and type(made).right_inverse is LowRank.right_inverse
-    if not own or made.init is not spectral_init or tensor is None:
+    if not own or made.init is not spectral_init or tensor is None or entry.metric is not None:
         return None
     shape = made.matricize(entry.shape).matrix_shape
     return shape[-2:], tensor.dtype, tensor.device, made.rank, made.depth
+
+
+def _calibrated(entry: Entry, metric: Metric) -> Sequence[Tensor]:
+    """Factors in the metric of the data; the error and what moves the bias are noted."""
+    made, tensor = entry.made, entry.weight.tensor
+    assert tensor is not None
+    made.adopt(entry.shape)
+    matrix = made.matricization.matrix(tensor.detach())
+    factors, entry.error, entry.shift = metric.factors(matrix, made.rank, depth=made.depth)
+    return factors
 
 
 def _decomposed(stack: Sequence[Entry]) -> dict[int, Sequence[Tensor]]:

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.spectral import Init
 from frobdecay.algebra.tensorize import Rank, Tensorization
 from frobdecay.models.plan import PlanRow, parameters
 from frobdecay.models.progress import decomposition
 from frobdecay.models.select import Weight
 from frobdecay.product.names import naming
+
+
+@runtime_checkable
+class Metrics(Protocol):
+    """An initialization that knows of each weight by name in which metric it is truncated."""
+
+    def why_not(self, weight: Weight, view: Matricization) -> str | None:
+        """Why there is no metric for a weight that is read so; refuses those of other models."""
+
+    def metric(self, weight: Weight, view: Matricization, moves: bool) -> Metric:
+        """The metric; ``moves`` says whether the bias may be moved."""
+
+
+Initialization = str | Init | Metrics
 
 
 @dataclass
@@ -27,6 +45,9 @@ class Entry:
         untied: names of the weights that it shared memory with, where it gets a copy of its own.
         copied: parameters that the copy adds to the model.
         error: of the factors.
+        metric: makes the metric in which it is truncated, if the initialization is calibrated.
+        note: what is remarkable about it.
+        shift: what to add to its bias.
         shape, dense: the weight's shape and number of parameters.
     """
 
@@ -38,6 +59,9 @@ class Entry:
     untied: tuple[str, ...] = ()
     copied: int = 0
     error: float | None = None
+    metric: Callable[[], Metric] | None = None
+    note: str | None = None
+    shift: Tensor | None = None
     shape: tuple[int, ...] = ()
     dense: int = 0
 
@@ -88,7 +112,7 @@ class Entry:
         """The entry as a row of the plan."""
         name, shape, dense = self.weight.name, self.shape, self.dense
         remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
-        remark = "; ".join([*remarks, *filter(None, [self.reason])]) or None
+        remark = "; ".join([*remarks, *filter(None, [self.reason, self.note])]) or None
         if self.made is None:
             return PlanRow(name, shape, before=dense, after=dense, reason=remark)
         return PlanRow.of(name, shape, self.made, self.error, remark)

@@ -1,0 +1,117 @@
+"""First and second moments of what a layer sees, summed over batches as they come.
+
+A batch is multiplied in its own dtype, in float32 at least, and added to sums in float64, so that
+the number of batches costs no digits. A second moment is symmetric: only the blocks on and below
+the diagonal are computed, ten of sixteen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from frobdecay.algebra.precision import full_precision
+
+ROWS, BLOCKS, NARROW = 1 << 14, 4, 256
+"""Rows that are multiplied at once; blocks along an axis, for matrices that are not narrow."""
+
+
+class Moment:
+    """Σ w, Σ w x and Σ w x xᵀ over rows x (*batch, k).
+
+    Args:
+        batch: of matrices that are summed each for itself, such as experts or groups of channels.
+        size: k.
+        dtype: of the sums.
+        device: of the sums.
+
+    Attributes:
+        count: number of rows, (*batch).
+        first: (*batch, k).
+        second: (*batch, k, k), what is above the diagonal's blocks is zero; see ``full``.
+    """
+
+    def __init__(
+        self, batch: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.count = torch.zeros(batch, dtype=torch.float64, device="cpu")
+        self.first = torch.zeros(*batch, size, dtype=dtype, device=device)
+        self.second = torch.zeros(*batch, size, size, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor, at: int | None = None) -> None:
+        """Add rows.
+
+        Args:
+            rows: (*batch, N, k), or (N, k) for one of a batch.
+            at: that one.
+        """
+        rows = rows.detach()
+        count, first, second = (
+            held if at is None else held[at] for held in (self.count, self.first, self.second)
+        )
+        with full_precision(rows.device.type):
+            for part in torch.split(rows, ROWS, -2):
+                wide = part.to(torch.promote_types(part.dtype, torch.float32))
+                first += wide.sum(-2, dtype=first.dtype).to(first.device)
+                for block in _blocks(wide.shape[-1]):
+                    found = wide[..., block].mT @ wide[..., : block.stop]
+                    second[..., block, : block.stop] += found.to(second.device)
+        count += rows.shape[-2]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The sums."""
+        return self.count, self.first, self.second
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums; what is added comes there."""
+        self.first, self.second = self.first.to(device), self.second.to(device)
+
+    def finite(self) -> bool:
+        """Whether no row held NaN or infinity."""
+        return bool(self.first.isfinite().all())
+
+    def full(self) -> Tensor:
+        """Σ w x xᵀ in float64, both halves."""
+        lower = self.second.double().tril()
+        return lower + lower.tril(-1).mT
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    """An axis in blocks of rows of a triangle."""
+    step = size if size <= NARROW else -(-size // BLOCKS)
+    yield from (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+class Frequencies:
+    """How often each row of a table is looked up; see ``Moment``.
+
+    Attributes:
+        count: number of look-ups, ().
+        second: (k,), of each row.
+    """
+
+    def __init__(self, size: int, device: torch.device | str) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.second = torch.zeros(size, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, rows: Tensor) -> None:
+        """Add indices of rows, of any shape."""
+        found = torch.bincount(rows.reshape(-1), minlength=len(self.second))
+        self.second += found.to(self.second.device)
+        self.count += rows.numel()
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The sums."""
+        return self.count, self.second
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums; what is added comes there."""
+        self.second = self.second.to(device)
+
+    def finite(self) -> bool:
+        """Always: indices are."""
+        return True

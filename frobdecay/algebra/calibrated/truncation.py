@@ -1,0 +1,190 @@
+r"""Calibrated spectral initialization: the truncation that is best on the data a layer sees.
+
+Spectral initialization minimizes ‖W − UVᵀ‖_F, the error on inputs that are all alike, C = I. For
+inputs x with second moment C = E[xxᵀ] it is the outputs that should be kept,
+
+    E‖(W − UVᵀ)x‖² = tr (W − UVᵀ) C (W − UVᵀ)ᵀ,    least for    UVᵀ = P Pᵀ W,
+
+where the columns of P are the r leading eigenvectors of the outputs' second moment S = W C Wᵀ: the
+principal components of what the layer puts out. (With C = LLᵀ and the truncated decomposition
+W L ≈ P Σ Qᵀ that is P Σ Qᵀ L⁻¹, but nothing is inverted, and C may have any rank.) A tall W is
+turned onto its columns first, W = Q R, and R decomposed, so that no matrix is larger than
+min(m, n) or the moment that is given. With a bias it is enough to keep what varies: C and S are
+taken about the mean μ, and b + (W − UVᵀ)μ restores the outputs' mean.
+
+Of what few inputs do not show, S knows nothing. It is therefore shrunk towards the plain metric,
+
+    S_λ = (1 − λ) S + λ τ W Wᵀ,    τ = tr S / ‖W‖²_F,
+
+as if a share λ of the outputs' energy came from inputs that are all alike. λ = 1 is spectral
+initialization. For any λ the error on the data is at most the plain truncation's, which is the
+best there is at the term that is added and so cannot be better at the other.
+
+The factors are balanced by one decomposition of an r×r matrix. Tensors in, tensors out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.scaling import Unit, check_weight, times_power, work_dtype
+from frobdecay.algebra.spectral import Rank, resolve_rank, split_evenly, with_inner
+from frobdecay.algebra.svd import Triples, resolution
+
+LEAST = 1e-12
+"""λ at least: what the moment leaves undecided is decided by the weight itself."""
+
+
+class Calibrated(NamedTuple):
+    """What calibrated initialization makes of a weight.
+
+    Attributes:
+        factors: (U, M₁ … M_depth, V).
+        error: √(E‖(W − UVᵀ)x‖² / E‖Wx‖²), both about the mean where the bias is moved.
+        shift: what to add to the bias, (*batch, m); None where there is none.
+    """
+
+    factors: tuple[Tensor, ...]
+    error: float
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of the inputs or outputs of a weight (*batch, m, n) read as matrices.
+
+    Attributes:
+        second: of inputs (*batch, n, n), of outputs (*batch, m, m), or, of rows that are looked
+            up, how often each is (*batch, m). About the mean where the bias is moved. Matrices of
+            a batch keep the sizes that they have among each other; one may stand for all.
+        of: which of these.
+        mean: of the inputs (*batch, n) or of the outputs Wx (*batch, m), if the bias is moved.
+        shrink: λ.
+    """
+
+    second: Tensor
+    of: Literal["inputs", "outputs", "rows"]
+    mean: Tensor | None = None
+    shrink: float = 0.0
+
+    @torch.no_grad()
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Singular values of W L, largest first: the outputs' error at rank r is √Σ of the rest².
+
+        Args:
+            weight: W, (*batch, m, n).
+
+        Returns:
+            (*batch, min(m, n)).
+        """
+        with full_precision(weight.device.type):
+            outputs = self._outputs(weight)
+            values = torch.linalg.eigvalsh(self._shrunk(outputs)).flip(-1).clamp_min(0)
+            found = (values * outputs.energy.unsqueeze(-1)).sqrt()
+        return found if self.of == "outputs" else times_power(found, outputs.exponent.squeeze(-1))
+
+    @torch.no_grad()
+    def factors(self, weight: Tensor, rank: Rank, *, depth: int = 0) -> Calibrated:
+        """Factorize W; see the module's docstring.
+
+        Args:
+            weight: W, (*batch, m, n).
+            rank: as for ``spectral_init``.
+            depth: as for ``spectral_init``.
+
+        Raises:
+            TypeError, ValueError: as ``spectral_init``.
+        """
+        check_weight(weight)
+        r = resolve_rank(rank, *weight.shape[-2:])
+        with full_precision(weight.device.type):
+            outputs = self._outputs(weight)
+            P = _leading(self._shrunk(outputs), min(r, *weight.shape[-2:]))
+            lost = outputs.energy - (P * (outputs.second @ P)).sum((-2, -1))
+            p, s, q = _decomposed(P, outputs.weight.mT @ P, weight.dtype)
+            p = p if outputs.basis is None else outputs.basis @ p
+            shift = self._shift(weight, p)
+            ends = (q, p) if self.of == "rows" else (p, q)
+            ends = split_evenly(ends[0], s, ends[1], r, resolution(weight.dtype))
+            unit = Unit(weight, outputs.exponent)
+            left, right = (unit.shared_(end).to(weight.dtype) for end in ends)
+        total = float(outputs.energy.sum())
+        error = (max(float(lost.sum()), 0) / total) ** 0.5 if total else 0.0
+        return Calibrated(with_inner(left, right, depth), error, shift)
+
+    def _outputs(self, weight: Tensor) -> _Outputs:
+        """What the weight puts out, in as few numbers as its rank."""
+        unit = Unit(weight)
+        W, basis = unit.whole(work_dtype(weight)), None
+        second = self.second.to(W)
+        if self.of == "rows":
+            W = W.mT
+        if W.shape[-2] > W.shape[-1]:
+            basis, W = torch.linalg.qr(W)
+        if self.of == "inputs":
+            second = W @ second @ W.mT
+        elif self.of == "rows":
+            second = (W * second.unsqueeze(-2)) @ W.mT
+        elif basis is not None:
+            second = basis.mT @ second @ basis
+        energy = second.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
+        return _Outputs(W, basis, second, energy.expand(W.shape[:-2]), unit.exponent)
+
+    def _shrunk(self, outputs: _Outputs) -> Tensor:
+        """S_λ ÷ tr S; plain where the data says nothing."""
+        plain = outputs.weight @ outputs.weight.mT
+        size = plain.diagonal(dim1=-2, dim2=-1).sum(-1)
+        energy = outputs.energy
+        share = torch.where(energy > 0, max(self.shrink, LEAST), 1.0)
+        kept = (1 - share) / torch.where(energy > 0, energy, 1.0)
+        return outputs.second * kept[..., None, None] + plain * (share / size)[..., None, None]
+
+    def _shift(self, weight: Tensor, p: Tensor) -> Tensor | None:
+        """(W − UVᵀ)μ = (1 − P Pᵀ)Wμ, (*batch, m)."""
+        if self.mean is None:
+            return None
+        mean = self.mean.to(p).unsqueeze(-1)
+        if self.of == "inputs":
+            mean = weight.detach().to(p.dtype) @ mean
+        shift: Tensor = mean - p @ (p.mT @ mean)
+        return shift.squeeze(-1)
+
+
+class _Outputs(NamedTuple):
+    """W = Q R at unit size, and the second moment of R x.
+
+    Attributes:
+        weight: R, (*batch, k, n) with k = min(m, n), or W itself where it is not tall.
+        basis: Q (*batch, m, k); None for the identity.
+        second: S, (*batch, k, k).
+        energy: tr S, (*batch).
+        exponent: of the unit.
+    """
+
+    weight: Tensor
+    basis: Tensor | None
+    second: Tensor
+    energy: Tensor
+    exponent: Tensor
+
+
+def _leading(second: Tensor, r: int) -> Tensor:
+    """Eigenvectors of the r largest eigenvalues, largest first, (*batch, k, r)."""
+    vectors: Tensor = torch.linalg.eigh(second).eigenvectors
+    return vectors[..., -r:].flip(-1)
+
+
+def _decomposed(P: Tensor, V: Tensor, dtype: torch.dtype) -> Triples:
+    """The singular value decomposition of P Vᵀ where PᵀP = 1."""
+    if dtype == torch.float64:
+        q, rest = torch.linalg.qr(V)
+        turn, s, core = torch.linalg.svd(rest.mT)
+        return P @ turn, s, q @ core.mT
+    squares, turn = torch.linalg.eigh(V.mT @ V)
+    s, turn = squares.clamp_min(0).sqrt().flip(-1), turn.flip(-1)
+    return P @ turn, s, (V @ turn).div_(s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2))

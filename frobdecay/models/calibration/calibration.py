@@ -1,0 +1,151 @@
+"""``Calibration``: moments of what the weights of a model see, summed over runs and processes."""
+
+from __future__ import annotations
+
+import torch
+
+from frobdecay.algebra.calibrated.truncation import Metric
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.models.calibration.metrics import check_parts, metric_of, why_not_read
+from frobdecay.models.calibration.probes import Probe
+from frobdecay.models.calibration.watch import Mask, Sums, Watch
+from frobdecay.models.select import Weight
+
+
+class Calibration:
+    """Second moments of what weights see: the metric of calibrated spectral initialization.
+
+    Examples:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Linear(8, 8)
+        >>> with frobdecay.calibrate(model) as stats:
+        ...     for batch in torch.randn(5, 20, 8):
+        ...         _ = model(batch)
+        >>> stats.shrink = 0.1  # trust the data a little less
+        >>> frobdecay.factorize(model, rank=2, init=stats).ranks
+        {'weight': 2}
+
+    Made by ``calibrate``. As a context manager it watches the model while it is open, and adds to
+    what it knows when it is closed; ``factorize(model, …, init=stats)`` uses it.
+
+    Args:
+        dtype: of the sums, float64, or float32, where they are half as large.
+        device: of the sums; by default where the inputs are.
+        shrink: λ between 0 and 1, the share of the outputs' energy that is taken as coming from
+            inputs that are all alike. By default 0, the optimum on the data; 1 ignores it. What the
+            data leaves undecided, as where it has fewer rows than the rank, is decided so always.
+
+    Attributes:
+        shrink: λ; may be set at any time.
+        sums: the moments.
+        probes: how more are taken.
+        unwatched: name of a weight -> why it has no moment.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+        shrink: float = 0.0,
+    ) -> None:
+        if dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"expected sums in float64 or float32, got {dtype}")
+        self.sums, self.shrink = Sums(dtype, device), shrink
+        self.probes: list[Probe] = []
+        self.unwatched: dict[str, str] = {}
+        self._watch: Watch | None = None
+        self._run: Sums | None = None
+
+    @property
+    def shrink(self) -> float:
+        """λ."""
+        return self._shrink
+
+    @shrink.setter
+    def shrink(self, shrink: float) -> None:
+        if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
+            raise ValueError(f"expected shrink between 0 and 1, got {shrink!r}")
+        self._shrink = float(shrink)
+
+    # --- watching ---------------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> Mask:
+        """Which rows of the batch that is running count; set it in a loop of your own.
+
+        Booleans (batch, length), as an ``attention_mask`` is, for the inputs and outputs whose
+        shape begins so; or a dict from globs of weights' names to those; None for all.
+        """
+        return None if self._watch is None else self._watch.mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        if self._watch is None:
+            raise RuntimeError("expected to set mask inside of `with stats:`, where a model runs")
+        self._watch.mask = mask
+
+    def __enter__(self) -> Calibration:
+        if self._watch is not None:
+            raise RuntimeError("this calibration is open already")
+        if not self.probes:
+            raise RuntimeError(
+                "this calibration watches no model; continue it with calibrate(model, stats=stats)"
+            )
+        self._run = Sums(self.sums.dtype, self.sums.device)
+        self._watch = Watch(self.probes, self._run)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        watch, run = self._watch, self._run
+        assert watch is not None
+        assert run is not None
+        watch.remove()
+        try:
+            if kind is None:
+                self.check("this run")
+                self.sums.join(run)
+        finally:
+            self._watch = self._run = None
+
+    def check(self, what: str) -> None:
+        """Refuse a run that saw nothing until now, or numbers that are none.
+
+        Raises:
+            ValueError: says which weight saw what.
+        """
+        run = self._run
+        if run is None or not run.moments:
+            raise ValueError(
+                f"no watched weight saw an input in {what}: the loader is empty or exhausted, or "
+                "the model did not run"
+            )
+        bad = next((key for key, moment in run.moments.items() if not moment.finite()), None)
+        if bad is not None:
+            raise ValueError(
+                f"the {bad[1]} of {bad[0]} held NaN or infinity in {what}; look at the batches and "
+                "at the model's dtype. Nothing of this run is kept"
+            )
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def why_not(self, weight: Weight, view: Matricization) -> str | None:
+        """Why a weight is not truncated in the metric of the data; None where it is.
+
+        Raises:
+            ValueError: the moments are of another model, or of some of the weight's inputs only.
+        """
+        named = (self.unwatched[name] for name in weight.names if name in self.unwatched)
+        reason = why_not_read(weight, view) or next(named, None)
+        if reason is None and not check_parts(self.sums, weight, view):
+            reason = "it saw no input"
+        return reason
+
+    def metric(self, weight: Weight, view: Matricization, moves: bool) -> Metric:
+        """The metric in which a weight is truncated.
+
+        Args:
+            weight: of which ``why_not`` says nothing.
+            view: how it is read as a matrix.
+            moves: whether its bias may be moved, so that the mean is left out of the metric.
+        """
+        return metric_of(self.sums, weight, view, moves, self.shrink)

@@ -1,0 +1,166 @@
+"""From sums to the metric of one weight: shared moments joined, biases taken out, means removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.algebra.calibrated.truncation import Metric
+from frobdecay.algebra.matricize import Matricization
+from frobdecay.models.calibration.watch import Key, Sums
+from frobdecay.models.select import Weight, bias_of
+
+
+def why_not_read(weight: Weight, view: Matricization) -> str | None:
+    """Say why the rows of a matrix are not the outputs of its module, and its columns the inputs.
+
+    Axes of one entry do not count, and rows may be cut into a batch: any ``"(g o) i -> g o i"``.
+    """
+    layout = weight.layout
+    if layout is None:
+        return "its module type has no default reading, so that outputs and inputs are not known"
+    own = Matricization.of(layout.channel or layout.pattern, view.shape, layout.axes)
+
+    def places(axes: tuple[str, ...], of: Matricization) -> list[tuple[int, int]]:
+        """Dimension of the tensor and place in it of each axis, in order."""
+        where = {
+            axis: (dim, place)
+            for dim, item in enumerate(of.tensor_axes)
+            for place, axis in enumerate(item)
+        }
+        return [where[axis] for axis in axes if of.sizes[axis] > 1]
+
+    rows, columns = places(view.batch_axes + view.row_axes, view), places(view.column_axes, view)
+    expected = {dim for dim, _ in places(own.batch_axes + own.row_axes, own)}
+    if {dim for dim, _ in rows} <= expected and rows == sorted(rows) and columns == sorted(columns):
+        return None
+    return f"the rows of {view.pattern!r} are not the module's outputs"
+
+
+class _Sum(NamedTuple):
+    """Σ 1 (*batch), Σ x (*batch, k) and Σ x xᵀ (*batch, k, k), in float64."""
+
+    number: Tensor
+    first: Tensor
+    second: Tensor
+
+    def plus(self, other: _Sum) -> _Sum:
+        """Of both."""
+        return _Sum(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def without(self, bias: Tensor) -> _Sum:
+        """Of x − b, for b (*batch, k)."""
+        cross = self.first.unsqueeze(-1) * bias.unsqueeze(-2)
+        square = self.number[..., None, None] * bias.unsqueeze(-1) * bias.unsqueeze(-2)
+        first = self.first - self.number.unsqueeze(-1) * bias
+        return _Sum(self.number, first, self.second - cross - cross.mT + square)
+
+    def through(self, W: Tensor) -> _Sum:
+        """Of Wx."""
+        return _Sum(self.number, (W @ self.first.unsqueeze(-1)).squeeze(-1), W @ self.second @ W.mT)
+
+    def about_mean(self) -> _Sum:
+        """Of x less its mean, which stays ``first``."""
+        outer = self.first.unsqueeze(-1) * self.first.unsqueeze(-2)
+        return self._replace(second=self.second - outer / self.number[..., None, None].clamp_min(1))
+
+
+def metric_of(
+    sums: Sums, weight: Weight, view: Matricization, moves: bool, shrink: float
+) -> Metric:
+    """The metric in which a weight is truncated.
+
+    Args:
+        sums: what is known; ``check_parts`` has passed.
+        weight: with a tensor.
+        view: how it is read, as ``why_not_read`` allows.
+        moves: whether its bias may be moved, which takes the mean out of the inputs.
+        shrink: λ.
+    """
+    parts = _parts(sums, weight)
+    tensor, bias = weight.tensor, bias_of(weight)
+    assert tensor is not None
+    if all(of == "rows" for met in parts for _, of in met):
+        (key,) = parts[0]
+        held = sums.moments[key]
+        return Metric(held.second / held.count.item(), "rows", None, shrink)
+    W = view.matrix(tensor.detach()).double()
+    b = None if bias is None else bias.detach().double().reshape(W.shape[:-1])
+    found = [_joined(met, sums, W, b) for met in parts]
+    of, total = found[0][0], found[0][1]
+    if len(found) > 1:
+        total = _Sum(*(torch.stack(each) for each in zip(*(one for _, one in found), strict=True)))
+    centred = moves and b is not None
+    total = total.about_mean() if centred else total
+    mean = total.first / total.number.unsqueeze(-1).clamp_min(1) if centred else None
+    return Metric(total.second / total.number.max().clamp_min(1), of, mean, shrink)
+
+
+def _parts(sums: Sums, weight: Weight) -> list[Mapping[Key, int]]:
+    """Whose moments each part of a weight shares; a single one where all share the same."""
+    parts: list[Mapping[Key, int]] = [
+        met for part, met in sums.shared.items() if part.partition("#")[0] in weight.names
+    ]
+    return parts[:1] if all(met == parts[0] for met in parts) else parts
+
+
+def check_parts(sums: Sums, weight: Weight, view: Matricization) -> bool:
+    """Whether anything was seen of a weight.
+
+    Raises:
+        ValueError: moments of another shape, or of only some of the calls.
+    """
+    sizes = {"inputs": view.columns, "outputs": prod(view.matrix_shape[:-1]), "rows": view.rows}
+    parts = _parts(sums, weight)
+    for key, calls in (pair for met in parts for pair in met.items()):
+        held, expected = sums.moments[key], sizes[key[1]]
+        size = len(held.second) if isinstance(held, Frequencies) else held.first.numel()
+        if size != expected:
+            raise ValueError(
+                f"{weight.name} has {expected} {key[1]}, but {size} were summed for {key[0]}: the "
+                "moments are of another model; calibrate this one"
+            )
+        if calls != sums.calls[key]:
+            raise ValueError(
+                f"{weight.name} met {calls} of the {sums.calls[key]} inputs that were summed for "
+                f"{key[0]}, which it shares, and its own were not summed apart; calibrate one of "
+                "the two in a run of its own, with include="
+            )
+    return bool(parts)
+
+
+def _joined(
+    met: Mapping[Key, int], sums: Sums, W: Tensor, b: Tensor | None
+) -> tuple[Literal["inputs", "outputs"], _Sum]:
+    """The sum over all calls, by outputs if some of them were taken by outputs."""
+    by_outputs = any(of == "outputs" for _, of in met)
+    total: _Sum | None = None
+    for key in met:
+        held = sums.moments[key]
+        assert isinstance(held, Moment)
+        one = _Sum(*(part.to(W) for part in (held.count, held.first, held.full())))
+        if key[1] == "outputs":
+            one = _blocks(one, W)
+            one = one if b is None else one.without(b)
+        elif by_outputs:
+            one = one.through(W)
+        total = one if total is None else total.plus(one)
+    assert total is not None
+    return "outputs" if by_outputs else "inputs", total
+
+
+def _blocks(total: _Sum, W: Tensor) -> _Sum:
+    """Of outputs as the rows of a batch of matrices (*batch, m, n)."""
+    *batch, m, _ = W.shape
+    if not batch or total.first.shape[:-1] == W.shape[:-2]:
+        return total
+    first = total.first.reshape(*batch, m)
+    count = total.number.expand(batch)
+    g = first[..., 0].numel()
+    second = total.second.reshape(g, m, g, m).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return _Sum(count, first, second.reshape(*batch, m, m))

@@ -1,0 +1,147 @@
+"""Probes: where in a module's forward pass a weight meets its inputs, and makes its outputs.
+
+The truncation of an m×n matrix needs the second moment of its inputs (n×n) or that of its outputs
+(m×m), whichever is smaller: a layer that is 11008 wide and puts out 4096 numbers costs what those
+cost. The outputs of a convolution are rows of m channels, so that no patch is ever unfolded.
+
+    Linear, Conv1D            inputs, or outputs where those are fewer
+    Conv, Bilinear            outputs; inputs of a 1×1 kernel where those are fewer
+    Embedding                 how often each row is looked up
+    MultiheadAttention        inputs of in_proj; outputs of out_proj, which are the module's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from frobdecay.models.select import Weight
+from frobdecay.weights.layouts import is_kind
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
+"""Arguments, keyword arguments and result of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the moment of one weight, or of one part of a packed weight, is taken.
+
+    Attributes:
+        name: of the weight, with "#k" for part k.
+        module: whose forward pass is watched.
+        of: what is smaller, and taken, unless the inputs are counted already for another weight.
+        batch: groups of outputs, each with a moment of its own.
+        size: k of the moment.
+        inputs: the call's inputs (…, n); None where they are never seen.
+        outputs: the call's outputs (…, m), or (…, g·m) of g groups.
+    """
+
+    name: str
+    module: nn.Module
+    of: Literal["inputs", "outputs", "rows"]
+    size: int
+    batch: tuple[int, ...] = ()
+    inputs: Callable[[Call], Tensor] | None = None
+    outputs: Callable[[Call], Tensor] | None = None
+
+
+def first(call: Call) -> Tensor:
+    """The first argument, however it was given."""
+    args, named, _ = call
+    found: Tensor = args[0] if args else next(iter(named.values()))
+    return found
+
+
+def result(call: Call) -> Tensor:
+    """What the module returned, the first of several."""
+    made = call[2]
+    found: Tensor = made[0] if isinstance(made, tuple) else made
+    return found
+
+
+def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
+    """How to take the moment of a weight, or why there is none.
+
+    Args:
+        weight: with a tensor.
+        tree: the model's modules by name.
+    """
+    module, tensor = weight.module, weight.tensor
+    assert tensor is not None
+    holder = _attention(weight, tree)
+    if holder is not None:
+        return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]
+    if weight.attribute == "weight":
+        if isinstance(module, nn.Linear) or is_kind(module, CONV1D):
+            return [_linear(weight.name, module, tensor)]
+        if isinstance(module, _ConvNd):
+            return [_convolution(weight.name, module)]
+        if isinstance(module, nn.Bilinear):
+            return [Probe(weight.name, module, "outputs", len(tensor), outputs=result)]
+        if isinstance(module, nn.Embedding):
+            return [Probe(weight.name, module, "rows", len(tensor), inputs=first)]
+    if isinstance(module, nn.MultiheadAttention):
+        return _packed(weight, module)
+    return f"the inputs of {type(module).__name__} are not watched"
+
+
+def _attention(weight: Weight, tree: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The attention that reads the weight of its ``out_proj`` itself."""
+    above = [tree.get(path.rpartition(".")[0]) for path in weight.paths]
+    reads = (m for m in above if isinstance(m, nn.MultiheadAttention))
+    return next((m for m in reads if m.out_proj is weight.module), None)
+
+
+def _linear(name: str, module: nn.Module, tensor: Tensor) -> Probe:
+    n, m = tensor.shape if is_kind(module, CONV1D) else tensor.shape[::-1]
+    of: Literal["inputs", "outputs"] = "outputs" if m < n else "inputs"
+    return Probe(name, module, of, min(m, n), inputs=first, outputs=result)
+
+
+def _convolution(name: str, module: _ConvNd) -> Probe:
+    axes, groups = len(module.kernel_size), module.groups
+    alone = set(module.kernel_size) == {1} and module.padding in ("valid", "same", (0,) * axes)
+    narrow = groups == 1 and module.in_channels < module.out_channels
+    if alone and narrow and not isinstance(module, _ConvTransposeNd):
+        steps: Any = tuple(slice(None, None, step) for step in module.stride)
+        return Probe(
+            name,
+            module,
+            "inputs",
+            module.in_channels,
+            inputs=lambda call: first(call)[(..., *steps)].movedim(-1 - axes, -1),
+        )
+    batch = (groups,) if groups > 1 else ()
+    return Probe(
+        name,
+        module,
+        "outputs",
+        module.out_channels // groups,
+        batch,
+        outputs=lambda call: result(call).movedim(-1 - axes, -1),
+    )
+
+
+def _packed(weight: Weight, module: nn.MultiheadAttention) -> list[Probe]:
+    """Queries, keys and values: one moment where they are the same tensor."""
+
+    def argument(k: int) -> Callable[[Call], Tensor]:
+        def get(call: Call) -> Tensor:
+            args, named, _ = call
+            found: Tensor = args[k] if k < len(args) else named[("query", "key", "value")[k]]
+            return found
+
+        return get
+
+    tensor = weight.tensor
+    assert tensor is not None
+    parts = {"q_proj_weight": [0], "k_proj_weight": [1], "v_proj_weight": [2]}
+    return [
+        Probe(f"{weight.name}#{k}", module, "inputs", tensor.shape[1], inputs=argument(k))
+        for k in parts.get(weight.attribute, [0, 1, 2])
+    ]

@@ -1,0 +1,192 @@
+"""``calibrate``: run a model on batches and take the moments of what its weights see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frobdecay.models.calibration.calibration import Calibration
+from frobdecay.models.calibration.probes import Probe, probes
+from frobdecay.models.calibration.watch import Mask
+from frobdecay.models.progress import Progress
+from frobdecay.models.select import Walk, Weight, select
+from frobdecay.product.names import Selector
+
+MaskOf = str | Callable[[Any], Mask] | None
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    *,
+    mask: MaskOf = "attention_mask",
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    groups: int = 1,
+    stats: Calibration | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Sum the second moments of what a model's weights see, for ``factorize(…, init=stats)``.
+
+    Examples:
+        >>> import torch, frobdecay
+        >>> model, batches = torch.nn.Sequential(torch.nn.Linear(64, 32)), [torch.randn(100, 64)]
+        >>> stats = frobdecay.calibrate(model, batches)
+        >>> with frobdecay.calibrate(model) as stats:  # or in a loop of your own
+        ...     _ = [model(batch) for batch in batches]
+        >>> frobdecay.factorize(model, rank=4, init=stats).ranks
+        {'0.weight': 4}
+
+    Runs the model on the batches, in evaluation mode and without gradients; nothing of it changes.
+
+    Args:
+        model: any module, wrapped or not.
+        batches: what a loader yields; a few hundred examples often are enough.
+        forward: ``forward(model, batch)``. By default a mapping is passed by its names, of a list
+            or a tuple the first, and anything else as it is, on the model's device.
+        mask: the batch's key for a mask of padding, or a function of the batch that returns what
+            ``Calibration.mask`` takes; None to count padding. An encoder–decoder takes
+            "decoder_" and the key for its decoder.
+        include: what to watch, as for ``factorize``; by default all that it would take.
+        exclude: what not to.
+        groups: passes over the batches, each for a part of the weights; after each the sums go to
+            the CPU. Bounds the memory on another device.
+        stats: a ``Calibration`` to add to.
+        progress: as for ``factorize``.
+
+    Raises:
+        TypeError, ValueError: no batches, or not as many in a later pass; NaN or infinity; a weight
+            on the meta device; nothing to watch.
+    """
+    walk = Walk(model)
+    found = Calibration() if stats is None else stats
+    found.probes, found.unwatched = _watchable(walk, select(walk, include, exclude))
+    if batches is not None:
+        _check_passes(batches, groups)
+        with Progress(_length(batches) * groups, progress, "calibrating") as bar, evaluating(model):
+            _run(model, batches, forward or default_forward, mask, groups, found, bar)
+    return found
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], object],
+    mask: MaskOf,
+    groups: int,
+    found: Calibration,
+    bar: Progress,
+) -> None:
+    """Pass over the batches, for one part of the probes after the other."""
+    probes, counts = found.probes, list[int]()
+    step = -(-len(probes) // groups)
+    try:
+        for start in range(0, len(probes), step):
+            found.probes, count = probes[start : start + step], 0
+            with found:
+                for count, batch in enumerate(batches, 1):
+                    found.mask = _mask(model, batch, mask)
+                    forward(model, batch)
+                    found.check(f"batch {count}")
+                    bar.advance(1)
+                counts.append(count)
+                if count != counts[0]:
+                    raise ValueError(
+                        f"expected {counts[0]} batches in each of {groups} passes, got {count}"
+                    )
+            if groups > 1:
+                found.sums.to("cpu")
+    finally:
+        found.probes = probes
+
+
+def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[str, str]]:
+    """How to watch the chosen weights, and why some are not."""
+    found: list[Probe] = []
+    unwatched: dict[str, str] = {}
+    for weight in chosen:
+        if weight.tensor is None or weight.excluded or weight.met:
+            continue
+        if weight.tensor.is_meta:
+            raise ValueError(
+                f"{weight.name} is on the meta device, where nothing is computed; load the model "
+                "before calibrating it"
+            )
+        made = probes(weight, walk.modules)
+        if isinstance(made, str):
+            unwatched[weight.name] = made
+        else:
+            found.extend(made)
+    if not found:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in unwatched.items())
+        raise ValueError(f"found no weight to watch in {type(walk.model).__name__}{listed}")
+    return found, unwatched
+
+
+def _check_passes(batches: Iterable[Any], groups: int) -> None:
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"expected groups to be a number of passes, got {groups!r}")
+    if isinstance(batches, nn.Module | Tensor | str | Mapping):
+        raise TypeError(
+            f"expected batches to be a loader or a list of batches, got a {type(batches).__name__}"
+        )
+    if groups > 1 and iter(batches) is batches:
+        raise ValueError(
+            f"groups={groups} passes over the batches, but an iterator has one; give a list or a "
+            "loader"
+        )
+
+
+def _length(batches: Iterable[Any]) -> int:
+    """Number of batches; 0 if it is not known."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients, dropout and running statistics, for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def default_forward(model: nn.Module, batch: Any) -> object:
+    """Run a model on a batch as data loaders make them."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        batch = batch[0]
+    return model(moved(batch))
+
+
+def _mask(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
+    """Which rows of a batch count."""
+    if callable(mask):
+        return mask(batch)
+    if mask is None or not isinstance(batch, Mapping):
+        return None
+    found = batch.get(mask)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        return None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {"*decoder.*": batch.get(f"decoder_{mask}"), "*": found}
+    return found

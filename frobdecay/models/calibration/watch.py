@@ -1,0 +1,191 @@
+"""Watching a model: hooks that take the moments of what its weights see, while it runs.
+
+Note [shared inputs]. Queries, keys and values multiply one tensor, gate and up projections another:
+its moment is taken once, by the weight that meets it first, and the others note that they met it,
+too. A tensor is the same if it has the same memory, which is still alive, the same shape and
+strides, and was not written to since. Each weight counts how many calls of another's moment it
+shares; sharing all of them, the moment is its own. (Under ``inference_mode`` tensors do not count
+who writes to them, and every weight takes its own.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing import reductions
+
+from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.models.calibration.probes import Probe
+from frobdecay.product.names import naming
+
+Mask = Tensor | Mapping[str, Tensor | None] | None
+"""Rows that count, (batch, length) of booleans; or globs of weights' names, the first of which that
+fits says which; None for all."""
+Key = tuple[str, str]
+"""Whose moment, and of what."""
+
+
+class Sums:
+    """The moments of one or many runs, by the probe that took them.
+
+    Args:
+        dtype: of the sums.
+        device: of the sums; None for that of the inputs.
+
+    Attributes:
+        moments: whose, of what -> the moment.
+        calls: the same -> how many calls it sums.
+        shared: name of a probe -> whose moment -> how many of those calls were its own, too.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        self.moments: dict[Key, Moment | Frequencies] = {}
+        self.calls: dict[Key, int] = {}
+        self.shared: dict[str, dict[Key, int]] = {}
+        self.dtype, self.device = dtype, device
+
+    def note(self, name: str, key: Key) -> None:
+        """Note that a probe met what a moment has just summed."""
+        met = self.shared.setdefault(name, {})
+        met[key] = met.get(key, 0) + 1
+
+    def add(self, probe: Probe, of: str, rows: Tensor) -> Key:
+        """Sum the rows of one call."""
+        key = (probe.name, of)
+        moment = self.moments.get(key)
+        if moment is None:
+            device = rows.device if self.device is None else self.device
+            with torch.inference_mode(False):  # to be added to outside of it, too
+                if of == "rows":
+                    moment = Frequencies(probe.size, device)
+                else:
+                    moment = Moment(probe.batch, rows.shape[-1], self.dtype, device)
+            self.moments[key] = moment
+        moment.add(rows)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        self.note(probe.name, key)
+        return key
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums; what comes is added there, too."""
+        for moment in self.moments.values():
+            moment.to(device)
+
+    def join(self, other: Sums) -> None:
+        """Add what another run summed."""
+        for key, moment in other.moments.items():
+            held = self.moments.get(key)
+            if held is None:
+                self.moments[key] = moment
+            else:
+                for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
+                    mine += theirs.to(mine.device)
+            self.calls[key] = self.calls.get(key, 0) + other.calls[key]
+        for name, met in other.shared.items():
+            mine_too = self.shared.setdefault(name, {})
+            for key, calls in met.items():
+                mine_too[key] = mine_too.get(key, 0) + calls
+
+
+_weakly: Any = reductions.StorageWeakRef
+
+
+@dataclass
+class _Seen:
+    """A tensor that was summed: as it was then, into which moment, and who met it."""
+
+    version: int
+    key: Key
+    names: set[str]
+
+
+class Watch:
+    """Hooks on the modules of some probes; take them off with ``remove``.
+
+    Args:
+        probes: whose moments are taken.
+        sums: where to.
+
+    Attributes:
+        mask: which rows count, of the tensors whose shape begins so.
+    """
+
+    def __init__(self, probes: Iterable[Probe], sums: Sums) -> None:
+        self._sums = sums
+        self.mask: Mask = None
+        self._live: dict[int, tuple[Any, dict[Any, _Seen]]] = {}
+        by_module: defaultdict[int, list[Probe]] = defaultdict(list)
+        for probe in probes:
+            by_module[id(probe.module)].append(probe)
+        self._hooks = [
+            some[0].module.register_forward_hook(self._hook(some), with_kwargs=True)
+            for some in by_module.values()
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, probes: list[Probe]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, named: Mapping[str, Any], made: Any) -> None:
+            with torch.no_grad(), naming(probes[0].name):
+                for probe in probes:
+                    self._see(probe, (args, named, made))
+
+        return hook
+
+    def _see(self, probe: Probe, call: Any) -> None:
+        """Take what one probe meets in one call."""
+        inputs = None if probe.inputs is None else probe.inputs(call)
+        if inputs is not None and probe.of != "rows":
+            seen, place = self._seen(inputs)
+            known = seen.get(place)
+            if known is not None and known.version == _version(inputs):
+                if probe.name not in known.names:
+                    known.names.add(probe.name)
+                    self._sums.note(probe.name, known.key)
+                return
+            if probe.of == "inputs":
+                key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
+                seen[place] = _Seen(_version(inputs), key, {probe.name})
+                return
+        if probe.of == "rows":
+            assert inputs is not None
+            self._sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
+        else:
+            assert probe.outputs is not None
+            rows = self._rows(probe, probe.outputs(call))
+            if probe.batch:
+                rows = rows.reshape(len(rows), *probe.batch, -1).movedim(0, -2)
+            self._sums.add(probe, "outputs", rows)
+
+    def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
+        """(…, k) as rows that count."""
+        mask = self.mask
+        if isinstance(mask, Mapping):
+            fits = (one for glob, one in mask.items() if fnmatchcase(probe.name, glob))
+            mask = next(fits, None)
+        if mask is not None and tensor.shape[: mask.ndim] == mask.shape and tensor.ndim > mask.ndim:
+            tensor = tensor[mask.to(tensor.device, torch.bool)]
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def _seen(self, tensor: Tensor) -> tuple[dict[Any, _Seen], Any]:
+        """What was summed in this memory, and where in it the tensor lies."""
+        if tensor.is_inference():
+            return {}, None
+        storage: Any = _weakly(tensor.untyped_storage())
+        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        _, seen = self._live.setdefault(storage.cdata, (storage, {}))
+        return seen, (tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,394 @@
+"""Calibration: moments of what the layers of a model see, and the factors that they give."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from cases import seeded
+from torch import nn
+
+from frobdecay import CP, LowRank, TensorTrain, Tucker, calibrate, factorize, merge
+
+
+def correlated(*shape, seed=0):
+    """Inputs (…, n) with a decaying spectrum and a mean."""
+    generator = seeded(seed)
+    n = shape[-1]
+    turn = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    sizes = 2.0 ** -torch.arange(n).div(2)
+    return torch.randn(*shape, generator=generator) * sizes @ turn + 0.3
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one input, as most models have them."""
+
+    def __init__(self, width=16, bias=True):
+        super().__init__()
+        self.q, self.k = nn.Linear(width, width, bias=bias), nn.Linear(width, 8, bias=bias)
+        self.v = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x):
+        """Scores do not matter here."""
+        return self.v(x) + self.q(x) * self.k(x).mean(-1, keepdim=True)
+
+
+def mlp(bias=True):
+    """Wide, narrow, square."""
+    return nn.Sequential(
+        nn.Linear(16, 24, bias),
+        nn.Tanh(),
+        nn.Linear(24, 12, bias),
+        nn.Tanh(),
+        nn.Linear(12, 12, bias),
+    )
+
+
+def images():
+    """Strided, grouped, pointwise and transposed convolutions, all read by channels."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(16, 16, 3, groups=2, padding="same", padding_mode="reflect", bias=False),
+        nn.Conv2d(16, 24, 1, stride=2, bias=False),
+        nn.Tanh(),
+        nn.ConvTranspose2d(24, 8, 2, stride=2),
+        nn.Conv2d(8, 4, 1),
+    )
+
+
+class Encoder(nn.TransformerEncoderLayer):
+    """torch's own, whose fast path would pass the hooks by."""
+
+    def __init__(self):
+        super().__init__(16, 2, 32, dropout=0.0, batch_first=True)
+
+
+class Words(nn.Module):
+    """An embedding and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(40, 16), nn.Linear(16, 12)
+
+    def forward(self, ids):
+        """Words to scores."""
+        return self.head(self.embedding(ids))
+
+
+CHANNEL = functools.partial(LowRank, pattern="channel")
+MODELS = {
+    "linear": (mlp, lambda: correlated(64, 16), LowRank),
+    "without biases": (lambda: mlp(False), lambda: correlated(64, 16), LowRank),
+    "shared input": (Attention, lambda: correlated(8, 8, 16), LowRank),
+    "convolutions": (images, lambda: correlated(4, 8, 8, 3).movedim(-1, 1), CHANNEL),
+    "one dimension": (
+        lambda: nn.Sequential(nn.Conv1d(6, 12, 3, padding=2), nn.Tanh(), nn.Conv1d(12, 8, 5)),
+        lambda: correlated(4, 20, 6).mT,
+        LowRank,
+    ),
+    "torch's encoder": (Encoder, lambda: correlated(4, 10, 16), LowRank),
+    "embedding": (Words, lambda: torch.randint(0, 12, (8, 9), generator=seeded(3)), LowRank),
+    "bilinear": (
+        lambda: nn.Sequential(Twice(), nn.Linear(10, 10)),
+        lambda: correlated(50, 6),
+        LowRank,
+    ),
+}
+
+
+class Twice(nn.Bilinear):
+    """x ↦ xᵀ W x."""
+
+    def __init__(self):
+        super().__init__(6, 6, 10)
+
+    def forward(self, x):
+        """Of one input."""
+        return super().forward(x, x)
+
+
+def made(name):
+    """A model, its batches in two halves, and how it is factorized."""
+    make, data, parametrization = MODELS[name]
+    torch.manual_seed(0)
+    whole = data()
+    return make().eval(), [whole[: len(whole) // 2], whole[len(whole) // 2 :]], parametrization
+
+
+def met(model, batches):
+    """Module name -> the (inputs, outputs) of each of its calls."""
+    found = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, out, name=name: found.setdefault(name, []).append((args, out))
+        )
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def distance(module, calls, about=False):
+    """√(Σ‖y − y′‖² ÷ Σ‖y‖²) of a module on calls of another; y about its mean on request."""
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    with torch.no_grad():
+        ours = torch.cat([first(module(*args)).double() for args, _ in calls])
+    theirs = torch.cat([first(out).double() for _, out in calls])
+    axes = (
+        [0, *range(2, theirs.ndim)]
+        if isinstance(module, nn.modules.conv._ConvNd)
+        else [0, 1][: theirs.ndim - 1]
+    )
+    size = theirs - theirs.mean(axes, keepdim=True) if about else theirs
+    return float((ours - theirs).norm() / size.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layers_outputs_are_nearer_than_the_plain_ones(name):
+    """On the data; and the plan's error is that of the outputs."""
+    model, batches, parametrization = made(name)
+    stats = calibrate(model, batches)
+    calls = met(model, batches)
+    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+    factorize(plain, rank=3, parametrization=parametrization)
+    plan = factorize(ours, rank=3, parametrization=parametrization, init=stats)
+    checked = 0
+    for row in plan.rows:
+        if row.rank is None:
+            continue
+        assert row.reason is None
+        path, _, attribute = row.name.rpartition(".")
+        if attribute == "weight" and path in calls:
+            here, there = (m.get_submodule(path) for m in (ours, plain))
+            assert distance(here, calls[path]) <= distance(there, calls[path]) + 1e-6
+            biased = getattr(here, "bias", None) is not None
+            assert row.error == pytest.approx(distance(here, calls[path], biased), abs=2e-3)
+            checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_rank_is_the_dense_model(name):
+    """And biases stay where they are."""
+    model, batches, parametrization = made(name)
+    with torch.no_grad():
+        expected = model(batches[0])
+    factorize(model, rank=1.0, parametrization=parametrization, init=calibrate(model, batches))
+    torch.testing.assert_close(model(batches[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_input_is_summed_once():
+    """By the first that meets it; the others' moment is the same."""
+    model, batches, _ = made("shared input")
+    assert list(calibrate(model, batches).sums.moments) == [("v.weight", "inputs")]
+
+
+def test_a_tensor_that_was_written_to_is_another():
+    """In the same memory, with the same shape."""
+
+    class Rewritten(Attention):
+        def forward(self, x):
+            x = x.clone()
+            before = self.q(x)
+            return before + self.v(x.mul_(2))
+
+    torch.manual_seed(0)
+    model = Rewritten()
+    x = correlated(30, 16)
+    sums = calibrate(model, [x], exclude="k").sums
+    q, v = (sums.moments[name, "inputs"].full() for name in ("q.weight", "v.weight"))
+    torch.testing.assert_close(4 * q, v)
+
+
+def test_inference_mode_shares_nothing_and_sums_the_same():
+    """There, nobody counts who writes to a tensor."""
+    model, batches, _ = made("shared input")
+    stats = calibrate(model, batches)
+    with torch.inference_mode(), calibrate(model) as other:
+        for batch in batches:
+            model(batch.clone())
+    assert len(other.sums.moments) == 3
+    one, two = copy.deepcopy(model), copy.deepcopy(model)
+    first = factorize(one, rank=3, init=stats)
+    second = factorize(two, rank=3, init=other)
+    for a, b in zip(first.rows, second.rows, strict=True):
+        assert a.error == pytest.approx(b.error, rel=1e-4)
+
+
+def test_batches_and_a_loop_sum_the_same_and_go_on():
+    """In one run, two, or two passes for one half of the weights each."""
+    model, batches, _ = made("linear")
+    whole = calibrate(model, batches)
+    with calibrate(model) as loop, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    on = calibrate(model, batches[1:], stats=calibrate(model, batches[:1]))
+    halves = calibrate(model, batches, groups=2)
+    for other in (loop, on, halves):
+        assert other.sums.moments.keys() == whole.sums.moments.keys()
+        for key, moment in whole.sums.moments.items():
+            torch.testing.assert_close(other.sums.moments[key].full(), moment.full())
+
+
+def test_padding_is_left_out():
+    """By the batch's mask, by a function, or by hand."""
+
+    class Masked(nn.Linear):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids)
+
+    torch.manual_seed(0)
+    model = Masked(16, 24)
+    x, mask = correlated(4, 6, 16), torch.ones(4, 6).tril(3).long()
+    expected = x[mask.bool()]
+    batch = {"input_ids": x, "attention_mask": mask}
+
+    def loop():
+        with calibrate(model) as stats:
+            stats.mask = mask
+            model(x)
+        return stats
+
+    for stats in (
+        calibrate(model, [batch]),
+        calibrate(model, [batch], mask=lambda batch: batch["attention_mask"].bool()),
+        loop(),
+    ):
+        moment = stats.sums.moments["weight", "inputs"]
+        assert moment.count == len(expected)
+        torch.testing.assert_close(moment.first, expected.sum(0).double(), rtol=1e-4, atol=1e-4)
+    assert calibrate(model, [batch], mask=None).sums.moments["weight", "inputs"].count == 24
+
+
+def test_a_model_is_as_it_was():
+    """No hooks, no gradients, no statistics, no mode changed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    model[2].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    calibrate(model, [correlated(10, 8)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_later_assignment_factorizes_as_ever():
+    """The moments are used once, and not kept."""
+    model, batches, _ = made("linear")
+    factorize(model, rank=3, init=calibrate(model, batches))
+    assert model[0].parametrizations.weight[0].config()["init"] == "spectral"
+    model[0].weight = torch.ones(24, 16)
+    merge(model)
+    torch.testing.assert_close(model[0].weight, torch.ones(24, 16))
+
+
+def test_what_saw_nothing_is_plain_and_listed():
+    """Or is not watched; of others the plan says nothing."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8), "rnn": nn.GRU(8, 8)})
+    stats = calibrate(model, [correlated(10, 8)], lambda model, batch: model["used"](batch))
+    remarks = {row.name: row.reason for row in factorize(model, rank=2, init=stats).rows}
+    assert remarks["used.weight"] is None
+    assert "saw no input" in remarks["idle.weight"]
+    assert "GRU are not watched" in remarks["rnn.weight_ih_l0"]
+
+
+def partly(model, batch):
+    """Another module meets some of the shared inputs."""
+    model.q(batch)
+    if len(batch) > 2:
+        model.v(batch)
+
+
+REFUSED = {
+    "empty": (lambda m: calibrate(m, []), "no watched weight saw an input"),
+    "exhausted": (lambda m: calibrate(m, iter(())), "empty or exhausted"),
+    "NaN": (lambda m: calibrate(m, [torch.full((4, 16), torch.nan)]), "NaN or infinity in batch 1"),
+    "a tensor": (lambda m: calibrate(m, torch.ones(4, 16)), "a loader or a list"),
+    "an iterator twice": (lambda m: calibrate(m, iter([torch.ones(4, 16)]), groups=2), "groups=2"),
+    "no groups": (lambda m: calibrate(m, [], groups=0), "number of passes"),
+    "meta": (lambda m: calibrate(m.to("meta"), [torch.ones(4, 16)]), "meta device"),
+    "nothing ran": (lambda m: calibrate(m, [1], lambda model, batch: None), "did not run"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_batches_are_refused(case):
+    """By name, and the model is as it was."""
+    model = mlp()
+    act, message = REFUSED[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        act(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_failed_run_adds_nothing():
+    """What was known before is still known."""
+    model, batches, _ = made("linear")
+    stats = calibrate(model, batches)
+    before = stats.sums.moments["0.weight", "inputs"].full()
+    with pytest.raises(ValueError, match="infinity"):
+        calibrate(model, [batches[0], batches[0] / 0], stats=stats)
+    assert torch.equal(stats.sums.moments["0.weight", "inputs"].full(), before)
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(9, 24)), {}, "another model"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 24)),
+            {},
+            "no chosen weight was calibrated",
+        ),
+        (mlp, {"parametrization": Tucker}, "take LowRank"),
+        (mlp, {"parametrization": TensorTrain}, "take LowRank"),
+        (mlp, {"parametrization": CP}, "take LowRank"),
+    ],
+)
+def test_moments_of_another_model_are_refused(other, options, message):
+    """And tensor decompositions, before anything changed."""
+    model, batches, _ = made("linear")
+    stats, other = calibrate(model, batches), other()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        factorize(other, rank=2, init=stats, **options)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_weight_that_met_some_of_the_shared_inputs_is_refused():
+    """It would be truncated for inputs that it never saw."""
+    torch.manual_seed(0)
+    model = Attention()
+    stats = calibrate(model, [correlated(2, 16), correlated(9, 16)], partly, exclude="k")
+    with pytest.raises(ValueError, match="met 1 of the 2 inputs"):
+        factorize(model, rank=2, init=stats, exclude="k")
+
+
+def test_an_error_on_the_way_leaves_biases_alone():
+    """They are moved when all else is done."""
+    model, batches, _ = made("linear")
+    stats, before = calibrate(model, batches), copy.deepcopy(model.state_dict())
+    model[4].weight.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match="gradient hooks"):
+        factorize(model, rank=2, init=stats, include=["0", "4"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_settings_are_checked():
+    """Of the share that the data does not decide."""
+    model, batches, _ = made("linear")
+    stats = calibrate(model, batches)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stats.shrink = 2
+    with pytest.raises(RuntimeError, match="inside of `with"):
+        stats.mask = None
