@@ -74,12 +74,13 @@ class ProductMeasurement:
         name: the product's name.
         shape: of the dense product.
         spectrum: singular values (*batch, min(m, n, r)), descending, float64 on the CPU; empty
-            where the structure is no chain.
-        norm, nuclear, bound, imbalance, stable_rank, rank: see the module's docstring. For more
-            than two factors ``bound`` is half the sum of all their squares, which bounds no
-            nuclear norm, and ``imbalance`` is the largest over neighbours in the chain. A tensor
-            that is no chain (Tucker, CP) has no singular values: what needs them is NaN, and
-            ``rank`` is the smallest inner size.
+            where the structure is no chain (Tucker, CP): what needs them is NaN then.
+        norm: ‖W‖_F.
+        nuclear: the nuclear norm, Σσ.
+        bound: half the sum of the factors' squared norms; of two factors ``nuclear`` at least.
+        imbalance: ‖UᵀU − VᵀV‖_F ÷ (‖UᵀU‖_F + ‖VᵀV‖_F), the largest over neighbours in a chain.
+        stable_rank: ‖W‖_F² / σ₁².
+        rank: how many singular values are above rounding; of no chain the smallest inner size.
         effective_step: lr / ‖W‖_F², None where no lr was given.
         decay_step: what a step of decay multiplies a factor by, at most; from 2 it grows (with
             decoupled decay, or SGD). None unless the optimizer that was given has a λ.
