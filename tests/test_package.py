@@ -201,6 +201,12 @@ def test_every_definition_is_used_or_public():
     assert dead == set()
 
 
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_docstrings_say_examples(path):
+    """Under "Example:" the reference would set code as text; its heading is "Examples:"."""
+    assert not re.findall(r"^ *Example:$", path.read_text(encoding="utf-8"), re.M)
+
+
 def test_the_package_does_not_grow():
     """In lines of code, which ``python tests/test_package.py`` prints; a feature may add some."""
     assert sum(lines for _, lines in by_room().values()) <= CODE_LINES

@@ -69,7 +69,7 @@ def norms_above(grams: Tensor) -> Tensor:
     Returns:
         (...); 0 of zeros, and NaN where an entry is not finite or its square overflows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> norms_above(torch.stack([torch.eye(5), torch.diag(torch.tensor([4.0, 1, 1, 1, 0]))]))
         tensor([1.0000, 2.0000])
