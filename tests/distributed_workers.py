@@ -193,6 +193,12 @@ def bounded_alone(model):
     )
 
 
+def returning(model, **options):
+    """Coupled decay toward what the factors are now."""
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    return frobdecay.FrobeniusDecay(base, frobdecay.products(model, toward="initial"), **options)
+
+
 def shard(model, mesh, **options):
     """Every layer a unit of its own, as is usual, and the rest."""
     for layer in model:
@@ -282,6 +288,7 @@ RUNS = {
     ),
     "bounded, closure": ((2,), bounded_alone, {}, {}, {"closure": True}),
     "bounded, hybrid": ((2, 2), bounded, {"depth": 1}, {}, {}),
+    "toward the start": ((2,), returning, {"depth": 1}, {}, {}),
     "four processes": ((4,), sgd, {"depth": 1}, {}, {}),
     "hybrid coupled": ((2, 2), sgd, {"depth": 1}, {}, {"clip": 0.1}),
     "hybrid decoupled": ((2, 2), adamw, {}, {}, {}),
@@ -601,6 +608,12 @@ def refusals(rank, world):
     def partial(tensor):
         return DTensor.from_local(tensor, mesh, [Partial()])
 
+    def toward_a_dense_weight():
+        layer = nn.Linear(6, 8)
+        dense = {"weight": layer.weight.detach()}
+        frobdecay.factorize(layer, rank=2)
+        frobdecay.products(fully_shard(layer, mesh=mesh), toward=dense)
+
     def backward():
         product = Product.of(put(U), put(V, placements=[Replicate()]), name="name")
         product.params[1].grad = partial(V)
@@ -626,6 +639,7 @@ def refusals(rank, world):
         "two meshes": lambda: frobdecay.explain(
             Product.of(put(U), put(V, other, [Replicate(), Shard(0)]), name="name")
         ),
+        "toward a dense weight": toward_a_dense_weight,
         "partial gradient": backward,
         "balance": lambda: frobdecay.balance_(Product.of(put(U), put(V), name="name")),
         "other rank": other_rank,

@@ -26,6 +26,7 @@ from torch import Tensor
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
 from frobdecay.algebra.shifted import Shifted
+from frobdecay.product.departure import Departure
 
 Targets = Sequence[Tensor | None]
 """Of all factors, job by job."""
@@ -61,7 +62,7 @@ class Job:
 
     views: tuple[Tensor, ...]
     batch: int
-    structure: Network | Shifted
+    structure: Network | Shifted | Departure
 
     @property
     def is_gram_pair(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from frobdecay.optim.rounding import Increments, StochasticRounder
 from frobdecay.optim.spectral.bound import StepBound, check_bounded, smallest
 from frobdecay.product.names import factor_name
 from frobdecay.product.product import Product
+from frobdecay.product.toward import fitting_initial, saved_initial
 
 
 class _Asked(NamedTuple):
@@ -57,6 +58,14 @@ class Decay:
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
         self._checked: object = None  # factors whose step can be bounded
+
+    def state_dict(self) -> dict[str, Any]:
+        """What products decay toward that were given initial factors."""
+        return saved_initial(self.products)
+
+    def fitting(self, state_dict: Mapping[str, Any] | None) -> list[tuple[Tensor, Tensor]]:
+        """Initial factors, each with what it is to be; see ``fitting_initial``."""
+        return fitting_initial(self.products, state_dict)
 
     def find(self, groups: Sequence[Group]) -> set[int]:
         """Find the factors in an optimizer's param groups; once before the other methods.

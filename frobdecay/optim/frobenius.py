@@ -336,7 +336,8 @@ class FrobeniusDecay(OptimizerProxy):
         self._adopt(products, version)
 
     def _state_dict(self) -> dict[str, Any]:
-        return {**self._base.state_dict(), _KEY: self._rounder.state_dict()}
+        ours = self._rounder.state_dict() | self._engine.state_dict()
+        return {**self._base.state_dict(), _KEY: ours}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,17 +350,19 @@ class FrobeniusDecay(OptimizerProxy):
             state_dict: what ``state_dict()`` returned; is not changed.
 
         Raises:
-            ValueError: of another model, or of another version of frobdecay. Nothing was changed.
+            ValueError: of another model, or of another version of frobdecay, or of products that
+                decay toward something else. Nothing was changed.
         """
         super().load_state_dict(state_dict)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rounder, ours = self._rounder, _KEY in state_dict
-        if ours:
+        rounder, ours = self._rounder, state_dict.pop(_KEY, None)
+        initial = self._engine.fitting(ours)
+        if ours is not None:
             rounder = StochasticRounder()
-            rounder.load_state_dict(state_dict.pop(_KEY))
+            rounder.load_state_dict(ours)
         saved = state_dict.get("param_groups")
-        if saved is None and not ours:
+        if saved is None and ours is None:
             raise ValueError(
                 f"expected 'param_groups' in the checkpoint, got {sorted(map(str, state_dict))}: "
                 f"it is of a {type(self._base).__name__} that was not wrapped, laid out its own way"
@@ -370,6 +373,8 @@ class FrobeniusDecay(OptimizerProxy):
             state_dict["param_groups"] = keep_bounds(saved, self.param_groups)
         self._base.load_state_dict(state_dict)
         self._rounder = rounder
+        for factor, saved in initial:
+            factor.copy_(saved)
 
     def __getstate__(self) -> dict[str, Any]:
         # As with torch's optimizers, hooks and what a scheduler attached here stay behind. So

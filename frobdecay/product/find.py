@@ -16,6 +16,8 @@ from frobdecay.product.holding import check_module, factorized
 from frobdecay.product.lora import LORA
 from frobdecay.product.names import ProductSelector, pick, walk
 from frobdecay.product.product import Product, as_products
+from frobdecay.product.toward import Toward
+from frobdecay.product.toward import toward as decaying_toward
 
 
 class Version:
@@ -47,6 +49,7 @@ def products(
     include: ProductSelector | None = None,
     exclude: ProductSelector | None = None,
     lora: Literal["delta", "full"] = "delta",
+    toward: Toward | None = None,
 ) -> list[Product]:
     """List the products of a model, in module order, each once.
 
@@ -70,12 +73,16 @@ def products(
         exclude: which of them not.
         lora: "delta" for the product s·BA of each active adapter, "full" for the sum W₀ + s·BA,
             "….weight", which decays to zero instead of to the pretrained weight W₀.
+        toward: what W decays to, instead of zero: "initial" for what the factors are now, which
+            the products keep a copy of; or dense weights by the products' names (a ``state_dict``,
+            or the dense model itself), which are kept as they are, without a copy.
 
     Raises:
         ValueError: a selector that matches no product; another parametrization on top of a
             factorized weight, so that the weight is not the product; attention whose weights do
             not have the numbers and sizes of heads that its attributes say; adapters that are
-            merged or whose update is not s·BA, and for "full" a W₀ that is not dense.
+            merged or whose update is not s·BA, and for "full" a W₀ that is not dense; no dense
+            weight of a product's name and shape to decay toward.
         TypeError: a selector of an unknown kind; a provider returned something else than products.
     """
     check_module(model)
@@ -90,7 +97,8 @@ def products(
         for one in first.values()
         for product in (*_provided(*one, tables), *_parametrized(*one))
     ]
-    return pick(as_products(found), include, exclude)
+    chosen = pick(as_products(found), include, exclude)
+    return chosen if toward is None else decaying_toward(chosen, toward)
 
 
 def _parametrized(module: nn.Module, path: str) -> Iterable[Product]:

@@ -24,10 +24,11 @@ from frobdecay.algebra.precision import (
     full_precision,
 )
 from frobdecay.algebra.shifted import Shifted
+from frobdecay.product.departure import Departure
 from frobdecay.product.factor import Bare, Factor, axes_in, whole
 from frobdecay.product.partitions import why_partitioned
 
-Structure = Network | Shifted
+Structure = Network | Shifted | Departure
 """How factors combine."""
 
 BUCKET_BYTES = 1 << 17

@@ -145,6 +145,7 @@ REFUSED = {
     "partial factor": r"ValueError: name \(tensor\): expected placements Shard or Replicate",
     "half sharded": r"ValueError: name \(tensor\): expected a DTensor, as other factors",
     "two meshes": r"ValueError: name \(tensor\): expected all factors of a product on one mesh",
+    "toward a dense weight": r"ValueError: weight: expected whole factors, got sharded ones",
     "partial gradient": r"ValueError: name \(tensor\): expected a gradient .* placed like its",
     "balance": r"ValueError: name \(tensor\) is sharded.*balance before",
     "other rank": r"RuntimeError: expected the same products.*'uneven'",
