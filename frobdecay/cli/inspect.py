@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.cli.read import Checkpoint, read
+from frobdecay.cli.read import Checkpoint, read, why_unread
 from frobdecay.cli.show import Row, plot, report
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.spectra import measure_all
 from frobdecay.models.checkpoints.records import factor_key, factors_of, weight_of
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.ranks import plan_ranks
 from frobdecay.weights.lowrank import LowRank
 
 
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_as_json(checkpoint, rows, plan, options.energy), allow_nan=False))
     else:
-        count, folds = total(checkpoint), not options.all
+        count, folds = checkpoint.total, not options.all
         print(report(checkpoint.path, rows, plan, options.energy, count, folds))
 
 
@@ -52,7 +51,7 @@ def _as_json(
         "file": checkpoint.path,
         "key": checkpoint.key,
         "energy": energy,
-        "parameters": total(checkpoint),
+        "parameters": checkpoint.total,
         "planned": None if plan is None else {"before": plan.before, "after": plan.after},
         "weights": [asdict(row) for row in rows],
     }
@@ -93,13 +92,8 @@ def _factorized(checkpoint: Checkpoint, name: str) -> Row:
 
 def _dense(name: str, tensor: Tensor) -> Row:
     row = Row(name, tuple(tensor.shape), "dense", tensor.numel())
-    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
-        row.remark = f"not read: {tensor.dtype}, {tensor.layout}"
-    elif not tensor.numel():
-        row.remark = "empty"
-    elif tensor.ndim > 5:
-        row.remark = f"not read: {tensor.ndim} dimensions"
-    else:
+    row.remark = why_unread(tensor) or ""
+    if not row.remark:
         row.matrix = LowRank(1).matricize(row.shape).matrix_shape
     return row
 
@@ -110,17 +104,12 @@ def _dense(name: str, tensor: Tensor) -> Row:
 def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     """Plan for a model of the file's weights, dense, and note in the rows what is planned."""
     known = {row.name: row for row in rows if row.matrix}
-    rest = total(checkpoint) - sum(row.parameters for row in known.values())
+    rest = checkpoint.total - sum(row.parameters for row in known.values())
     shapes = {name: torch.empty(row.shape, device="meta") for name, row in known.items()}
-    model, names = skeleton(shapes, rest)
-    plan = plan_ranks(model, ratio=ratio)
+    made = skeleton(checkpoint.path, shapes, rest)
+    plan = made.plan(*made.entries(None, None, ratio=ratio, rank=None, energy=None))
     for entry in plan.rows:
         if isinstance(entry.rank, int):  # LowRank's
-            row = known[names[entry.name]]
+            row = known[entry.name]
             row.planned_rank, row.planned_parameters = entry.rank, entry.after
     return plan
-
-
-def total(checkpoint: Checkpoint) -> int:
-    """How many numbers there are in it, weights or not."""
-    return sum(t.numel() for t in checkpoint.tensors.values() if t.is_floating_point())

@@ -3,56 +3,61 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from math import prod
-from pathlib import Path
 
 from torch import Tensor
 
 from frobdecay.cli.read import Checkpoint, check_memory, read
-from frobdecay.models.checkpoints.files import write_safetensors, write_torch
-from frobdecay.models.checkpoints.records import dense_weight, factor_key, rebuild, weight_of
+from frobdecay.cli.write import TORCH, check_target, write
+from frobdecay.models.checkpoints.records import (
+    dense_weight,
+    factor_key,
+    factors_of,
+    rebuild,
+    weight_of,
+)
+from frobdecay.models.checkpoints.streams import Part
 from frobdecay.models.progress import Progress
 from frobdecay.models.tables.table import printable
-
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def run(options: argparse.Namespace) -> None:
     """Merge ``options.checkpoint`` into ``options.out``.
 
     Raises:
-        ImportError, OSError, ValueError: as ``read``; an output that exists, or of a suffix that
-            says no format; factors that cannot be multiplied. Nothing was written then.
+        ImportError, OSError, ValueError: as ``read`` and ``write``; an output that exists, or of a
+            suffix that says no format; factors that cannot be multiplied. Nothing was written then.
     """
-    target = Path(options.out)
-    if target.suffix not in (".safetensors", *_TORCH):
-        raise ValueError(
-            f"{target}: expected a name that ends with .safetensors or {', '.join(_TORCH)}"
-        )
-    if target.exists() and not options.force:
-        raise ValueError(f"{target}: exists already; --force replaces it")
+    suffixes = (".safetensors", *TORCH)
+    target = check_target(options.out, options.checkpoint, suffixes, options.force)
     checkpoint = read(options.checkpoint, options.key)
     try:
-        merged = _merged(checkpoint)
+        sizes = _checked(checkpoint)
+        if target.suffix in TORCH:
+            kept = sum(tensor.nbytes for tensor in checkpoint.dense.values())
+            check_memory(kept + sum(sizes.values()))
+        check_memory(max(sizes.values()))
+        with Progress(sum(sizes.values()), None, "merging") as bar:
+            files = {
+                file: [*_parts(names, checkpoint, sizes, bar)]
+                for file, names in checkpoint.files.items()
+            }
+            write(target, checkpoint, files, {})
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
-    if target.suffix == ".safetensors":
-        if checkpoint.others:
-            raise ValueError(
-                f"{checkpoint.path} holds more than tensors, which safetensors cannot hold: "
-                f"{list(checkpoint.others)[:8]}; write a .pt file"
-            )
-        write_safetensors(target, merged)
-    else:
-        write_torch(target, {**merged, **checkpoint.others})
-    count, size = len(checkpoint.records), sum(tensor.numel() for tensor in merged.values())
-    print(
-        f"{printable(str(target))}: {count} weights merged, {len(merged)} tensors, {size:,} numbers"
-    )
+    parts = [part for some in files.values() for part in some]
+    numbers = sum(prod(shape) for part in parts for shape in part.shapes)
+    count, to = len(checkpoint.records), printable(str(target))
+    print(f"{to}: {count} weights merged, {len(parts)} tensors, {numbers:,} numbers")
 
 
-def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors with dense weights, each in the place of its first factor."""
+def _checked(checkpoint: Checkpoint) -> dict[str, int]:
+    """The bytes of each dense weight.
+
+    Raises:
+        ValueError: factors that are missing, twice, or that nobody knows how to read.
+    """
     tensors, records = checkpoint.tensors, checkpoint.records
     if checkpoint.unknown:
         raise ValueError(
@@ -63,7 +68,6 @@ def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise ValueError("nothing to merge: it has no factorized weights")
     for name, record in records.items():
         rebuild(name, record)
-    sizes = {name: prod(record["shape"]) for name, record in records.items()}
     places = {factor_key(name, 0): name for name in records}
     lost = [name for key, name in places.items() if key not in tensors]
     if lost:
@@ -71,14 +75,30 @@ def _merged(checkpoint: Checkpoint) -> dict[str, Tensor]:
     both = [name for name in records if name in tensors]
     if both:
         raise ValueError(f"it has both the factors of {both[:8]} and the dense weights")
-    check_memory(sum(sizes[name] * tensors[key].itemsize for key, name in places.items()))
-    merged: dict[str, Tensor] = {}
-    with Progress(sum(sizes.values()), None, "merging") as bar:
-        for key, tensor in tensors.items():
-            if key in places:
-                name = places[key]
-                merged[name] = dense_weight(name, records[name], tensors)
-                bar.advance(sizes[name])
-            elif weight_of(key) not in records:
-                merged[key] = tensor
-    return merged
+    shapes = {name: prod(record["shape"]) for name, record in records.items()}
+    return {name: shapes[name] * tensors[key].itemsize for key, name in places.items()}
+
+
+def _parts(
+    names: Sequence[str], checkpoint: Checkpoint, sizes: dict[str, int], bar: Progress
+) -> Iterator[Part]:
+    """The tensors of one file with dense weights, each in the place of its first factor."""
+    records = checkpoint.records
+    places = {factor_key(name, 0): name for name in records}
+    for key in names:
+        if key in places:
+            yield _merged(places[key], checkpoint, sizes[places[key]], bar)
+        elif weight_of(key) not in records:
+            yield Part.of(key, checkpoint.tensors[key])
+
+
+def _merged(name: str, checkpoint: Checkpoint, size: int, bar: Progress) -> Part:
+    record, tensors = checkpoint.records[name], checkpoint.tensors
+    factors_of(name, record, tensors)  # refuses what does not fit, before anything is written
+
+    def make() -> Sequence[Tensor]:
+        bar.advance(size)
+        return [dense_weight(name, record, tensors)]
+
+    dtype = tensors[factor_key(name, 0)].dtype
+    return Part((name,), (tuple(record["shape"]),), dtype, make)

@@ -9,18 +9,21 @@ takes back.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from frobdecay.models.checkpoints.configs import config_records
 from frobdecay.models.checkpoints.files import read_safetensors, readable
-from frobdecay.models.checkpoints.folders import weight_files
+from frobdecay.models.checkpoints.folders import CONFIG, folder_of, weight_files
 from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
 from frobdecay.models.checkpoints.records import HEADER, parse_records, weight_of
 
@@ -50,10 +53,30 @@ class Checkpoint:
     files: dict[str, list[str]] = field(default_factory=dict)
 
     @property
+    def dense(self) -> dict[str, Tensor]:
+        """The tensors that are not factors of weights with a record."""
+        found = self.tensors.items()
+        return {name: tensor for name, tensor in found if weight_of(name) not in self.records}
+
+    @property
+    def total(self) -> int:
+        """How many numbers there are in it, weights or not."""
+        return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
+
+    @property
     def unknown(self) -> list[str]:
         """Names of weights whose factors are here, but not how they are to be read."""
         names = dict.fromkeys(filter(None, map(weight_of, self.tensors)))
         return [name for name in names if name not in self.records]
+
+
+def why_unread(tensor: Tensor) -> str | None:
+    """Why a tensor is no weight that could be factorized; None if it is one."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+        return f"not read: {tensor.dtype}, {tensor.layout}"
+    if not tensor.numel():
+        return "empty"
+    return None if 2 <= tensor.ndim <= 5 else f"not read: {tensor.ndim} dimensions"
 
 
 def read(path: str, key: str | None = None) -> Checkpoint:
@@ -79,7 +102,18 @@ def read(path: str, key: str | None = None) -> Checkpoint:
         whole.tensors.update(part.tensors)
         whole.records.update(part.records)
         whole.tied.update(part.tied)
+    folder = folder_of(path)
+    if not whole.records and folder is not None and (folder / CONFIG).exists():
+        whole.records.update(_records_of_config(folder / CONFIG))
     return whole
+
+
+def _records_of_config(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The records that ``save_pretrained`` wrote."""
+    try:
+        return config_records(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _file(path: str, key: str | None) -> Checkpoint:

@@ -1,35 +1,94 @@
 """A model for a checkpoint, of which only the tensors are known: what ranks are planned for.
 
-It has a layer for every weight, under the weight's name and of the type that has weights of such a
-shape, so that ``plan_ranks`` and its selectors treat it as any model. Its layers hold the tensors
-of the file themselves: nothing is copied.
+A folder of transformers says which model it is, and where transformers is installed it is made of
+that class. Of any other checkpoint there is a layer for every weight, under the weight's name and
+of the type that has weights of such a shape. So ``plan_ranks`` and its selectors treat it as any
+model. Its layers hold the tensors of the file themselves: nothing is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frobdecay.models.candidates import Entry
+from frobdecay.models.checkpoints.folders import CONFIG, folder_of
+from frobdecay.models.plan import RankPlan
+from frobdecay.models.ranks import plan_entries, planned
+from frobdecay.models.select import Walk
+from frobdecay.weights.lowrank import LowRank
+
 _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
-def skeleton(weights: Mapping[str, Tensor], rest: int) -> tuple[nn.Module, dict[str, str]]:
-    """The model, and its parameters' names -> the names in the file.
+@dataclass(frozen=True)
+class Skeleton:
+    """The model of a checkpoint.
+
+    Attributes:
+        model: with the tensors of the file for parameters.
+        names: of its parameters -> in the file.
+        absent: parameters of the model that the file does not have, and so no numbers.
+    """
+
+    model: nn.Module
+    names: dict[str, str]
+    absent: list[str]
+
+    def entries(
+        self, include: Sequence[str] | None, exclude: Sequence[str] | None, **rule: Any
+    ) -> tuple[list[Entry], int]:
+        """What ``plan_ranks`` decides on, as it decides, and the number of parameters."""
+        left = [*(exclude or ()), *self.absent] or None
+        return plan_entries(
+            walk=Walk(self.model),
+            include=include,
+            exclude=left,
+            parametrization=LowRank,
+            options={},
+            on_tied="skip",
+            **rule,
+        )
+
+    def plan(self, found: list[Entry], before: int) -> RankPlan:
+        """The plan, by the names in the file."""
+        plan = planned(found, before)
+        rows = (replace(row, name=self.names.get(row.name, row.name)) for row in plan.rows)
+        return replace(plan, rows=tuple(rows))
+
+
+def skeleton(path: str, weights: Mapping[str, Tensor], rest: int) -> Skeleton:
+    """The model of a checkpoint.
 
     Args:
+        path: of the checkpoint.
         weights: of two to five dimensions; others are not factorized.
         rest: how many further parameters there are.
     """
+    folder = folder_of(path)
+    if folder is not None and (folder / CONFIG).exists():
+        if (model := _architecture(folder)) is not None:
+            return _filled(model, weights)
+        print(
+            f"frobdecay: {folder}: not a model of the transformers that is installed, if one is; "
+            "layers are told apart by the shapes of their weights",
+            file=sys.stderr,
+        )
     model, names = nn.Module(), {}
     for name, tensor in weights.items():
-        path = name.removesuffix(".weight") or name
-        names[f"{path}.weight"] = name
-        _put(model, path.split("."), _layer(tensor))
+        layer = name.removesuffix(".weight") or name
+        names[f"{layer}.weight"] = name
+        _put(model, layer.split("."), _layer(tensor))
     model.register_parameter("rest", nn.Parameter(torch.empty(rest, device="meta")))
-    return model, names
+    return Skeleton(model, names, [])
 
 
 def _put(model: nn.Module, path: Iterable[str], layer: nn.Module) -> None:
@@ -46,3 +105,37 @@ def _layer(tensor: Tensor) -> nn.Module:
     layer: nn.Module = kind(*[1] * min(tensor.ndim, 3), bias=False, device="meta")
     layer.weight = nn.Parameter(tensor, requires_grad=False)
     return layer
+
+
+def _architecture(folder: Path) -> Any:
+    """The model that a folder's configuration describes, without numbers; None if it is unknown."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    transformers = importlib.import_module("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            return kind(config)
+    except Exception:  # whatever a class does with a configuration that it does not know
+        return None
+
+
+def _filled(model: Any, weights: Mapping[str, Tensor]) -> Skeleton:
+    """The model with the file's tensors, tied ones in all their places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, attribute))
+    known = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."  # some files have the names of the body alone
+    names = {}
+    for name, tensor in weights.items():
+        for here in (name, prefix + name, name.removeprefix(prefix)):
+            if here in known and known[here].shape == tensor.shape:
+                names[here] = name
+                for module, attribute in places[id(known[here])]:
+                    module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+                break
+    absent = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in names]
+    return Skeleton(model, names, absent)

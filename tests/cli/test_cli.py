@@ -684,7 +684,7 @@ def test_wrong_arguments_end_with_2(capsys):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
-        assert "usage: python -m frobdecay" in capsys.readouterr().err
+        assert "usage: frobdecay" in capsys.readouterr().err
 
 
 def test_an_unattainable_ratio_is_one_line(tmp_path, capsys):

@@ -9,9 +9,15 @@ from pathlib import Path
 
 from frobdecay.models.checkpoints.files import FilePath
 
-INDEX = ".index.json"
+CONFIG, INDEX = "config.json", ".index.json"
 NAMES = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls the weights in a folder; an index of several files adds ``INDEX``."""
+
+
+def folder_of(path: FilePath) -> Path | None:
+    """The folder that a path means, or an index in it; None for a file of weights."""
+    given = Path(os.fsdecode(path))
+    return given if given.is_dir() else given.parent if given.name.endswith(INDEX) else None
 
 
 def weight_files(path: FilePath) -> list[Path]:

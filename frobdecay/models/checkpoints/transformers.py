@@ -23,10 +23,10 @@ from typing import Any
 
 from torch import nn
 
+from frobdecay.models.checkpoints.configs import FILE, METHOD, config_entries, hint, is_ours
 from frobdecay.models.checkpoints.factorized import fit, placed
 from frobdecay.models.checkpoints.records import (
     HEADER,
-    RECORDS_VERSION,
     check_structure,
     record_of,
 )
@@ -36,35 +36,6 @@ from frobdecay.models.surgery import ordinary
 from frobdecay.models.unroll.chains import UNROLLED
 from frobdecay.product.holding import factorized
 from frobdecay.weights.product_tensor import ProductTensor
-
-_METHOD, _FILE = "quantization_config", "transformers_weights"
-_HINT = "the weights are factorized: pip install frobdecay, and import frobdecay before loading"
-
-
-def config_entries(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a folder's config.json has to say beside the model's own, for ``from_pretrained``.
-
-    Args:
-        records: weight name, as in the model's ``state_dict`` -> its record. The factors lie in the
-            files under the names of ``records.factor_key``, without the dense weight.
-
-    Returns:
-        Entries of config.json; empty without records.
-    """
-    if not records:
-        return {}
-    structure = {"quant_method": HEADER, "version": RECORDS_VERSION, "weights": dict(records)}
-    return {_METHOD: structure, **_hint(structure)}
-
-
-def _hint(structure: Any) -> dict[str, str]:
-    """The name of a file that cannot be, where who does not know us would draw weights anew."""
-    return {_FILE: _HINT} if _is_ours(structure) else {}
-
-
-def _is_ours(structure: Any) -> bool:
-    return isinstance(structure, Mapping) and structure.get("quant_method") == HEADER
-
 
 # --- register -----------------------------------------------------------------------------------
 
@@ -143,7 +114,7 @@ def register() -> None:
             return True
 
         def update_attn_implementation(self, config: Any) -> Any:
-            vars(config).pop(_FILE, None)  # this is where a configuration is seen before its files
+            vars(config).pop(FILE, None)  # this is where a configuration is seen before its files
             return config
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
@@ -176,7 +147,7 @@ def register_saving() -> None:
     @functools.wraps(content)
     def to_diff_dict(self: Any) -> Any:
         made = content(self)
-        return made | _hint(made.get(_METHOD))
+        return made | hint(made.get(METHOD))
 
     model.save_pretrained, config.to_diff_dict = save_pretrained, to_diff_dict
 
@@ -201,23 +172,23 @@ def _recorded(model: Any, state_dict: Mapping[str, Any] | None) -> Iterator[None
     found = [] if adapters else Walk(model).factorized
     records = {w.name: record_of(w) for w in found if w.name not in (state_dict or ())}
     held = vars(model.config)
-    before = held.get(_METHOD)
-    if records and before is not None and not _is_ours(before):
+    before = held.get(METHOD)
+    if records and before is not None and not is_ours(before):
         raise ValueError(
             f"{where}: {next(iter(records))} is factorized, but the model is quantized, too, and "
             "its configuration can say one of both; frobdecay.merge it first, or delete "
             "config.quantization_config if it says what is no more"
         )
-    if _is_ours(before):  # of the folder that it was read from
-        del held[_METHOD]
+    if is_ours(before):  # of the folder that it was read from
+        del held[METHOD]
     held.update(config_entries(records))
     try:
         yield
     finally:
-        for name in (_METHOD, _FILE) if records else ():
+        for name in (METHOD, FILE) if records else ():
             held.pop(name, None)
         if before is not None:
-            held[_METHOD] = before
+            held[METHOD] = before
 
 
 # --- load ---------------------------------------------------------------------------------------
@@ -286,6 +257,6 @@ def _settled(model: nn.Module) -> nn.Module:
     for config in {
         id(m.config): m.config for m in model.modules() if hasattr(m, "config")
     }.values():
-        for name in (_METHOD, "_is_quantized"):
+        for name in (METHOD, "_is_quantized"):
             vars(config).pop(name, None)
     return model

@@ -1,0 +1,79 @@
+"""``factorize``: a dense checkpoint -> a factorized one, weight by weight."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frobdecay.cli.read import read, why_unread
+from frobdecay.cli.skeleton import skeleton
+from frobdecay.cli.write import check_target, write
+from frobdecay.models.candidates import Entry
+from frobdecay.models.checkpoints.records import factor_key
+from frobdecay.models.checkpoints.streams import Part
+from frobdecay.models.factorize import relative_error
+from frobdecay.models.progress import Progress, decomposition
+from frobdecay.product.names import naming
+
+
+def run(options: argparse.Namespace) -> None:
+    """Factorize ``options.checkpoint`` into ``options.out``, and print the plan.
+
+    Raises:
+        ImportError, OSError, ValueError: as ``read`` and ``write``; ranks that cannot be had,
+            weights with NaN. Nothing was written then.
+    """
+    target = check_target(options.out, options.checkpoint, (".safetensors",), options.force)
+    checkpoint = read(options.checkpoint, options.key)
+    if checkpoint.unknown:
+        raise ValueError(f"it has factors of {checkpoint.unknown[:8]}, but not how they are read")
+    dense = {
+        name: tensor for name, tensor in checkpoint.dense.items() if why_unread(tensor) is None
+    }
+    rest = checkpoint.total - sum(tensor.numel() for tensor in dense.values())
+    made = skeleton(options.checkpoint, dense, rest)
+    rule = {"ratio": options.ratio, "rank": options.rank, "energy": options.energy}
+    found, before = made.entries(options.include, options.exclude, **rule)
+    chosen = {made.names[entry.weight.name]: entry for entry in found if entry.made is not None}
+    records: dict[str, Any] = dict(checkpoint.records)
+    for name, entry in chosen.items():
+        entry.made.adopt(entry.shape)
+        records[name] = json.loads(json.dumps(entry.made.record()))
+    with Progress(sum(map(_work, chosen.values())), None, "factorizing") as bar:
+        files = {
+            file: [
+                _part(name, checkpoint.tensors[name], chosen.get(name), bar)
+                for name in names
+                if name not in checkpoint.tied
+            ]
+            for file, names in checkpoint.files.items()
+        }
+        write(target, checkpoint, files, records)
+    print(made.plan(found, before).table(folds=not options.all))
+
+
+def _work(entry: Entry) -> float:
+    assert entry.view is not None
+    return decomposition(entry.view.matrix_shape, len(entry.view.batch))
+
+
+def _part(name: str, tensor: Tensor, entry: Entry | None, bar: Progress) -> Part:
+    """A tensor as it is, or its factors, which are made when they are to be written."""
+    if entry is None:
+        return Part.of(name, tensor)
+
+    def make() -> Sequence[Tensor]:
+        with naming(name), torch.no_grad():
+            factors: Sequence[Tensor] = entry.made.right_inverse(tensor)
+            entry.error = relative_error(tensor, entry.made(*factors))
+        bar.advance(_work(entry))
+        return factors
+
+    shapes = tuple(map(tuple, entry.made.factor_shapes(entry.shape)))
+    names = tuple(factor_key(name, i) for i in range(len(shapes)))
+    return Part(names, shapes, tensor.dtype, make)
