@@ -13,11 +13,11 @@ from torch import Tensor
 from frobdecay.cli.read import read, why_unread
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.write import check_target, write
-from frobdecay.models.candidates import Entry
+from frobdecay.models.budget.entry import Entry
 from frobdecay.models.checkpoints.records import factor_key
 from frobdecay.models.checkpoints.streams import Part
-from frobdecay.models.factorize import relative_error
-from frobdecay.models.progress import Progress, decomposition
+from frobdecay.models.fitness import relative_error
+from frobdecay.models.progress import Progress
 from frobdecay.product.names import naming
 
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     for name, entry in chosen.items():
         entry.made.adopt(entry.shape)
         records[name] = json.loads(json.dumps(entry.made.record()))
-    with Progress(sum(map(_work, chosen.values())), None, "factorizing") as bar:
+    with Progress(sum(entry.work for entry in chosen.values()), None, "factorizing") as bar:
         files = {
             file: [
                 _part(name, checkpoint.tensors[name], chosen.get(name), bar)
@@ -57,11 +57,6 @@ def run(options: argparse.Namespace) -> None:
     print(made.plan(found, before).table(folds=not options.all))
 
 
-def _work(entry: Entry) -> float:
-    assert entry.view is not None
-    return decomposition(entry.view.matrix_shape, len(entry.view.batch))
-
-
 def _part(name: str, tensor: Tensor, entry: Entry | None, bar: Progress) -> Part:
     """A tensor as it is, or its factors, which are made when they are to be written."""
     if entry is None:
@@ -71,7 +66,7 @@ def _part(name: str, tensor: Tensor, entry: Entry | None, bar: Progress) -> Part
         with naming(name), torch.no_grad():
             factors: Sequence[Tensor] = entry.made.right_inverse(tensor)
             entry.error = relative_error(tensor, entry.made(*factors))
-        bar.advance(_work(entry))
+        bar.advance(entry.work)
         return factors
 
     shapes = tuple(map(tuple, entry.made.factor_shapes(entry.shape)))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.models.candidates import Entry
+from frobdecay.models.budget.entry import Entry
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_entries, planned

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from frobdecay.models.checkpoints.records import factor_key, weight_of
 from frobdecay.models.checkpoints.restoring import dense_to_factors
-from frobdecay.models.checkpoints.tensors import check_same
+from frobdecay.models.checkpoints.tensors import check_same, unsaved_buffers
 from frobdecay.models.fitness import relative_error
 from frobdecay.models.plan import PlanRow, RankPlan
 from frobdecay.models.select import Walk
@@ -116,7 +115,7 @@ def _left_out(
         )
     expected = {key: what for key, what in _shapes(state).items() if weight_of(key) not in absent}
     expected.update(dict.fromkeys(absent, "a dense weight"))
-    more, buffer = [key for key in converted if key not in expected], _buffers(model)
+    more, buffer = [key for key in converted if key not in expected], unsaved_buffers(model)
     more = [key for key in more if not strict or buffer(key, converted[key])]
     left = [_unused(key, converted.pop(key), "not in the model; left out") for key in more]
     found = _shapes(converted)
@@ -132,19 +131,6 @@ def _left_out(
             raise ValueError(f"{error}; {advice}") from None
         raise
     return left
-
-
-def _buffers(model: nn.Module) -> Callable[[str, Any], bool]:
-    """Whether what a model lacks, by name and value, is no weight that was trained."""
-    unsaved = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    said = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-
-    def buffer(key: str, value: Any) -> bool:
-        if key in unsaved or any(re.search(pattern, key) for pattern in said):
-            return True
-        return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-
-    return buffer
 
 
 def _elsewhere(expected: Mapping[str, str], given: Mapping[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from frobdecay.models.checkpoints.files import FilePath, read_safetensors, write_safetensors
+from frobdecay.models.checkpoints.folders import weight_files
 from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 from frobdecay.models.checkpoints.records import (
     HEADER,
@@ -39,6 +40,7 @@ from frobdecay.models.checkpoints.tensors import (
     identity,
     like,
     named_tensors,
+    unsaved_buffers,
 )
 from frobdecay.models.fitness import reason_against, unwrapped
 from frobdecay.models.select import Walk, Weight
@@ -113,34 +115,29 @@ def load_factorized(model: M, path: FilePath) -> M:
     Nothing is decomposed or drawn, so the model may be on the meta device: what is there comes to
     the CPU. A model that is factorized the same way already is only loaded. Needs ``safetensors``.
     Folders that ``save_pretrained`` of ``transformers`` wrote are for its ``from_pretrained``.
+    Buffers that its ``state_dict`` does not have are left out, as by ``load_dense_``.
 
     Args:
         model: of the class that was saved, fresh; make the optimizer afterwards.
-        path: of the file.
+        path: of the file, or of a folder that ``frobdecay factorize`` wrote.
 
     Returns:
         The model.
 
     Raises:
         ImportError: safetensors is not installed.
-        OSError: the file cannot be opened, or is a folder, a pipe or a device.
+        OSError: the file cannot be opened, or is a pipe or a device.
         ValueError: no such file, or of a later version; names, shapes, dtypes or ties that differ;
             weights that cannot be factorized; a meta buffer that no file holds. Nothing changed.
     """
     walk = unwrapped(model, "load")
     try:
-        if (what := recognized(path)) != SAFETENSORS:
-            raise ValueError(f"expected a safetensors file of save_factorized, got {what}")
-        tensors, metadata = read_safetensors(path)
-        if HEADER not in metadata:
-            raise ValueError(
-                "it has no structure of frobdecay: a dense checkpoint is loaded with "
-                "load_state_dict; a factorized one has to be written by save_factorized"
-            )
-        records, tied = parse_records(metadata[HEADER], tensors)
+        tensors, records, tied = _read(path)
         fresh = fit(walk, records)
         expected = _expected(model, fresh)
         values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
+        left_out = unsaved_buffers(model)
+        values = {n: t for n, t in values.items() if n in expected or not left_out(n, t)}
         theirs, ours = ({n: like(t) for n, t in some.items()} for some in (values, expected))
         check_same(ours, theirs, "it", "the model")
         check_ties(expected, tied)
@@ -150,6 +147,35 @@ def load_factorized(model: M, path: FilePath) -> M:
     with placed(walk, fresh):
         fill(model, values)
     return model
+
+
+def _read(
+    path: FilePath,
+) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Tensors, records and ties of a file, or of those of a folder.
+
+    Raises:
+        ValueError: other files, or without a structure.
+    """
+    tensors: dict[str, Tensor] = {}
+    records: dict[str, Mapping[str, Any]] = {}
+    tied: dict[str, str] = {}
+    structured = False
+    for file in weight_files(path):
+        if (what := recognized(file)) != SAFETENSORS:
+            raise ValueError(f"expected a safetensors file of save_factorized, got {what}")
+        some, metadata = read_safetensors(file)
+        tensors |= some
+        if HEADER in metadata:
+            here, ties = parse_records(metadata[HEADER], some)
+            records, tied, structured = records | here, tied | ties, True
+    if not structured:
+        raise ValueError(
+            "it has no structure of frobdecay: a dense checkpoint is loaded with load_state_dict, "
+            "a folder of save_pretrained with from_pretrained; a factorized one has to be written "
+            "by save_factorized"
+        )
+    return tensors, records, tied
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,19 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 "save a model that was gathered"
             )
     return state
+
+
+def unsaved_buffers(model: nn.Module) -> Callable[[str, Any], bool]:
+    """Whether what a model lacks, by name and value, is no weight that was trained."""
+    unsaved = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    said = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+
+    def buffer(key: str, value: Any) -> bool:
+        if key in unsaved or any(re.search(pattern, key) for pattern in said):
+            return True
+        return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+    return buffer
 
 
 def identity(tensor: Tensor) -> Hashable:

@@ -1,0 +1,257 @@
+"""``frobdecay factorize``: what it writes is what ``factorize`` makes."""
+
+import json
+import re
+import weakref
+
+import pytest
+
+pytest.importorskip("safetensors")
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import frobdecay
+from frobdecay import factorize, load_factorized, merge
+from frobdecay.cli.main import main
+from frobdecay.models.checkpoints.streams import Part, write_stream
+
+
+def _net(**options):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 24), nn.Linear(24, 24)
+    ).to(**options)
+
+
+def _run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def _refused(capsys, *arguments):
+    assert _run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+def _folder(path, tensors, config=None):
+    """Two files with their index, a tokenizer, and weights in a format that is not copied."""
+    path.mkdir()
+    names, table = [*tensors], {}
+    for k in range(2):
+        file = f"model-{k + 1:05}-of-00002.safetensors"
+        save_file({name: tensors[name].contiguous() for name in names[k::2]}, path / file)
+        table |= dict.fromkeys(names[k::2], file)
+    index = {"metadata": {"total_size": 0}, "weight_map": table}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tf_model.h5").write_text("dense")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text("[]")
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+
+
+# Arguments -> those of ``factorize``.
+RULES = {
+    "rank": (["--rank", "3"], {"rank": 3}),
+    "share": (["--rank", "0.5"], {"rank": 0.5}),
+    "ratio": (["--rank", "4", "--include", "3", "4.weight"], {"rank": 4, "include": ["3", "4"]}),
+    "exclude": (["--rank", "4", "--exclude", "[04]*"], {"rank": 4, "exclude": ["0", "4"]}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [".pt", ".safetensors", "a folder"])
+@pytest.mark.parametrize("case", RULES)
+def test_it_writes_what_factorize_makes(tmp_path, capsys, given, case, dtype):
+    """Loaded by ``load_factorized``; merged by the command, it is what ``merge`` makes."""
+    arguments, options = RULES[case]
+    model = _net(dtype=dtype)
+    path, out, dense = tmp_path / f"in{given}", tmp_path / "out", tmp_path / "dense"
+    if given == "a folder":
+        _folder(path, model.state_dict())
+    elif given == ".pt":
+        torch.save({"epoch": 3, "model": model.state_dict()}, path)
+    else:
+        save_file(model.state_dict(), path)
+    if given != "a folder":
+        out, dense = out.with_suffix(".safetensors"), dense.with_suffix(".safetensors")
+    assert _run("factorize", path, out, *arguments) == 0
+    printed = capsys.readouterr().out
+    plan = factorize(model, **options)
+    for row in plan.rows:
+        if row.rank is not None:
+            (line,) = [line for line in printed.splitlines() if line.startswith(row.name)]
+            assert f"{row.error:.3f}" in line
+    loaded = load_factorized(_net(dtype=dtype), out)
+    assert {p.name for p in frobdecay.products(loaded)} == set(plan.ranks)
+    for name in plan.ranks:
+        ours, theirs = (m.get_submodule(name[0]).weight.materialize() for m in (loaded, model))
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(loaded[1].running_var, model[1].running_var)
+    assert _run("merge", out, dense) == 0
+    capsys.readouterr()
+    found = merge(loaded).state_dict()
+    files = [dense] if dense.is_file() else sorted(dense.glob("*.safetensors"))
+    merged = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert merged.keys() == found.keys()
+    torch.testing.assert_close(merged, dict(found))
+
+
+def test_a_folder_is_copied_without_other_weights(tmp_path, capsys):
+    """Configuration with the records, tokenizer, subfolders; an index that is right."""
+    model = _net()
+    config = {"architectures": ["None"], "hidden_size": 3}
+    _folder(tmp_path / "in", model.state_dict(), config)
+    assert _run("factorize", tmp_path / "in", tmp_path / "out", "--ratio", "0.7") == 0
+    assert "layers are told apart by the shapes" in capsys.readouterr().err
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {file.name for file in (tmp_path / "in").iterdir()} - {"tf_model.h5"}
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    structure = written.pop("quantization_config")
+    assert structure["quant_method"] == "frobdecay"
+    assert "frobdecay" in written.pop("transformers_weights")
+    assert written == config
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = [*(tmp_path / "out").glob("*.safetensors")]
+    assert {name: file.name for file in files for name in load_file(file)} == index["weight_map"]
+    size = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert index["metadata"]["total_size"] == size
+    assert _run("merge", tmp_path / "out", tmp_path / "dense") == 0
+    assert json.loads((tmp_path / "dense" / "config.json").read_text()) == config
+    assert {file.name for file in (tmp_path / "dense").iterdir()} == names
+
+
+def test_a_folder_of_save_pretrained_is_merged_by_its_configuration(tmp_path, capsys):
+    """Its files have no structure of their own; factors of one weight may be in two of them."""
+    model = _net()
+    factorize(model, rank=2)
+    records = {p.name: model.get_submodule(p.name[0]).parametrizations.weight[0].record()
+               for p in frobdecay.products(model)}  # fmt: skip
+    structure = {"quant_method": "frobdecay", "version": 1, "weights": records}
+    _folder(tmp_path / "in", model.state_dict(), {"quantization_config": structure})
+    assert _run("inspect", tmp_path / "in", "--json") == 0
+    weights = json.loads(capsys.readouterr().out)["weights"]
+    assert {row["name"]: row["rank"] for row in weights} == dict.fromkeys(records, 2)
+    assert _run("merge", tmp_path / "in", tmp_path / "out.safetensors") == 0
+    expected = merge(model).state_dict()
+    found = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(found, dict(expected))
+
+
+def test_weights_that_are_one_stay_one(tmp_path, capsys):
+    """Tied ones stay dense, as ``factorize`` leaves them."""
+    model = _net()
+    model[4].weight = nn.Parameter(model[3].weight[:, :24])
+    state = model.state_dict() | {"head.weight": model[3].weight.detach()}
+    torch.save(state, tmp_path / "in.pt")
+    assert _run("factorize", tmp_path / "in.pt", tmp_path / "out.safetensors", "--rank", "2") == 0
+    assert "tied to" in capsys.readouterr().out
+
+
+REFUSED = {
+    "no rule": ([], None, "one of the arguments --ratio --rank --energy is required"),
+    "two": (["--rank", "2", "--ratio", "0.5"], None, "not allowed with"),
+    "a rank of 0": (["--rank", "0"], None, "above 0"),
+    "nothing of that name": (["--rank", "2", "--include", "nope"], "out.safetensors", "nope"),
+    "a vector": (["--rank", "2", "--include", "1"], "out.safetensors", "'1'"),
+    "too small": (["--ratio", "0.001"], "out.safetensors", "attainable|cannot be attained"),
+    "another suffix": (["--rank", "2"], "out.pt", "ends with .safetensors"),
+    "no folder from a file": (["--rank", "2"], "out", "ends with .safetensors"),
+    "there already": (["--rank", "2"], "in.safetensors", "exists already; --force"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_one_line(tmp_path, capsys, case):
+    """And nothing is written."""
+    arguments, out, message = REFUSED[case]
+    save_file(_net().state_dict(), tmp_path / "in.safetensors")
+    if out is None:
+        with pytest.raises(SystemExit):
+            _run("factorize", tmp_path / "in.safetensors", tmp_path / "out", *arguments)
+        err = capsys.readouterr().err
+    else:
+        given = tmp_path / "in.safetensors"
+        err = _refused(capsys, "factorize", given, tmp_path / out, *arguments)
+    assert re.search(message, err)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_folder_that_is_there_stays(tmp_path, capsys):
+    """Unless it is empty."""
+    _folder(tmp_path / "in", _net().state_dict())
+    (tmp_path / "out").mkdir()
+    assert _run("factorize", tmp_path / "in", tmp_path / "out", "--rank", "2") == 0
+    capsys.readouterr()
+    error = _refused(capsys, "factorize", tmp_path / "in", tmp_path / "out", "--rank", "2")
+    assert "expected the name of a new folder" in error
+
+
+def test_what_is_not_finite_is_named_and_nothing_is_written(tmp_path, capsys):
+    """No half of a file."""
+    state = _net().state_dict()
+    state["4.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "in.safetensors")
+    given, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    assert "4.weight holds NaN" in _refused(capsys, "factorize", given, out, "--rank", "2")
+    assert not out.exists()
+
+
+def test_factors_are_carried_along(tmp_path, capsys):
+    """A second run factorizes the rest."""
+    save_file(_net().state_dict(), tmp_path / "in.safetensors")
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    given = tmp_path / "in.safetensors"
+    assert _run("factorize", given, one, "--rank", "2", "--include", "3") == 0
+    assert _run("factorize", one, two, "--rank", "3", "--include", "4") == 0
+    capsys.readouterr()
+    found = {p.name: p.rank for p in frobdecay.products(load_factorized(_net(), two))}
+    assert found == {"3.weight": 2, "4.weight": 3}
+
+
+# --- the writer ---------------------------------------------------------------------------------
+
+
+def test_a_stream_is_a_file_of_safetensors(tmp_path):
+    """Every dtype, empty tensors, scalars, views; read by the library itself."""
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+             torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn)  # fmt: skip
+    tensors = {str(kind): torch.arange(3).to(kind) for kind in reversed(kinds)}
+    tensors |= {"none": torch.ones(0, 3), "scalar": torch.tensor(2.5), "view": torch.eye(4)[:, 1]}
+    tensors["turned"] = torch.arange(6.0).view(2, 3).T
+    write_stream(tmp_path / "x", [Part.of(n, t) for n, t in tensors.items()], {"a": "b"})
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].float(), tensor.float())
+
+
+def test_what_has_no_name_in_the_format_is_refused(tmp_path):
+    """Before anything is written."""
+    wide = torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(ValueError, match=r"x is of torch\.complex128"):
+        write_stream(tmp_path / "x", [Part.of("x", wide)], {})
+    with pytest.raises(ValueError, match=r"x is no whole dense tensor.*sparse"):
+        Part.of("x", torch.eye(2).to_sparse())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_stream_makes_each_part_when_its_turn_comes(tmp_path):
+    """No two of them are alive at once."""
+    alive, most = [], []
+
+    def make():
+        alive[:] = [one for one in alive if one() is not None]
+        most.append(len(alive))
+        made = torch.ones(1000)
+        alive.append(weakref.ref(made))
+        return [made]
+
+    parts = [Part((str(i),), ((1000,),), torch.float32, make) for i in range(5)]
+    write_stream(tmp_path / "x", parts, {})
+    assert max(most) <= 1
