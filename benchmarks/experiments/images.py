@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import cos, pi
@@ -32,6 +32,8 @@ class ImageArm(Arm):
         kind: key in ``KINDS``.
         init: of the factors: "spectral" is SI.
         decay: key in ``DECAYS``.
+        warm: fraction of the epochs in which the network is trained dense, before it is factorized
+            with what its optimizer remembers.
         rank: fraction of the output side (``output_ranks``) in place of the protocol's ratio.
         after: the arm whose norms the decay "normalized" replays.
     """
@@ -39,6 +41,7 @@ class ImageArm(Arm):
     kind: str = "lowrank"
     init: str = "kaiming"
     decay: str = "plain"
+    warm: float = 0.0
     rank: float | None = None
 
 
@@ -78,8 +81,9 @@ class ImageProtocol(Common):
     channels_last: bool = False
 
 
-Make = Callable[[nn.Module, ImageArm, ImageProtocol], float]
-"""Changes a dense model in place; returns the fraction of the parameters that is left."""
+Make = Callable[..., float]
+"""From (model, arm, protocol): changes a dense model in place, and of kinds of factors also its
+optimizer; returns the fraction of the parameters that is left."""
 
 
 def _dense(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
@@ -87,7 +91,12 @@ def _dense(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
 
 
 def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
-    def make(model: nn.Module, arm: ImageArm, protocol: ImageProtocol) -> float:
+    def make(
+        model: nn.Module,
+        arm: ImageArm,
+        protocol: ImageProtocol,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> float:
         dense, size = DENSE[protocol.model], dict[str, Any](ratio=protocol.ratio)
         scale = protocol.scales.get(arm.kind) if arm.rank is None else arm.rank
         if scale is not None:
@@ -97,6 +106,7 @@ def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
             exclude=dense,
             parametrization=parametrization,
             init=arm.init,
+            optimizer=optimizer,
             **size,
         )
         return plan.ratio
@@ -146,10 +156,15 @@ DECAYS: Mapping[str, Callable[[float], float] | None] = {
 
 
 def _optimizer(
-    model: nn.Module, decay: str, protocol: ImageProtocol, kept: float
+    model: nn.Module,
+    decay: str,
+    protocol: ImageProtocol,
+    kept: float,
+    planned: Sequence[Tensor] = (),
 ) -> torch.optim.Optimizer:
     scale, whole = DECAYS[decay], protocol.weight_decay
     factors = {id(p) for product in frobdecay.products(model) for p in product.params}
+    factors |= {id(weight) for weight in planned}
     inside = [p for p in model.parameters() if id(p) in factors]
     outside = [p for p in model.parameters() if id(p) not in factors]
     groups: list[dict[str, Any]] = [{"params": outside, "weight_decay": whole}]
@@ -157,7 +172,8 @@ def _optimizer(
         rate = whole if scale is None else whole * scale(kept)
         groups.append({"params": inside, "weight_decay": rate})
     base = torch.optim.SGD(groups, protocol.lr, protocol.momentum)
-    return base if scale is not None else frobdecay.FrobeniusDecay(base, model)
+    wrapped = scale is None and not planned
+    return frobdecay.FrobeniusDecay(base, model) if wrapped else base
 
 
 @lru_cache(maxsize=1)
@@ -187,12 +203,15 @@ class ImageTrial(Training):
         channels, classes = self.data.train[0].shape[1], self.data.classes
         model = MODELS[protocol.model](channels=channels, classes=classes)
         self.dense_parameters = count_parameters(model)
-        self.kept = KINDS[arm.kind](model, arm, protocol)
+        self.kept = (
+            _dense(model, arm, protocol) if arm.warm else KINDS[arm.kind](model, arm, protocol)
+        )
         model.to(protocol.device)
         self.layout = torch.channels_last if protocol.channels_last else torch.contiguous_format
         model.to(memory_format=self.layout)  # type: ignore[call-overload]
         products = frobdecay.products(model)
-        self.ready(model, _optimizer(model, arm.decay, protocol, self.kept), products)
+        planned = [module.weight for module, _ in self._inside(model)] if arm.warm else []
+        self.ready(model, _optimizer(model, arm.decay, protocol, self.kept, planned), products)
         self.norms = Recorder(products, quantities=["norm"]) if products else None
         if arm.decay == "normalized":
             assert self.norms is not None
@@ -200,8 +219,8 @@ class ImageTrial(Training):
 
     @property
     def first_eligible(self) -> int:  # type: ignore[override]
-        """A model that is to be pruned is not tested before it is."""
-        return self.epochs // 2 if self.arm.kind == "pruned" else 0
+        """A model that is to be pruned or factorized is not tested before it is."""
+        return self.epochs // 2 if self.arm.kind == "pruned" else round(self.arm.warm * self.epochs)
 
     def rate(self) -> float:
         """The protocol's; but for a cosine the same in all of an epoch."""
@@ -214,7 +233,9 @@ class ImageTrial(Training):
         return protocol.lr * protocol.gamma ** sum(passed >= m for m in protocol.milestones)
 
     def advance(self) -> None:
-        """Train for one epoch and validate; prune before the second half."""
+        """Train for one epoch and validate; prune before the second half, factorize when warm."""
+        if self.arm.warm and self.epoch == self.first_eligible:
+            self._factorize()
         if self.arm.kind == "pruned" and self.epoch == self.epochs // 2:
             self._prune()
         super().advance()
@@ -255,17 +276,25 @@ class ImageTrial(Training):
         elif self.norms is not None and self.arm.decay == "frobenius":
             self.norms.step()
 
-    def _prunable(self) -> list[tuple[nn.Module, str]]:
+    def _inside(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
+        """What is pruned or factorized."""
         dense = DENSE[self.protocol.model]
         return [
             (module, "weight")
-            for name, module in self.model.named_modules()
+            for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear) and name not in dense
         ]
 
+    def _factorize(self) -> None:
+        """Go on with factors: of a group of their own, with their momentum."""
+        base = self.optimizer
+        self.kept = KINDS[self.arm.kind](self.model, self.arm, self.protocol, base)
+        if DECAYS[self.arm.decay] is None:
+            self.optimizer = frobdecay.FrobeniusDecay(base, self.model)
+
     def _prune(self) -> None:
         """Keep the largest entries of all weights, as many as the ratio leaves parameters."""
-        weights = self._prunable()
+        weights = self._inside(self.model)
         inside = sum(module.weight.numel() for module, _ in weights)
         keep = self.protocol.ratio * self.dense_parameters - (self.dense_parameters - inside)
         amount = 1 - max(keep, 0) / inside
@@ -284,6 +313,8 @@ class ImageTrial(Training):
         """Continue after the epoch at which the state was taken."""
         if self.arm.kind == "pruned" and state["epoch"] > self.epochs // 2:
             self._prune()  # the masks' names; their values follow
+        if self.arm.warm and state["epoch"] > self.first_eligible:
+            self._factorize()
         super().load_state_dict(state)
         self.kept = state["kept"]
         if self.norms is not None:

@@ -201,6 +201,33 @@ VISION: Mapping[str, Experiment] = {
             Claim("FD without SI is not above plain low-rank", "lowrank", "fd", tuned="own"),
         ],
     ),
+    "warmup": _Experiment(
+        "Train dense first, then factorize",
+        "(Pufferfish, Cuttlefish; not in this paper.) A network that was trained dense for a while "
+        "before it is factorized is better than one that was factorized from the start.",
+        {
+            "dense": _DENSE,
+            "si": _GRID["si"],
+            "sifd": _GRID["sifd"],
+            **{
+                f"warm{key}{percent}": replace(
+                    _GRID[key], label=f"{percent} % dense, then {_GRID[key].label}", warm=share
+                )
+                for percent, share in ((25, 0.25), (50, 0.5))
+                for key in ("si", "sifd")
+            },
+        },
+        {"cpu": {f"resnet8x2 {ratio:g}": replace(_TRAINED, ratio=ratio) for ratio in _RATIOS[:1]}},
+        {"cpu": _AS_TRAINED},
+        baseline="si",
+        claims=[
+            Claim(
+                "a quarter of dense training first is better, with SI & FD", "warmsifd25", "sifd"
+            ),
+            Claim("so is a half", "warmsifd50", "sifd"),
+            Claim("FD helps what was trained dense first", "warmsifd25", "warmsi25"),
+        ],
+    ),
     "tensors": _Experiment(
         "Tensor decompositions (Table 2)",
         "SI and FD, carried over to Tucker and tensor train decompositions, help those, too; at "

@@ -28,14 +28,15 @@ pytestmark = pytest.mark.slow
 
 
 def arms():
-    """One arm for every way to make weights, and one for every way to decay them."""
+    """One arm for every way to make weights, for every way to decay them, and for a late start."""
     found, seen = {}, set()
     for name, experiment in VISION.items():
         for key, arm in experiment.arms.items():
-            if not {arm.kind, arm.decay} <= seen:
-                seen |= {arm.kind, arm.decay}
+            ways = {arm.kind, arm.decay, *(["warm"] if arm.warm and arm.decay != "plain" else [])}
+            if not ways <= seen:
+                seen |= ways
                 found[name, key] = arm
-    assert seen == {*KINDS, *DECAYS}
+    assert seen == {*KINDS, *DECAYS, "warm"}
     return found
 
 
@@ -114,7 +115,25 @@ def test_pruned_models_are_not_tested_before_they_are(tmp_path, protocol):
     scores = iter((90.0, 90.0, 10.0, 20.0))
     one.validate = lambda: next(scores)
     assert finish(one)["ratio"] == pytest.approx(protocol.ratio, abs=2e-3)
-    assert sum(int((module.weight == 0).sum()) for module, _ in one._prunable())
+    assert sum(int((module.weight == 0).sum()) for module, _ in one._inside(one.model))
+
+
+def test_a_dense_start_is_factorized_with_its_momentum(tmp_path, protocol):
+    """After its share of the epochs; U has the momentum of the dense weight times V."""
+    one = trial(tmp_path, VISION["warmup"].arms["warmsifd25"], protocol)
+    assert one.first_eligible == 1
+    one.advance()
+    weight = one.model.layer2[0].conv1.weight
+    momentum = one.optimizer.state[weight]["momentum_buffer"].clone()
+    one._factorize()
+    held = one.model.layer2[0].conv1.parametrizations.weight
+    V = held.original1.detach()
+    found = one.optimizer.state[held.original0]["momentum_buffer"]
+    torch.testing.assert_close(found, held[0].matricization.matrix(momentum) @ V)
+    assert isinstance(one.optimizer, frobdecay.FrobeniusDecay)
+    decays = [group["frobenius_decay"] for group in one.optimizer.param_groups]
+    assert decays == [0.0, protocol.weight_decay]
+    assert one.kept == pytest.approx(protocol.ratio, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["lowrank", "tucker", "train"])
