@@ -10,6 +10,7 @@ import re
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
+WIDE = ".md-grid { max-width: 74rem }"  # room for 100 columns of code
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -37,6 +38,7 @@ def on_files(files, config):
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
             if path.endswith(".md"):
                 pending.append(path)
+    files.append(File.generated(config, "wide.css", content=WIDE))
     return files
 
 
