@@ -1,14 +1,18 @@
 """README and docs do what they say."""
 
+import collections
 import inspect
 import pydoc
 import re
+import shlex
 import sys
 
 import pytest
-from pages import BLOCKS, PAGES, ROOT, extras, run, torchrun
+import torch
+from pages import BLOCKS, PAGES, ROOT, extras, fenced, run, torchrun
 
 import frobdecay
+from frobdecay.cli.main import main
 
 PUBLIC = [getattr(frobdecay, name) for name in frobdecay.__all__ if name != "diagnostics"]
 PUBLIC += [getattr(frobdecay.diagnostics, name) for name in ("measure", "Recorder")]
@@ -38,6 +42,21 @@ def test_examples_run(name, tmp_path, monkeypatch):
     """Every Python block that needs the core alone runs by itself."""
     monkeypatch.chdir(tmp_path)
     run(name)
+
+
+@pytest.mark.cpu("files")
+def test_commands_run(tmp_path, monkeypatch):
+    """Those of the command line, one after the other, as they are printed."""
+    monkeypatch.chdir(tmp_path)
+    layers = {name: torch.nn.Linear(64, 64) for name in ("up", "down", "head")}
+    model = torch.nn.Sequential(collections.OrderedDict(layers))
+    torch.save(model.state_dict(), "model.pt")
+    frobdecay.save_factorized(model, "model.safetensors")
+    lines = "".join(fenced("sh").values()).splitlines()
+    commands = [line for line in lines if line.startswith("frobdecay ")]
+    assert len(commands) >= 3
+    for command in commands:
+        assert main(shlex.split(command, comments=True)[1:]) == 0, command
 
 
 @pytest.mark.parametrize("page", PAGES)
