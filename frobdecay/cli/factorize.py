@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from frobdecay.cli.read import read, why_unread
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.write import check_target, write
-from frobdecay.models.budget.entry import Entry
 from frobdecay.models.checkpoints.records import factor_key
 from frobdecay.models.checkpoints.streams import Part
 from frobdecay.models.fitness import relative_error
-from frobdecay.models.progress import Progress
+from frobdecay.models.plan import PlanRow
+from frobdecay.models.progress import Progress, decomposition
 from frobdecay.product.names import naming
 
 
@@ -38,37 +39,46 @@ def run(options: argparse.Namespace) -> None:
     rest = checkpoint.total - sum(tensor.numel() for tensor in dense.values())
     made = skeleton(options.checkpoint, dense, rest)
     rule = {"ratio": options.ratio, "rank": options.rank, "energy": options.energy}
-    found, before = made.entries(options.include, options.exclude, **rule)
-    chosen = {made.names[entry.weight.name]: entry for entry in found if entry.made is not None}
+    plan = made.plan(options.include, options.exclude, **rule)
+    chosen = {row.name: row for row in plan.rows if row.made is not None}
     records: dict[str, Any] = dict(checkpoint.records)
-    for name, entry in chosen.items():
-        entry.made.adopt(entry.shape)
-        records[name] = json.loads(json.dumps(entry.made.record()))
-    with Progress(sum(entry.work for entry in chosen.values()), None, "factorizing") as bar:
+    for name, row in chosen.items():
+        row.made.adopt(row.shape)
+        records[name] = json.loads(json.dumps(row.made.record()))
+    errors: dict[str, float] = {}
+    with Progress(sum(map(_work, chosen.values())), None, "factorizing") as bar:
         files = {
             file: [
-                _part(name, checkpoint.tensors[name], chosen.get(name), bar)
+                _part(name, checkpoint.tensors[name], chosen.get(name), errors, bar)
                 for name in names
                 if name not in checkpoint.tied
             ]
             for file, names in checkpoint.files.items()
         }
         write(target, checkpoint, files, records)
-    print(made.plan(found, before).table(folds=not options.all))
+    rows = (replace(row, error=errors.get(row.name)) for row in plan.rows)
+    print(replace(plan, rows=tuple(rows)).table(folds=not options.all))
 
 
-def _part(name: str, tensor: Tensor, entry: Entry | None, bar: Progress) -> Part:
+def _work(row: PlanRow) -> float:
+    assert row.matrix is not None
+    return decomposition(row.matrix, len(row.matrix) - 2)
+
+
+def _part(
+    name: str, tensor: Tensor, row: PlanRow | None, errors: dict[str, float], bar: Progress
+) -> Part:
     """A tensor as it is, or its factors, which are made when they are to be written."""
-    if entry is None:
+    if row is None:
         return Part.of(name, tensor)
 
     def make() -> Sequence[Tensor]:
         with naming(name), torch.no_grad():
-            factors: Sequence[Tensor] = entry.made.right_inverse(tensor)
-            entry.error = relative_error(tensor, entry.made(*factors))
-        bar.advance(entry.work)
+            factors: Sequence[Tensor] = row.made.right_inverse(tensor)
+            errors[name] = relative_error(tensor, row.made(*factors))
+        bar.advance(_work(row))
         return factors
 
-    shapes = tuple(map(tuple, entry.made.factor_shapes(entry.shape)))
+    shapes = tuple(map(tuple, row.made.factor_shapes(row.shape)))
     names = tuple(factor_key(name, i) for i in range(len(shapes)))
     return Part(names, shapes, tensor.dtype, make)

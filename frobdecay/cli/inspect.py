@@ -107,7 +107,7 @@ def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     rest = checkpoint.total - sum(row.parameters for row in known.values())
     shapes = {name: torch.empty(row.shape, device="meta") for name, row in known.items()}
     made = skeleton(checkpoint.path, shapes, rest)
-    plan = made.plan(*made.entries(None, None, ratio=ratio, rank=None, energy=None))
+    plan = made.plan(None, None, ratio=ratio)
     for entry in plan.rows:
         if isinstance(entry.rank, int):  # LowRank's
             row = known[entry.name]

@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.models.budget.entry import Entry
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
 from frobdecay.models.plan import RankPlan
-from frobdecay.models.ranks import plan_entries, planned
-from frobdecay.models.select import Walk
-from frobdecay.weights.lowrank import LowRank
+from frobdecay.models.ranks import plan_ranks
 
 _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -43,24 +40,12 @@ class Skeleton:
     names: dict[str, str]
     absent: list[str]
 
-    def entries(
+    def plan(
         self, include: Sequence[str] | None, exclude: Sequence[str] | None, **rule: Any
-    ) -> tuple[list[Entry], int]:
-        """What ``plan_ranks`` decides on, as it decides, and the number of parameters."""
+    ) -> RankPlan:
+        """As ``plan_ranks``, by the names in the file."""
         left = [*(exclude or ()), *self.absent] or None
-        return plan_entries(
-            walk=Walk(self.model),
-            include=include,
-            exclude=left,
-            parametrization=LowRank,
-            options={},
-            on_tied="skip",
-            **rule,
-        )
-
-    def plan(self, found: list[Entry], before: int) -> RankPlan:
-        """The plan, by the names in the file."""
-        plan = planned(found, before)
+        plan = plan_ranks(self.model, include=include, exclude=left, **rule)
         rows = (replace(row, name=self.names.get(row.name, row.name)) for row in plan.rows)
         return replace(plan, rows=tuple(rows))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -23,6 +23,7 @@ class PlanRow:
         error: ‖W − UVᵀ‖_F / ‖W‖_F of the initialization; None in a dry run.
         reason: why it stays dense; what it was untied from.
         tensor: whether it is read as a tensor.
+        made: the parametrization that it has or is to have.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PlanRow:
     error: float | None = None
     reason: str | None = None
     tensor: bool = False
+    made: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -48,7 +50,7 @@ class PlanRow:
         view, after = made.matricize(shape), parameters(made, shape)
         tensor = isinstance(view, Tensorization)
         ranked = view.matrix_shape, made.resolve(shape)
-        return cls(name, shape, *ranked, prod(shape), after, error, reason, tensor)
+        return cls(name, shape, *ranked, prod(shape), after, error, reason, tensor, made)
 
     @property
     def reading(self) -> str | None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.cli import read as reading
@@ -685,6 +686,14 @@ def test_wrong_arguments_end_with_2(capsys):
             main(arguments)
         assert caught.value.code == 2
         assert "usage: frobdecay" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    """That of the package."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"frobdecay {frobdecay.__version__}\n"
 
 
 def test_an_unattainable_ratio_is_one_line(tmp_path, capsys):
