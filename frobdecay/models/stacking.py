@@ -81,8 +81,14 @@ def _calibrated(entry: Entry, metric: Metric) -> Sequence[Tensor]:
     assert tensor is not None
     made.adopt(entry.shape)
     matrix = made.matricization.matrix(tensor.detach())
-    factors, entry.error, entry.shift = metric.factors(matrix, made.rank, depth=made.depth)
-    return factors
+    found = metric.factors(matrix, made.rank, depth=made.depth)
+    entry.error, entry.shift = found.error, found.shift
+    if found.plain:
+        which = f" in {', '.join(map(str, found.plain))} of {prod(matrix.shape[:-2])}"
+        entry.note = (
+            f"init='spectral'{which if matrix.ndim > 2 else ''}: nothing but zeros was seen"
+        )
+    return found.factors
 
 
 def _decomposed(stack: Sequence[Entry]) -> dict[int, Sequence[Tensor]]:

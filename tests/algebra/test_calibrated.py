@@ -120,7 +120,7 @@ def test_the_bias_restores_the_mean(problem):
     W, C, r = problem
     mean = torch.ones(*W.shape[:-2], W.shape[-1], dtype=W.dtype)
     through = (W @ mean.unsqueeze(-1)).squeeze(-1)
-    (U, V), _, shift = Metric(C, "inputs", mean=mean).factors(W, r)
+    (U, V), _, shift, _ = Metric(C, "inputs", mean=mean).factors(W, r)
     kept = (U @ (V.mT @ mean.unsqueeze(-1))).squeeze(-1)
     torch.testing.assert_close(kept + shift, through, **WIDE)
     other = Metric(W @ C @ W.mT, "outputs", mean=through).factors(W, r).shift

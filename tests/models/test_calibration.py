@@ -90,22 +90,19 @@ MODELS = {
     "torch's encoder": (Encoder, lambda: correlated(4, 10, 16), LowRank),
     "embedding": (Words, lambda: torch.randint(0, 12, (8, 9), generator=seeded(3)), LowRank),
     "bilinear": (
-        lambda: nn.Sequential(Twice(), nn.Linear(10, 10)),
+        lambda: Twice(nn.Bilinear(6, 6, 10), nn.Linear(10, 10)),
         lambda: correlated(50, 6),
         LowRank,
     ),
 }
 
 
-class Twice(nn.Bilinear):
-    """x ↦ xᵀ W x."""
-
-    def __init__(self):
-        super().__init__(6, 6, 10)
+class Twice(nn.Sequential):
+    """A bilinear form of one input, and a layer."""
 
     def forward(self, x):
-        """Of one input."""
-        return super().forward(x, x)
+        """Both."""
+        return self[1](self[0](x, x))
 
 
 def made(name):
@@ -241,12 +238,12 @@ def test_batches_and_a_loop_sum_the_same_and_go_on():
 def test_padding_is_left_out():
     """By the batch's mask, by a function, or by hand."""
 
-    class Masked(nn.Linear):
+    class Masked(nn.Sequential):
         def forward(self, input_ids, attention_mask=None):
             return super().forward(input_ids)
 
     torch.manual_seed(0)
-    model = Masked(16, 24)
+    model = Masked(nn.Linear(16, 24))
     x, mask = correlated(4, 6, 16), torch.ones(4, 6).tril(3).long()
     expected = x[mask.bool()]
     batch = {"input_ids": x, "attention_mask": mask}
@@ -262,10 +259,10 @@ def test_padding_is_left_out():
         calibrate(model, [batch], mask=lambda batch: batch["attention_mask"].bool()),
         loop(),
     ):
-        moment = stats.sums.moments["weight", "inputs"]
+        moment = stats.sums.moments["0.weight", "inputs"]
         assert moment.count == len(expected)
         torch.testing.assert_close(moment.first, expected.sum(0).double(), rtol=1e-4, atol=1e-4)
-    assert calibrate(model, [batch], mask=None).sums.moments["weight", "inputs"].count == 24
+    assert calibrate(model, [batch], mask=None).sums.moments["0.weight", "inputs"].count == 24
 
 
 def test_a_model_is_as_it_was():
@@ -307,6 +304,23 @@ def partly(model, batch):
     model.q(batch)
     if len(batch) > 2:
         model.v(batch)
+
+
+def test_layers_with_a_forward_of_their_own_are_listed():
+    """Nobody knows what they do with the weight."""
+
+    class Standardized(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight - self.weight.mean())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardized(16, 16), nn.Linear(16, 16))
+    remarks = [
+        row.reason
+        for row in factorize(model, rank=2, init=calibrate(model, [correlated(9, 16)])).rows
+    ]
+    assert "Standardized has a forward of its own" in remarks[0]
+    assert remarks[1] is None
 
 
 REFUSED = {

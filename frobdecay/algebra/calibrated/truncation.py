@@ -47,11 +47,14 @@ class Calibrated(NamedTuple):
         factors: (U, M₁ … M_depth, V).
         error: √(E‖(W − UVᵀ)x‖² / E‖Wx‖²), both about the mean where the bias is moved.
         shift: what to add to the bias, (*batch, m); None where there is none.
+        plain: which matrices of a batch the data says nothing of, so that they are truncated by
+            their own spectrum.
     """
 
     factors: tuple[Tensor, ...]
     error: float
     shift: Tensor | None
+    plain: list[int]
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Metric:
             left, right = (unit.shared_(end).to(weight.dtype) for end in ends)
         total = float(outputs.energy.sum())
         error = (max(float(lost.sum()), 0) / total) ** 0.5 if total else 0.0
-        return Calibrated(with_inner(left, right, depth), error, shift)
+        plain = (outputs.energy.reshape(-1) <= 0).nonzero().flatten().tolist()
+        return Calibrated(with_inner(left, right, depth), error, shift, plain)
 
     def _outputs(self, weight: Tensor) -> _Outputs:
         """What the weight puts out, in as few numbers as its rank."""

@@ -6,7 +6,7 @@ import torch
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.models.calibration.metrics import check_parts, metric_of, why_not_read
+from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.watch import Mask, Sums, Watch
 from frobdecay.models.select import Weight
@@ -136,9 +136,7 @@ class Calibration:
         """
         named = (self.unwatched[name] for name in weight.names if name in self.unwatched)
         reason = why_not_read(weight, view) or next(named, None)
-        if reason is None and not check_parts(self.sums, weight, view):
-            reason = "it saw no input"
-        return reason
+        return reason or why_unseen(self.sums, weight, view)
 
     def metric(self, weight: Weight, view: Matricization, moves: bool) -> Metric:
         """The metric in which a weight is truncated.

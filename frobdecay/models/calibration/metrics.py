@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.algebra.calibrated.moment import Moment
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.models.calibration.watch import Key, Sums
@@ -76,7 +76,7 @@ def metric_of(
     """The metric in which a weight is truncated.
 
     Args:
-        sums: what is known; ``check_parts`` has passed.
+        sums: what is known; ``why_unseen`` says nothing.
         weight: with a tensor.
         view: how it is read, as ``why_not_read`` allows.
         moves: whether its bias may be moved, which takes the mean out of the inputs.
@@ -109,8 +109,8 @@ def _parts(sums: Sums, weight: Weight) -> list[Mapping[Key, int]]:
     return parts[:1] if all(met == parts[0] for met in parts) else parts
 
 
-def check_parts(sums: Sums, weight: Weight, view: Matricization) -> bool:
-    """Whether anything was seen of a weight.
+def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
+    """Say why there is no moment that fits a weight.
 
     Raises:
         ValueError: moments of another shape, or of only some of the calls.
@@ -119,7 +119,8 @@ def check_parts(sums: Sums, weight: Weight, view: Matricization) -> bool:
     parts = _parts(sums, weight)
     for key, calls in (pair for met in parts for pair in met.items()):
         held, expected = sums.moments[key], sizes[key[1]]
-        size = len(held.second) if isinstance(held, Frequencies) else held.first.numel()
+        batch, size = held.second.shape[:-2], held.second.shape[-1]
+        size = size * prod(batch) if key[1] == "outputs" else size
         if size != expected:
             raise ValueError(
                 f"{weight.name} has {expected} {key[1]}, but {size} were summed for {key[0]}: the "
@@ -131,7 +132,9 @@ def check_parts(sums: Sums, weight: Weight, view: Matricization) -> bool:
                 f"{key[0]}, which it shares, and its own were not summed apart; calibrate one of "
                 "the two in a run of its own, with include="
             )
-    return bool(parts)
+        if tuple(batch) not in ((), view.batch):
+            return f"{view.pattern!r} joins matrices that were watched apart"
+    return None if parts else "it saw no input"
 
 
 def _joined(

@@ -7,6 +7,7 @@ cost. The outputs of a convolution are rows of m channels, so that no patch is e
     Linear, Conv1D            inputs, or outputs where those are fewer
     Conv, Bilinear            outputs; inputs of a 1×1 kernel where those are fewer
     Embedding                 how often each row is looked up
+    stacks of experts         inputs, or outputs where those are fewer, of each expert
     MultiheadAttention        inputs of in_proj; outputs of out_proj, which are the module's
 """
 
@@ -19,10 +20,18 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from frobdecay.algebra.matricize import Matricization
 from frobdecay.models.select import Weight
 from frobdecay.weights.layouts import is_kind
 
+EXPERTS = ("transformers.models.dbrx.*ExpertGLU", "transformers.models.*Experts")
 CONV1D = "transformers.pytorch_utils.Conv1D"
+_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Embedding, nn.Bilinear, nn.MultiheadAttention),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_ALIKE = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame")
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and result of a forward pass."""
 
@@ -39,6 +48,7 @@ class Probe:
         size: k of the moment.
         inputs: the call's inputs (…, n); None where they are never seen.
         outputs: the call's outputs (…, m), or (…, g·m) of g groups.
+        attribute: of the module, if it multiplies with slices of it itself; see ``inside.py``.
     """
 
     name: str
@@ -48,6 +58,7 @@ class Probe:
     batch: tuple[int, ...] = ()
     inputs: Callable[[Call], Tensor] | None = None
     outputs: Callable[[Call], Tensor] | None = None
+    attribute: str = ""
 
 
 def first(call: Call) -> Tensor:
@@ -76,6 +87,8 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
     holder = _attention(weight, tree)
     if holder is not None:
         return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]
+    if reason := _forward_of_its_own(module):
+        return reason
     if weight.attribute == "weight":
         if isinstance(module, nn.Linear) or is_kind(module, CONV1D):
             return [_linear(weight.name, module, tensor)]
@@ -87,7 +100,23 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
             return [Probe(weight.name, module, "rows", len(tensor), inputs=first)]
     if isinstance(module, nn.MultiheadAttention):
         return _packed(weight, module)
+    layout = weight.layout
+    if layout is not None and any(is_kind(module, kind) for kind in EXPERTS):
+        view = Matricization.of(layout.pattern, tuple(tensor.shape), layout.axes)
+        of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
+        size = min(view.rows, view.columns)
+        return [Probe(weight.name, module, of, size, view.batch, attribute=weight.attribute)]
     return f"the inputs of {type(module).__name__} are not watched"
+
+
+def _forward_of_its_own(module: nn.Module) -> str | None:
+    """Say that a subclass may not do what the layer of torch does that it is derived from."""
+    kinds = [kind for kind in _LAYERS if isinstance(module, kind)]
+    forwards = {kind.forward for kind in type(module).__mro__ if kind in kinds}
+    known = not kinds or type(module).forward in forwards
+    if known or any(is_kind(module, kind) for kind in _ALIKE):
+        return None
+    return f"{type(module).__name__} has a forward of its own"
 
 
 def _attention(weight: Weight, tree: Mapping[str, nn.Module]) -> nn.Module | None:

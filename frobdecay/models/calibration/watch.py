@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
 from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.models.calibration.inside import Inside
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.product.names import naming
 
@@ -55,8 +56,8 @@ class Sums:
         met = self.shared.setdefault(name, {})
         met[key] = met.get(key, 0) + 1
 
-    def add(self, probe: Probe, of: str, rows: Tensor) -> Key:
-        """Sum the rows of one call."""
+    def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
+        """Sum the rows of one call, of all matrices of a stack or of one."""
         key = (probe.name, of)
         moment = self.moments.get(key)
         if moment is None:
@@ -67,7 +68,10 @@ class Sums:
                 else:
                     moment = Moment(probe.batch, rows.shape[-1], self.dtype, device)
             self.moments[key] = moment
-        moment.add(rows)
+        if isinstance(moment, Moment):
+            moment.add(rows, at)
+        else:
+            moment.add(rows)
         self.calls[key] = self.calls.get(key, 0) + 1
         self.note(probe.name, key)
         return key
@@ -123,10 +127,19 @@ class Watch:
         by_module: defaultdict[int, list[Probe]] = defaultdict(list)
         for probe in probes:
             by_module[id(probe.module)].append(probe)
-        self._hooks = [
-            some[0].module.register_forward_hook(self._hook(some), with_kwargs=True)
-            for some in by_module.values()
-        ]
+        self._hooks: list[Any] = []
+        for some in by_module.values():
+            module = some[0].module
+            stacks = [probe for probe in some if probe.attribute]
+            if stacks:
+                inside = Inside(module, stacks, self._meet)
+                self._hooks += [
+                    module.register_forward_pre_hook(inside.open),
+                    module.register_forward_hook(inside.close, always_call=True),
+                ]
+            else:
+                hook = self._hook(some)
+                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -144,27 +157,39 @@ class Watch:
     def _see(self, probe: Probe, call: Any) -> None:
         """Take what one probe meets in one call."""
         inputs = None if probe.inputs is None else probe.inputs(call)
-        if inputs is not None and probe.of != "rows":
-            seen, place = self._seen(inputs)
-            known = seen.get(place)
-            if known is not None and known.version == _version(inputs):
-                if probe.name not in known.names:
-                    known.names.add(probe.name)
-                    self._sums.note(probe.name, known.key)
-                return
-            if probe.of == "inputs":
-                key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
-                seen[place] = _Seen(_version(inputs), key, {probe.name})
-                return
         if probe.of == "rows":
             assert inputs is not None
             self._sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
-        else:
+        elif not self._shared(probe, inputs):
             assert probe.outputs is not None
             rows = self._rows(probe, probe.outputs(call))
             if probe.batch:
                 rows = rows.reshape(len(rows), *probe.batch, -1).movedim(0, -2)
             self._sums.add(probe, "outputs", rows)
+
+    @torch.no_grad()
+    def _meet(self, probe: Probe, inputs: Tensor, outputs: Tensor, at: int | None) -> None:
+        """Take what one matrix of a stack multiplies, or all of them."""
+        with naming(probe.name):
+            kept = inputs if probe.of == "inputs" else outputs
+            rows = kept if at is None else kept.reshape(-1, kept.shape[-1])
+            self._sums.add(probe, probe.of, rows, at)
+
+    def _shared(self, probe: Probe, inputs: Tensor | None) -> bool:
+        """Sum the inputs, or note that they were; whether either was done."""
+        if inputs is None:
+            return False
+        seen, place = self._seen(inputs)
+        known = seen.get(place)
+        if known is not None and known.version == _version(inputs):
+            if probe.name not in known.names:
+                known.names.add(probe.name)
+                self._sums.note(probe.name, known.key)
+            return True
+        if probe.of == "inputs":
+            key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
+            seen[place] = _Seen(_version(inputs), key, {probe.name})
+        return probe.of == "inputs"
 
     def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
         """(…, k) as rows that count."""
