@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         default="cpu",
-        choices=["paper", "small", "cpu", "gpu"],
+        choices=["paper", "small", "fashion", "cpu", "gpu"],
         help="default: %(default)s",
     )
     add("--seeds", type=count, default=3, help="default: %(default)s")

@@ -1,7 +1,7 @@
 """Every experiment: what the paper says, its arms, and its presets.
 
 ``paper`` has the published hyperparameters. ``cpu`` is a protocol for two cores and half an hour,
-``small`` one for small models that are trained to the end, hours on two cores,
+``small`` and ``fashion`` are for small models that are trained to the end, hours on two cores,
 ``gpu`` one for a few minutes on a large GPU; what they change is said in ``changes``.
 """
 

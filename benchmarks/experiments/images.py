@@ -189,6 +189,11 @@ class ImageTrial(Training):
 
     larger_is_better = True
 
+    @property
+    def momentum(self) -> float:  # type: ignore[override]
+        """Of SGD, whose decay is coupled."""
+        return float(self.protocol.momentum)
+
     def __init__(
         self,
         out: Path,

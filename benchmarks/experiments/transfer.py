@@ -31,10 +31,19 @@ def _validated(record: Record, larger: bool) -> float:
     return float(max(record["validation"]) if larger else min(record["validation"]))
 
 
+def _validates_upwards(experiment: Experiment) -> bool:
+    return bool(getattr(experiment.trial, "larger_is_better", False))
+
+
 def best(records: Sequence[Record], arm: str, larger_is_better: bool = True) -> str | None:
     """The variant in which an arm validates best; None where it has no trials.
 
     Only variants with all of the arm's seeds are candidates: unfinished ones are not compared.
+
+    Args:
+        records: results of trials.
+        arm: which.
+        larger_is_better: of validation.
     """
     variants = _by_variant(records, arm)
     seeds = max(map(len, variants.values()), default=0)
@@ -49,7 +58,7 @@ def best(records: Sequence[Record], arm: str, larger_is_better: bool = True) -> 
 
 def differences(records: Sequence[Record], claim: Claim, experiment: Experiment) -> list[float]:
     """One number a seed, positive where it is in the claim's favour; see ``Claim.tuned``."""
-    larger = experiment.larger_is_better
+    larger = _validates_upwards(experiment)
     arms = [claim.arm, *([claim.against] if claim.against else [])]
     reference = best(records, experiment.reference, larger)
     chosen = {arm: best(records, arm, larger) for arm in arms}
@@ -57,7 +66,7 @@ def differences(records: Sequence[Record], claim: Claim, experiment: Experiment)
         return []
 
     def score(arm: str, variant: str | None) -> dict[int, float]:
-        sign = 1 if larger else -1
+        sign = 1 if experiment.larger_is_better else -1
         trials = _by_variant(records, arm).get(variant or "", {})
         return {seed: sign * record["score"] for seed, record in trials.items()}
 
@@ -91,7 +100,7 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
 
     drawn = Figure(figsize=(11, 4.6), layout="constrained")
     panels = drawn.subplots(1, 2)
-    larger = experiment.larger_is_better
+    larger = _validates_upwards(experiment)
     for number, (key, arm) in enumerate(experiment.arms.items()):
         variants = {v: t for v, t in _by_variant(records, key).items() if v in axis}
         names = sorted(variants, key=axis.__getitem__)

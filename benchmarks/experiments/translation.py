@@ -50,7 +50,10 @@ class TranslationProtocol(Common):
         tokens: a batch.
         flat: updates before the learning rate falls with the square root of their number.
         momentum, smoothing, dropout: of the optimizer and the loss.
-        weight_decay: λ, of Frobenius decay; there is no other, as in the paper.
+        optimizer: "sgd", as in the paper; or "adamw", whose learning rate rises in a tenth of the
+            updates and falls to zero, along straight lines.
+        weight_decay: λ. With SGD that of Frobenius decay, and there is no other, as in the paper.
+            With AdamW all matrices decay, those of products that are not ``decayed`` by factors.
         width, hidden, heads, layers: of the model.
         beam: of the translation of the test set.
     """
@@ -63,6 +66,7 @@ class TranslationProtocol(Common):
     tokens: int = 4000
     lr: float = 0.25
     flat: int = 4000
+    optimizer: str = "sgd"
     momentum: float = 0.99
     clip: float | None = 0.1
     smoothing: float = 0.1
@@ -116,17 +120,32 @@ class TranslationTrial(Training):
                 init="spectral" if arm.linear_si else "kaiming",
             )
         model.to(protocol.device)
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), protocol.lr, protocol.momentum, nesterov=True
-        )
         products = frobdecay.products(model)
         decayed = [product for product in products if _kind(product) in arm.decayed]
+        optimizer: torch.optim.Optimizer
+        if protocol.optimizer == "adamw":
+            groups = frobdecay.split_param_groups(model, protocol.weight_decay)
+            optimizer, decay = torch.optim.AdamW(groups, protocol.lr, betas=(0.9, 0.98)), None
+            self.updates = self.epochs * sum(1 for _ in self._pairs("train"))
+        else:
+            optimizer = torch.optim.SGD(
+                model.parameters(), protocol.lr, protocol.momentum, nesterov=True
+            )
+            decay = protocol.weight_decay
         if decayed:
-            optimizer = frobdecay.FrobeniusDecay(optimizer, decayed, decay=protocol.weight_decay)
+            optimizer = frobdecay.FrobeniusDecay(optimizer, decayed, decay=decay)
         self.ready(model, optimizer, products)
 
+    @property
+    def momentum(self) -> float:  # type: ignore[override]
+        """Of SGD, whose decay is coupled."""
+        return self.protocol.momentum if self.protocol.optimizer == "sgd" else 0.0
+
     def rate(self) -> float:
-        """Flat, then falling with the square root of the number of updates."""
+        """Flat, then falling with the square root of the number of updates; or see "adamw"."""
+        if self.protocol.optimizer == "adamw":
+            passed = (self.steps + 1) / (self.updates + 1)
+            return float(self.protocol.lr * min(passed / 0.1, (1 - passed) / 0.9))
         return self.protocol.lr * min(1.0, (self.protocol.flat / (self.steps + 1)) ** 0.5)
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:

@@ -88,6 +88,8 @@ class Training:
     """
 
     larger_is_better = False
+    momentum = 0.0
+    """That of a coupled decay, which it makes act 1 / (1 - momentum) times."""
     first_eligible = 0
     """Epochs before the first whose model may be tested."""
 
@@ -148,7 +150,7 @@ class Training:
         for batch in self.batches():
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate()
-            lasting = 1 - getattr(self.protocol, "momentum", 0.0)
+            lasting = 1 - self.momentum
             self.shrinkage += self.rate() * self.protocol.weight_decay / lasting
             with self._autocast():
                 loss = self.compute_loss(*batch)

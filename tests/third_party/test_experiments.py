@@ -45,10 +45,12 @@ def protocols(texts):
     model = {"width": 16, "hidden": 32, "heads": 2, "layers": 1}
     running = {**model, "length": 8, "batch": 8, "epochs": 3, "vocabulary": 300}
     text, other = str(texts / "text.txt"), str(texts / "other.txt")
+    translation = TranslationProtocol(
+        data=str(texts), vocabulary=300, epochs=3, tokens=200, beam=2, **model
+    )
     return {
-        "translation": TranslationProtocol(
-            data=str(texts), vocabulary=300, epochs=3, tokens=200, beam=2, **model
-        ),
+        "translation": translation,
+        "carryover": replace(translation, optimizer="adamw", lr=1e-3, weight_decay=0.1),
         "language": LanguageProtocol(data=text, masked=True, optimizer="lamb", **running),
         "lora": LoraProtocol(
             data=other, first_data=text, first_epochs=1, rank=2, alpha=2, **running
@@ -205,6 +207,24 @@ def test_the_products_that_decay_are_those_of_the_arm(key, kinds, texts, tmp_pat
     assert bool(decayed) == (kinds != set())
     assert bool(attention) == (kinds is None)
     assert len(attention) in (0, 6)
+
+
+def test_with_adamw_all_matrices_decay_and_products_as_products(texts, tmp_path):
+    """Its rate rises and falls to zero; there is no momentum in D."""
+    protocol, arms = protocols(texts)["carryover"], TEXT["carryover"].arms
+    for key in ("dense", "si", "sifd"):
+        made = trial(tmp_path, "carryover", protocol, arms[key])
+        decays = {group["weight_decay"] for group in made.optimizer.param_groups}
+        products = {group.get("frobenius_decay", 0.0) for group in made.optimizer.param_groups}
+        assert max(decays | products) == 0.1
+        assert (max(products) == 0.1) == (key == "sifd")
+    made.steps, rates = 0, []
+    for made.steps in range(made.updates):
+        rates.append(made.rate())
+    assert max(rates) <= 1e-3
+    assert rates[-1] < min(rates[1], 2e-3 / made.updates)
+    finish(made)
+    assert made.shrinkage == pytest.approx(0.1 * sum(rates))
 
 
 BLIND = [(name, key) for name in TEXT for key, arm in TEXT[name].arms.items() if arm.blind]
