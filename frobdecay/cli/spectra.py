@@ -17,9 +17,9 @@ from frobdecay.algebra.scaling import is_finite, root_mean_square
 from frobdecay.cli.read import Checkpoint, check_memory
 from frobdecay.cli.show import Row
 from frobdecay.diagnostics.measurement import measure
+from frobdecay.models.budget.spectra import energy_rank, singular_values
 from frobdecay.models.checkpoints.records import dense_weight, factors_of
 from frobdecay.models.progress import Progress, decomposition
-from frobdecay.models.ranks import energy_rank, singular_values
 from frobdecay.product.product import Product
 from frobdecay.weights.lowrank import LowRank
 

@@ -33,6 +33,9 @@ def factorize(
     *,
     rank: RankRule | None = None,
     ratio: float | None = None,
+    tolerance: float | None = None,
+    allocate: str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
     parametrization: Callable[..., nn.Module] = LowRank,
@@ -51,20 +54,21 @@ def factorize(
         >>> list(model.state_dict())
         ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
 
-    Give ``rank`` or ``ratio``. Without ``include`` this takes every weight of linear, convolution,
-    embedding, recurrent and attention modules, and of transformers' Conv1D and expert stacks, that
-    can be factorized; what cannot is listed in the plan, as are PEFT's adapters and parameters of
-    other modules with two dimensions or more, and is an error only where it was named. Weights
-    keep dtype, device and ``requires_grad``; make the optimizer afterwards, or hand it over. An
-    error leaves model and optimizer as they were.
+    Without ``include`` this takes every weight of linear, convolution, embedding, recurrent and
+    attention modules, and of transformers' Conv1D and expert stacks, that can be factorized; what
+    cannot is listed in the plan, as are PEFT's adapters and other modules' parameters of two
+    dimensions or more, and is an error only where it was named. Weights keep dtype, device and
+    ``requires_grad``. Make the optimizer afterwards, or hand it over; an error changes nothing.
 
     Args:
         model: any module.
-        rank: r for all, an int or a float fraction of min(m, n), which may exceed 1; or a dict
-            from selectors to ranks, where the exact name of a weight wins, then that of its module,
-            then the first match; or a plan of ``plan_ranks``. Obeyed also where it does not pay.
-            Parametrizations of tensors also take a list, one for each mode or bond.
-        ratio: parameters to keep ÷ all parameters of the model; see ``plan_ranks``.
+        rank: r for all, an int or a float fraction of min(m, n), which may exceed 1; or a dict from
+            selectors to ranks, where a weight's exact name wins, then its module's, then the first
+            match; or a plan of ``plan_ranks``; of tensors also a list. Obeyed if it does not pay.
+        ratio: parameters to keep, of the model's or, with ``include``, of the selected weights'.
+        tolerance: of the loss, instead of a ratio.
+        allocate: how the budget is divided; see ``plan_ranks`` for it and what stays dense.
+        evaluate: model -> loss, for those that measure.
         include: selectors: exact names of modules or parameters, globs, compiled regular
             expressions, module types, predicates(name, module), or a list of those. Other
             modules' parameters have to be spelled; see ``select.py``.
@@ -72,17 +76,15 @@ def factorize(
         parametrization: called as ``parametrization(rank, pattern=…, axes=…, init=…)``. Settings
             of your own go in a ``functools.partial``, and win: ``partial(LowRank, depth=1)``, or
             ``partial(LowRank, pattern="o i kh kw -> o (i kh kw)")``; a pattern is for weights with
-            that many dimensions; "channel" and "spatial" are patterns for all convolutions.
+            that many dimensions. "channel" and "spatial" are for all convolutions.
         init: "spectral", another initialization of ``LowRank``'s, or what ``calibrate`` returned.
         on_tied: what to do with weights that several modules share: "skip" leaves them dense and
             lists them, an error only where they were named; "error" refuses all; "untie" gives
-            each that was chosen a copy of its own, which counts as the model's, and which a
-            transformers model does not tie again.
+            each that was chosen a copy of its own, which counts as the model's and stays untied.
         optimizer: which trains the model already, or several: factors take the weights' places in
             the param groups, and what it remembers of the weights is carried over, momentum
             exactly; see ``gradient/carry.py``. Schedulers and hooks stay. Wrap it afterwards.
-        progress: True for a progress bar (needs rich), False for none. By default there is one
-            after a second, on a terminal, where rich is installed.
+        progress: True for a bar (needs rich), False for none; else after a second, on a terminal.
 
     Returns:
         The plan that was executed; prints as a table, with the error of the initialization.
@@ -94,9 +96,8 @@ def factorize(
         RuntimeError: an initialization that fails.
     """
     walk, options = unwrapped(model, "factorize"), {"init": init}
-    found, before = plan_entries(
-        walk, ratio, rank, None, include, exclude, parametrization, options, on_tied
-    )
+    rules = rank, ratio, None, tolerance, allocate, evaluate, progress
+    found, before = plan_entries(walk, rules, include, exclude, parametrization, options, on_tied)
     _execute(walk, found, optimizer, progress)
     return planned(found, before)
 

@@ -9,6 +9,9 @@ from typing import Any
 from frobdecay.algebra.tensorize import Tensorization
 from frobdecay.models.tables.table import Column, screen, table, times
 
+LITTLE = 0.1
+"""Of an initialization that keeps less of ‖W‖², the plan remarks it."""
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -53,6 +56,20 @@ class PlanRow:
         return cls(name, shape, *ranked, prod(shape), after, error, reason, tensor, made)
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """Why it stays dense, what it was untied from, and what is remarkable about its rank."""
+        found = [self.reason] if self.reason else []
+        if self.matrix is not None and isinstance(self.rank, int) and not self.tensor:
+            full = min(self.matrix[-2:])
+            if self.rank == 1 < full:
+                found.append(f"rank 1 of {full}")
+            elif self.rank > full:
+                found.append(f"rank {self.rank} above the full {full}")
+        if self.error is not None and (kept := 1 - self.error**2) < LITTLE:
+            found.append(f"keeps {kept:.0%} of ‖W‖²".replace("%", " %"))
+        return tuple(found)
+
+    @property
     def reading(self) -> str | None:
         """How it is read, where that is not as it is stored."""
         if self.matrix in (None, self.shape):
@@ -66,6 +83,10 @@ class PlanRow:
 def parameters(made: Any, shape: tuple[int, ...]) -> int:
     """How many numbers the factors of a weight of this shape have."""
     return sum(map(prod, made.factor_shapes(shape)))
+
+
+def _remark(row: PlanRow) -> str | None:
+    return "; ".join(row.remarks) or None
 
 
 _NAME = Column[PlanRow]("weight", lambda row: row.name)
@@ -126,9 +147,7 @@ class RankPlan:
             folds: False for a row of its own for every weight; else the repeated layers of a
                 longer plan share one, with the range of each figure and the sum of parameters.
         """
-        rows = table(
-            self.rows, _NAME, _COLUMNS, lambda row: row.reason, folds=folds, width=screen()
-        )
+        rows = table(self.rows, _NAME, _COLUMNS, _remark, folds=folds, width=screen())
         count = f"{self.before:,} → {self.after:,}"
         return f"{rows}\nall parameters: {count}, ratio {self.ratio:.3f}"
 

@@ -1,27 +1,20 @@
-"""Which rank where: explicit, for a share of the parameters, or for a share of the energy.
+"""Which rank where: explicit, for a share of the parameters, of the energy, or within a tolerance.
 
-A plan is made without touching the model and without copies; a search over parameter counts needs
-no decomposition either. For ``ratio=`` one scale s sets every rank, r = round(s · min(m, n)), at
-least 1, and a layer stays dense where its factors would not be smaller. The parameter count is a
-rising step function of s; bisection down to neighbouring floats finds the step that crosses the
-target, and the nearer of its two sides is taken.
+A plan is made without touching the model and without copies. What a budget leaves dense and how it
+is divided is in ``budget/``; for the allocations "fraction" and "uniform" nothing is decomposed.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from itertools import compress
-from math import isfinite
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from frobdecay.algebra.scaling import Unit, times_power, work_dtype
-from frobdecay.algebra.svd import gram
-from frobdecay.algebra.tensorize import Rank, Tensorization, plain_ranks
-from frobdecay.models.budget.entry import Entry
+from frobdecay.algebra.tensorize import Rank, plain_ranks
+from frobdecay.models.budget.allocation import Goal
+from frobdecay.models.budget.entry import Entry, Initialization
+from frobdecay.models.budget.search import Search
 from frobdecay.models.candidates import OnTied, candidates, check_any
 from frobdecay.models.fitness import check_values, counted
 from frobdecay.models.plan import RankPlan
@@ -38,44 +31,58 @@ def plan_ranks(
     ratio: float | None = None,
     rank: RankRule | None = None,
     energy: float | None = None,
+    tolerance: float | None = None,
+    allocate: str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
     parametrization: Callable[..., nn.Module] = LowRank,
+    init: Initialization = "spectral",
     on_tied: OnTied = "skip",
+    progress: bool | None = None,
 ) -> RankPlan:
     """Plan a factorization: a dry run of ``factorize`` that changes nothing.
 
     Examples:
         >>> import torch
-        >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3).ranks
+        >>> plan_ranks(torch.nn.Linear(100, 50), ratio=0.3, include="weight").ranks
         {'weight': 10}
 
-    Give one of ``ratio``, ``rank`` and ``energy``. Works on the meta device, except for ``energy``.
+    Give one of ``ratio``, ``rank``, ``energy`` and ``tolerance``. Works on the meta device, where
+    it needs no numbers.
 
     Args:
         model: any module.
-        ratio: parameters to keep ÷ all parameters of the model, between 0 and 1; the nearest that
-            ranks r = round(s · min(m, n)) of one common scale s attain. Where factors would not be
-            smaller than the weight, it stays dense.
+        ratio: parameters to keep, between 0 and 1: of all of the model's, or, with ``include``, of
+            those of the weights that it selects. The nearest that can be attained is. Without
+            ``include`` some weights stay dense, see ``budget/kept.py``: the first and the last and
+            embeddings, where they are a small part of what is kept, and the smallest others.
         rank: as for ``factorize``; obeyed also where it does not pay.
         energy: the smallest rank that keeps this share of each ‖W‖_F², above 0 and at most 1.
-            Where that does not pay, the weight stays dense.
+        tolerance: instead of ``ratio``, the smallest that raises the loss of the dense model by
+            this share of it at most.
+        allocate: how a budget is divided: "fraction" (of min(m, n), one for all ranks), "uniform"
+            (one share of each weight's parameters), "energy" or "sensitivity"; "allocation.py".
+        evaluate: model -> loss, the lower the better; "sensitivity" and ``tolerance`` call it,
+            with weights that are truncated, and restored afterwards.
         include: what to factorize, see ``factorize``.
         exclude: what not to.
         parametrization: as for ``factorize``.
+        init: as for ``factorize``.
         on_tied: as for ``factorize``. The copies of "untie" count as the model's, before and after.
+        progress: as for ``factorize``.
 
     Returns:
         The plan; print it. ``factorize(model, rank=plan)`` executes it.
 
     Raises:
         TypeError, ValueError: selectors that match nothing, weights that were named and cannot be
-            factorized, a ratio that cannot be attained (says what can), ranks that are none.
+            factorized, a budget that cannot be met (says what can), ranks that are none.
     """
     walk = Walk(model)
-    return planned(
-        *plan_entries(walk, ratio, rank, energy, include, exclude, parametrization, {}, on_tied)
-    )
+    rules = rank, ratio, energy, tolerance, allocate, evaluate, progress
+    options = {"init": init}
+    return planned(*plan_entries(walk, rules, include, exclude, parametrization, options, on_tied))
 
 
 def planned(found: list[Entry], before: int) -> RankPlan:
@@ -86,56 +93,64 @@ def planned(found: list[Entry], before: int) -> RankPlan:
 
 def plan_entries(
     walk: Walk,
-    ratio: float | None,
-    rank: RankRule | None,
-    energy: float | None,
+    rules: tuple[Any, ...],
     include: Selector | None,
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
     on_tied: OnTied,
 ) -> tuple[list[Entry], int]:
-    """The work of ``plan_ranks`` and the first half of ``factorize``.
+    """The work of ``plan_ranks`` and the first half of ``factorize``; ``rules`` are a ``Goal``'s.
 
     Returns:
         The weights looked at, in module order, each with a rank or a reason; and how many
         parameters the model has, with the copies of those that are to be untied.
     """
-    given = {"ratio": ratio, "rank": rank, "energy": energy}
-    names = [f"{name}=" for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(
-            "expected exactly one of rank=, ratio= and, of plan_ranks alone, energy=, got "
-            f"{' and '.join(names) or 'none'}; factorize(model, rank=plan) executes a plan"
-        )
-    _check_share("ratio", ratio, below=True)
-    _check_share("energy", energy, below=False)
-    rule = rank.ranks if isinstance(rank, RankPlan) else rank
+    goal = Goal(*rules)
+    rule = goal.rank.ranks if isinstance(goal.rank, RankPlan) else goal.rank
     before = counted(walk.model)
+    chosen = include
     if isinstance(rule, Mapping):
         rule = _checked(walk, rule)
-        include = list(rule) if include is None else include
-    found = candidates(walk, include, exclude, parametrization, options, on_tied)
+        chosen = list(rule) if include is None else include
+    found = candidates(walk, chosen, exclude, parametrization, options, on_tied)
     before += sum(entry.copied for entry in found)
     if rule is not None:
         _explicit(walk, found, rule)
-    elif ratio is not None:
-        _by_ratio(found, before, ratio)
+    elif goal.energy is not None:
+        for entry in [entry for entry in found if entry.open]:
+            check_values(entry.weight)
+            entry.settle(entry.energy_rank(goal.energy))
     else:
-        assert energy is not None
-        _by_energy(found, energy)
+        _within_budget(walk, found, goal, before, include is not None)
     return found, before
 
 
-def _check_share(name: str, value: float | None, below: bool) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {name} as a float, got {value!r}")
-    if not isfinite(value) or not 0 < value <= 1 or (below and value == 1):
-        hint = "; rank= makes a model wider or leaves its size" if below else ""
-        bound = "below 1" if below else "at most 1"
-        raise ValueError(f"expected {name} above 0 and {bound}, got {value}{hint}")
+def _within_budget(walk: Walk, found: list[Entry], goal: Goal, before: int, included: bool) -> None:
+    """The ranks that a share of the parameters, or a tolerance of the loss, leaves."""
+    kind, loss = goal.allocator, goal.loss(walk.model)
+    entries = [entry for entry in found if entry.open]
+    if not kind.alike or loss is not None:
+        for entry in entries:
+            check_values(entry.weight)
+    rank_of = kind.make(entries, loss)
+    total, whole = before, "the model (with include=, it is of what that selects)"
+    if included:
+        total, whole = _selected(found), "the weights that include= selects, not of the model"
+    search = Search(found, total, rank_of, kind.alike, not included, whole)
+    if goal.ratio is not None:
+        search.settle(goal.ratio)
+    else:
+        assert goal.tolerance is not None
+        assert loss is not None
+        search.settle_within(goal.tolerance, loss)
+
+
+def _selected(found: list[Entry]) -> int:
+    """Parameters of the weights that a selection took, once each; the copies of untied ones too."""
+    taken = [entry for entry in found if not entry.weight.met and not entry.weight.excluded]
+    fixed = {id(entry.weight.tensor): entry.dense for entry in taken if not entry.open}
+    return sum(fixed.values()) + sum(entry.dense for entry in taken if entry.open)
 
 
 def _checked(walk: Walk, rule: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -175,84 +190,3 @@ def _keys(
             exact = own if key in found[i].names else holders
             (exact if names_exactly(found[i], key) else first).setdefault(i, key)
     return first | holders | own
-
-
-def _by_ratio(found: list[Entry], total: int, ratio: float) -> None:
-    """The common scale whose parameter count comes nearest to the target."""
-    target = ratio * total
-    candidates = [entry for entry in found if entry.open]
-    fixed = total - sum(entry.dense for entry in candidates)
-    # Weights that are read alike get one rank: each shape is asked once, however many there are.
-    alike: defaultdict[Any, list[Entry]] = defaultdict(list)
-    for entry in candidates:
-        alike[_reading(entry)].append(entry)
-
-    def sizes(scale: float, some: Iterable[list[Entry]]) -> list[int]:
-        return [len(same) * one.size_at(scale) for same in some for one in same[:1]]
-
-    low, high = 5e-324, 1.0  # all ranks 1; and all dense, since r (m + n) ≥ mn at r = min(m, n)
-    moving = list(alike.values())
-    below, above = sizes(low, moving), sizes(high, moving)
-    while fixed + sum(above) < target and high < 2**30:  # a tensor's ranks may exceed its modes
-        high *= 2
-        above = sizes(high, moving)
-    if (least := fixed + sum(below)) > target:
-        raise ValueError(
-            f"ratio={ratio} cannot be attained: with every rank 1, {least:,} of "
-            f"{total:,} parameters remain; attainable are {least / total:.4g} to 1. Take a "
-            "larger ratio, or include more weights"
-        )
-    while low < (middle := (low + high) / 2) < high:
-        # What is the same at both ends stays so in between, and is not asked again.
-        fixed += sum(a for a, b in zip(below, above, strict=True) if a == b)
-        apart = [a != b for a, b in zip(below, above, strict=True)]
-        moving = list(compress(moving, apart))
-        below, above = list(compress(below, apart)), list(compress(above, apart))
-        between = sizes(middle, moving)
-        if fixed + sum(between) <= target:
-            low, below = middle, between
-        else:
-            high, above = middle, between
-    ends = {low: sum(below), high: sum(above)}
-    nearest = min(ends, key=lambda scale: abs(fixed + ends[scale] - target))
-    for same in alike.values():
-        rank = same[0].rank_at(nearest)
-        for entry in same:
-            entry.settle(rank)
-
-
-def _reading(entry: Entry) -> Any:
-    """What its parameter counts depend on, of weights with one parametrization."""
-    view = entry.view
-    assert view is not None
-    return view.pattern, view.shape, tuple(view.sizes.items()), view.matrix_shape
-
-
-def _by_energy(found: list[Entry], energy: float) -> None:
-    """The smallest rank that keeps a share of each weight's squared norm."""
-    for entry in (entry for entry in found if entry.open):
-        assert entry.weight.tensor is not None
-        assert entry.view is not None
-        if isinstance(entry.view, Tensorization):
-            raise ValueError(
-                f"{entry.weight.name} is read as a tensor, whose energy is no sum over ranks; plan "
-                "with rank= or ratio="
-            )
-        check_values(entry.weight)
-        sigma = singular_values(entry.view.matrix(entry.weight.tensor.detach()))
-        entry.settle(energy_rank(sigma, energy))
-
-
-def energy_rank(sigma: Tensor, energy: float) -> int:
-    """The smallest rank that keeps a share of Σσ², from σ (*batch, k), largest first."""
-    squares = (sigma / sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny)).square()
-    kept = squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0)
-    return 1 + int((kept < energy * kept[-1]).sum())
-
-
-def singular_values(matrix: Tensor) -> Tensor:
-    """σ (*batch, k), largest first, from the smaller Gram; in float64 where there is one."""
-    unit = Unit(matrix)
-    tall = unit if matrix.shape[-2] >= matrix.shape[-1] else unit.mT
-    squares = torch.linalg.eigvalsh(gram(tall, work_dtype(matrix))).flip(-1).clamp_min(0)
-    return times_power(squares.sqrt(), unit.exponent.squeeze(-1))

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.spectral import Init
 from frobdecay.algebra.tensorize import Rank, Tensorization
+from frobdecay.models.budget.spectra import first_reaching, shares, singular_values
 from frobdecay.models.plan import PlanRow, parameters
 from frobdecay.models.progress import decomposition
 from frobdecay.models.select import Weight
@@ -48,6 +50,7 @@ class Entry:
         metric: makes the metric in which it is truncated, if the initialization is calibrated.
         note: what is remarkable about it.
         shift: what to add to its bias.
+        floor: the lowest rank, in numbers of columns, that a budget may give it.
         shape, dense: the weight's shape and number of parameters.
     """
 
@@ -62,6 +65,7 @@ class Entry:
     metric: Callable[[], Metric] | None = None
     note: str | None = None
     shift: Tensor | None = None
+    floor: int = 1
     shape: tuple[int, ...] = ()
     dense: int = 0
 
@@ -81,20 +85,69 @@ class Entry:
         assert self.view is not None
         return decomposition(self.view.matrix_shape, len(self.view.batch))
 
+    def _at(self, rank: Rank) -> tuple[Any, Any]:
+        """The parametrization at a rank, or at the floor, and its rank in numbers of columns."""
+        assert self.make is not None
+        made = self.make(rank)
+        found = made.resolve(self.shape)
+        if isinstance(found, int) and found < self.floor:
+            return self.make(self.floor), self.floor
+        return made, found
+
     def rank_at(self, scale: Rank) -> Any:
         """The rank in numbers of columns; a float is a fraction of min(m, n)."""
-        assert self.make is not None
         with naming(self.weight.name):
-            return self.make(scale).resolve(self.shape)
+            return self._at(scale)[1]
 
     def size(self, rank: Rank) -> int:
         """Parameters of the factors."""
         assert self.make is not None
         return parameters(self.make(rank), self.shape)
 
-    def size_at(self, scale: float) -> int:
-        """Parameters at a fraction of min(m, n), of the dense weight where factors have more."""
-        return min(self.dense, self.size(scale))
+    def size_at(self, scale: Rank) -> int:
+        """Parameters at a rank, of the dense weight where factors have more."""
+        return min(self.dense, parameters(self._at(scale)[0], self.shape))
+
+    def energies(self) -> Tensor:
+        """The share of ‖W‖² that each further rank keeps, (k,), in float64.
+
+        Where the initialization is calibrated, in its metric.
+
+        Raises:
+            ValueError: it is read as a tensor.
+        """
+        if self.view is None or isinstance(self.view, Tensorization):
+            raise ValueError(
+                f"{self.weight.name} is read as a tensor, whose energy is no sum over ranks; plan "
+                "with rank= or ratio=, allocate='fraction' or 'uniform'"
+            )
+        assert self.weight.tensor is not None
+        with naming(self.weight.name):
+            matrix = self.view.matrix(self.weight.tensor.detach())
+            own = singular_values(matrix) if self.metric is None else self.metric().spectrum(matrix)
+            return shares(own)
+
+    def energy_rank(self, share: float) -> int:
+        """The smallest rank that keeps a share of the energy; as ``energies``."""
+        return first_reaching(self.energies(), share)
+
+    @torch.no_grad()
+    def truncated(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        """The weight, and what it would be at a rank, both dense."""
+        assert self.make is not None
+        assert self.weight.tensor is not None
+        made = self.make(rank)
+        made.materialized = True
+        with naming(self.weight.name):
+            if self.metric is not None:
+                assert isinstance(self.view, Matricization)
+                made.adopt(self.shape)
+                matrix = self.view.matrix(self.weight.tensor.detach())
+                factors = self.metric().factors(matrix, rank, depth=made.depth).factors
+            else:
+                factors = getattr(made, "approximate", made.right_inverse)(self.weight.tensor)
+            product: Tensor = made(*factors)
+        return self.weight.tensor, product
 
     def take(self, rank: Rank) -> None:
         """Have this rank."""
@@ -107,6 +160,10 @@ class Entry:
             self.take(rank)
         else:
             self.reason = f"does not pay: {after:,} parameters at rank {rank}"
+
+    def reopen(self) -> None:
+        """Take back what was decided."""
+        self.made, self.reason, self.floor = None, None, 1
 
     def row(self) -> PlanRow:
         """The entry as a row of the plan."""

@@ -1,0 +1,217 @@
+"""What decides the ranks, and how a budget is divided among weights: a table of allocators.
+
+    fraction      one fraction of min(m, n) as every weight's rank
+    uniform       one share of every weight's parameters
+    energy        most of the weights' relative ‖W‖² for the parameters
+    sensitivity   as energy, at the price that the user's loss was measured to pay for each weight
+
+An allocator looks at the weights once and returns a function of a weight and a level, a number
+above 0, which gives the weight's rank: never less at a higher level, full at level 1 or above. The
+level at which the parameters meet the budget is then found by ``search``, alike for all. A further
+allocator is a function and its entry in the table, by the decorator.
+
+Energy is counted in the metric of the initialization (``Entry.energies``).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from frobdecay.algebra.tensorize import Rank, Tensorization
+from frobdecay.models.budget.entry import Entry
+from frobdecay.models.budget.loss import Evaluate, Loss
+from frobdecay.models.progress import Progress
+
+ALLOCATION = "fraction"
+"""The allocator that is taken unless another is named."""
+
+RankOf = Callable[[Entry, float], Rank]
+Make = Callable[[Sequence[Entry], Loss | None], RankOf]
+
+PROBED = (0.25, 0.5, 0.75)
+"""Shares of a weight's parameters at which its sensitivity is measured."""
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """An entry of the table.
+
+    Attributes:
+        make: weights -> (weight, level) -> rank.
+        alike: whether weights that are read alike get one rank, so that one of them is asked.
+        measures: whether it needs the user's loss.
+    """
+
+    make: Make
+    alike: bool
+    measures: bool
+
+
+ALLOCATORS: dict[str, Allocator] = {}
+
+
+def allocator(name: str, *, alike: bool = False, measures: bool = False) -> Callable[[Make], Make]:
+    """Enter an allocator in the table."""
+
+    def enter(make: Make) -> Make:
+        ALLOCATORS[name] = Allocator(make, alike, measures)
+        return make
+
+    return enter
+
+
+@allocator("fraction", alike=True)
+def fraction(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
+    """R = round(level · min(m, n))."""
+    return lambda entry, level: level
+
+
+@allocator("uniform", alike=True)
+def uniform(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
+    """The largest rank whose factors have at most level · mn parameters, or rank 1."""
+    return lambda entry, level: within(entry, level * entry.dense)
+
+
+def within(entry: Entry, parameters: float) -> Rank:
+    """The largest rank whose factors have so many parameters at most; the smallest, if none has."""
+    view = entry.view
+    assert view is not None
+    tensor = isinstance(view, Tensorization)
+    # A tensor's ranks are fractions of its modes, which may exceed 1 as a matrix's may min(m, n).
+    scale = 1 / 1024 if tensor else 1
+    top = 4096 if tensor else 2 * min(view.matrix_shape[-2:])
+    steps = range(1, top + 1)
+    found = bisect_left(steps, True, key=lambda k: entry.size(k * scale) > parameters)
+    return max(1, found) * scale
+
+
+@allocator("energy")
+def energy(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
+    """Singular values in order of the share of their weight's energy for each parameter."""
+    return _greedy(entries, [entry.energies() for entry in entries], [1.0] * len(entries))
+
+
+@allocator("sensitivity", measures=True)
+def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
+    """The same, where a weight's energy is worth what the loss rose when it alone was truncated."""
+    assert measured is not None
+    kept = [entry.energies() for entry in entries]
+    prices = []
+    count = 1 + len(PROBED) * len(entries)
+    with Progress(count, measured.progress, "measuring how much each weight matters") as bar:
+        base = measured.of()
+        bar.advance(1)
+        for entry, shares_of in zip(entries, kept, strict=True):
+            rises, losses = [], []
+            for share in PROBED:
+                rank = within(entry, share * entry.dense)
+                assert isinstance(rank, int)
+                rises.append(measured.of([entry.truncated(rank)]) - base)
+                losses.append(float(shares_of[rank:].sum()))
+                bar.advance(1)
+            # Least squares of rise = price · loss: the rise is quadratic in the error, near a
+            # minimum, and so linear in the energy that is lost.
+            squares = sum(loss * loss for loss in losses)
+            product = sum(rise * loss for rise, loss in zip(rises, losses, strict=True))
+            prices.append(product / squares if squares else 0.0)
+    # One that does not matter, or whose truncation helps, is still cut in the order of its energy.
+    least = 1e-3 * max(max(prices, default=0.0), torch.finfo(torch.float32).tiny)
+    return _greedy(entries, kept, [max(price, least) for price in prices])
+
+
+def _greedy(
+    entries: Sequence[Entry], kept: Sequence[torch.Tensor], prices: Sequence[float]
+) -> RankOf:
+    """Ranks in order of price · energy kept ÷ parameters; the level is the share of them taken."""
+    gains = []
+    for entry, each, price in zip(entries, kept, prices, strict=True):
+        # Of U M₁ … M_d Vᵀ each further rank costs more than the one before: a r + d r².
+        first, second = entry.size(1), entry.size(2)
+        further = torch.arange(len(each), dtype=torch.float64, device="cpu")
+        costs = first + (second - 2 * first) * further
+        gains.append(price * each / costs)
+    if not gains:
+        return lambda entry, level: 1
+    order = torch.argsort(torch.cat(gains), descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), dtype=order.dtype, device="cpu")
+    parts = torch.split(places, [len(gain) for gain in gains])
+    turns = {id(entry): part.sort()[0].tolist() for entry, part in zip(entries, parts, strict=True)}
+    return lambda entry, level: max(1, bisect_left(turns[id(entry)], level * len(order)))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What decides the ranks; see ``plan_ranks``.
+
+    Raises:
+        TypeError, ValueError: not exactly one rule, or one that cannot be.
+    """
+
+    rank: Any = None
+    ratio: float | None = None
+    energy: float | None = None
+    tolerance: float | None = None
+    allocate: str | None = None
+    evaluate: Evaluate | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        rules = ("ratio", "rank", "energy", "tolerance")
+        names = [f"{name}=" for name in rules if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(
+                "expected exactly one of rank=, ratio=, tolerance= and, of plan_ranks alone, "
+                f"energy=, got {' and '.join(names) or 'none'}; factorize(model, rank=plan) "
+                "executes a plan"
+            )
+        _check_share("ratio", self.ratio, below=True)
+        _check_share("energy", self.energy, below=False)
+        _check_share("tolerance", self.tolerance, below=False)
+        if self.allocate not in (None, *ALLOCATORS):
+            raise ValueError(
+                f"expected allocate to be one of {sorted(ALLOCATORS)}, got {self.allocate!r}"
+            )
+        budget = self.ratio is not None or self.tolerance is not None
+        if self.allocate is not None and not budget:
+            raise ValueError(
+                f"allocate= divides a budget: give ratio= or tolerance=, not {names[0]}"
+            )
+        needed = self.tolerance is not None or self.allocator.measures
+        if needed and not callable(self.evaluate):
+            why = "tolerance=" if self.tolerance is not None else f"allocate={self.allocate!r}"
+            raise TypeError(
+                f"{why} needs evaluate=, a function that takes the model and returns its loss, "
+                f"got {self.evaluate!r}"
+            )
+        if self.evaluate is not None and not needed:
+            raise ValueError(
+                "evaluate= is for tolerance= or allocate='sensitivity'; give one of them"
+            )
+
+    @property
+    def allocator(self) -> Allocator:
+        """How the budget is divided."""
+        return ALLOCATORS[self.allocate or ALLOCATION]
+
+    def loss(self, model: nn.Module) -> Loss | None:
+        """The user's loss of a model, if one is given."""
+        return None if self.evaluate is None else Loss(model, self.evaluate, self.progress)
+
+
+def _check_share(name: str, value: float | None, below: bool) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {name} as a float, got {value!r}")
+    if not isfinite(value) or not 0 < value <= 1 or (below and value == 1):
+        hint = "; rank= makes a model wider or leaves its size" if below else ""
+        bound = "below 1" if below else "at most 1"
+        raise ValueError(f"expected {name} above 0 and {bound}, got {value}{hint}")

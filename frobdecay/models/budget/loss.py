@@ -1,0 +1,67 @@
+"""What a user's loss becomes if weights are truncated, before anything is factorized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Evaluate = Callable[[nn.Module], float]
+"""A loss, the lower the better; of an accuracy, its negative."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The user's loss of a model.
+
+    Attributes:
+        model: the whole one, dense.
+        evaluate: called with it.
+        progress: for a bar, see ``factorize``.
+    """
+
+    model: nn.Module
+    evaluate: Evaluate
+    progress: bool | None = None
+
+    def of(self, instead: Iterable[tuple[Tensor, Tensor]] = ()) -> float:
+        """The loss with some weights replaced; they are restored to the bit.
+
+        Args:
+            instead: weights, and what they hold meanwhile.
+
+        Raises:
+            TypeError, ValueError: what ``evaluate`` returns is no finite number.
+        """
+        with _replaced(instead):
+            found: Any = self.evaluate(self.model)
+        try:
+            value = float(found.detach() if isinstance(found, Tensor) else found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"expected evaluate(model) to return a number, the loss, got {type(found).__name__}"
+            ) from error
+        if not isfinite(value):
+            raise ValueError(f"expected evaluate(model) to return a finite loss, got {value}")
+        return value
+
+
+@contextmanager
+def _replaced(instead: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Weights hold something else inside, and themselves afterwards."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for weight, other in instead:
+            kept.append((weight, weight.detach().clone()))
+            with torch.no_grad():
+                weight.copy_(other)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, original in reversed(kept):
+                weight.copy_(original)
