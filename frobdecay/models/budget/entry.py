@@ -143,7 +143,7 @@ class Entry:
                 assert isinstance(self.view, Matricization)
                 made.adopt(self.shape)
                 matrix = self.view.matrix(self.weight.tensor.detach())
-                factors = self.metric().factors(matrix, rank, depth=made.depth).factors
+                factors = self.metric().factors(matrix, made.rank, depth=made.depth).factors
             else:
                 factors = getattr(made, "approximate", made.right_inverse)(self.weight.tensor)
             product: Tensor = made(*factors)

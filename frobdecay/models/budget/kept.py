@@ -17,11 +17,8 @@ that is registered first, or the second of two heads, is an end only as far as i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-
-from frobdecay.algebra.matricize import Matricization
-from frobdecay.models.budget.entry import Entry
 
 ENDS, SMALL = 1 / 3, 1 / 20
 """Shares of the budget that the ends, and that small weights, may take dense."""
@@ -30,40 +27,32 @@ FLOOR = 2
 """The lowest rank under a budget."""
 
 
-def ends(found: Sequence[Entry]) -> dict[int, str]:
-    """Position in ``found``, the weights in module order, of the ends -> what they are."""
-    known = [k for k, entry in enumerate(found) if not entry.weight.met]
-    return dict.fromkeys(known[-1:], "the last layer") | dict.fromkeys(known[:1], "the first layer")
+def kept(known: Sequence[int], sizes: Mapping[int, int], budget: float) -> dict[int, str]:
+    """Which weights stay dense under a budget of so many parameters.
+
+    Args:
+        known: all weights in module order, by any number.
+        sizes: parameters of those that could have fewer.
+        budget: parameters of the model to keep.
+
+    Returns:
+        Weight -> the reason.
+    """
+    ends = dict.fromkeys(known[-1:], "the last layer") | dict.fromkeys(known[:1], "the first layer")
+    some = _affordable([[k] for k in ends if k in sizes], sizes, ENDS * budget)
+    rest = sorted(sizes.keys() - set(some), key=lambda k: (sizes[k], k))
+    alike = [list(same) for _, same in groupby(rest, key=sizes.__getitem__)]
+    few = _affordable(alike, sizes, SMALL * budget)
+    return {k: ends[k] for k in some} | dict.fromkeys(few, "among the smallest")
 
 
-def keep(found: Sequence[Entry], budget: float) -> None:
-    """Decide which open weights stay dense under a budget, and give the others the floor."""
-    at = ends(found)
-    pays = [k for k, one in enumerate(found) if one.open and one.size_at(1) < one.dense]
-    for k in _affordable(found, [[k] for k in at if k in pays], ENDS * budget):
-        found[k].reason = f"kept dense: {at[k]}"
-    rest = sorted((k for k in pays if found[k].open), key=lambda k: found[k].dense)
-    alike = [list(same) for _, same in groupby(rest, key=lambda k: found[k].dense)]
-    for k in _affordable(found, alike, SMALL * budget):
-        found[k].reason = "kept dense: among the smallest"
-    for entry in found:
-        if entry.open and isinstance(entry.view, Matricization):
-            entry.floor = min(FLOOR, *entry.view.matrix_shape[-2:])
-
-
-def release(found: Sequence[Entry]) -> None:
-    """Take all of that back."""
-    for entry in found:
-        entry.floor = 1
-        if entry.reason is not None and entry.reason.startswith("kept dense"):
-            entry.reason = None
-
-
-def _affordable(found: Sequence[Entry], groups: Iterable[Sequence[int]], most: float) -> list[int]:
+def _affordable(
+    groups: Iterable[Sequence[int]], sizes: Mapping[int, int], most: float
+) -> list[int]:
     """The smallest groups that together have so many parameters at most."""
     taken: list[int] = []
-    for group in sorted(groups, key=lambda group: found[group[0]].dense):
-        most -= sum(found[k].dense for k in group)
+    for group in sorted(groups, key=lambda group: sizes[group[0]]):
+        most -= sum(sizes[k] for k in group)
         if most < 0:
             break
         taken += group

@@ -14,9 +14,10 @@ from itertools import compress
 from math import inf
 from typing import Any
 
+from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.tensorize import Rank
 from frobdecay.models.budget.entry import Entry
-from frobdecay.models.budget.kept import keep, release
+from frobdecay.models.budget.kept import FLOOR, kept
 from frobdecay.models.budget.loss import Loss
 from frobdecay.models.progress import Progress
 
@@ -52,9 +53,10 @@ class Search:
         """
         target = ratio * self.total
         if self.rule:
-            keep(self.found, target)
+            ruled = self._keep(target)
             if self._least() > target:  # what was asked for goes before the rule
-                release(self.found)
+                for entry in ruled:
+                    entry.reopen()
         if (least := self._least()) > target:
             raise ValueError(self._unattainable(ratio, least))
         groups = self._alike()
@@ -99,6 +101,22 @@ class Search:
                 f"model and {worse:.6g} at ratio {low:.4g}, above {limit:.6g}; allow more, try "
                 "another allocate=, or exclude= the weights that matter most"
             )
+
+    def _keep(self, budget: float) -> list[Entry]:
+        """Leave some weights dense, and give the others the floor."""
+        known = [k for k, entry in enumerate(self.found) if not entry.weight.met]
+        ruled = [entry for entry in self.found if entry.open]
+        pays = {
+            k: entry.dense
+            for k, entry in enumerate(self.found)
+            if entry.open and entry.size_at(1) < entry.dense
+        }
+        for k, reason in kept(known, pays, budget).items():
+            self.found[k].reason = f"kept dense: {reason}"
+        for entry in ruled:
+            if entry.open and isinstance(entry.view, Matricization):
+                entry.floor = min(FLOOR, *entry.view.matrix_shape[-2:])
+        return ruled
 
     def _least(self) -> int:
         """Parameters with all open weights at their smallest ranks."""
