@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
             ]
             for file, names in checkpoint.files.items()
         }
-        write(target, checkpoint, files, records)
+        write(
+            target, checkpoint, files, records, {there: here for here, there in made.names.items()}
+        )
     rows = (replace(row, error=errors.get(row.name)) for row in plan.rows)
     print(replace(plan, rows=tuple(rows)).table(folds=not options.all))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def skeleton(path: str, weights: Mapping[str, Tensor], rest: int) -> Skeleton:
     """
     folder = folder_of(path)
     if folder is not None and (folder / CONFIG).exists():
-        if (model := _architecture(folder)) is not None:
-            return _filled(model, weights)
+        if (known := _architecture(folder)) is not None:
+            return _filled(*known, weights)
         print(
             f"frobdecay: {folder}: not a model of the transformers that is installed, if one is; "
             "layers are told apart by the shapes of their weights",
@@ -92,8 +92,11 @@ def _layer(tensor: Tensor) -> nn.Module:
     return layer
 
 
-def _architecture(folder: Path) -> Any:
-    """The model that a folder's configuration describes, without numbers; None if it is unknown."""
+def _architecture(folder: Path) -> tuple[Any, Callable[[str], str]] | None:
+    """The model that a folder's configuration describes, without numbers; None if it is unknown.
+
+    And how transformers calls on loading what files call otherwise.
+    """
     if importlib.util.find_spec("transformers") is None:
         return None
     transformers = importlib.import_module("transformers")
@@ -101,12 +104,13 @@ def _architecture(folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = getattr(transformers, config.architectures[0])
         with torch.device("meta"):
-            return kind(config)
+            model = kind(config)
+        return model, _renaming(model)
     except Exception:  # whatever a class does with a configuration that it does not know
         return None
 
 
-def _filled(model: Any, weights: Mapping[str, Tensor]) -> Skeleton:
+def _filled(model: Any, renamed: Callable[[str], str], weights: Mapping[str, Tensor]) -> Skeleton:
     """The model with the file's tensors, tied ones in all their places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -116,7 +120,7 @@ def _filled(model: Any, weights: Mapping[str, Tensor]) -> Skeleton:
     prefix = f"{model.base_model_prefix}."  # some files have the names of the body alone
     names = {}
     for name, tensor in weights.items():
-        for here in (name, prefix + name, name.removeprefix(prefix)):
+        for here in (name, renamed(name), prefix + name, name.removeprefix(prefix)):
             if here in known and known[here].shape == tensor.shape:
                 names[here] = name
                 for module, attribute in places[id(known[here])]:
@@ -124,3 +128,11 @@ def _filled(model: Any, weights: Mapping[str, Tensor]) -> Skeleton:
                 break
     absent = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in names]
     return Skeleton(model, names, absent)
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    loading: Any = importlib.import_module("transformers.core_model_loading")
+    conversions: Any = importlib.import_module("transformers.conversion_mapping")
+    mapping = conversions.get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, loading.WeightRenaming)]
+    return lambda name: str(loading.rename_source_key(name, renamings, [])[0])

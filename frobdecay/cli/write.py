@@ -48,6 +48,7 @@ def write(
     checkpoint: Checkpoint,
     files: Mapping[str, Sequence[Part]],
     records: Records,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors where ``check_target`` says.
 
@@ -56,6 +57,7 @@ def write(
         checkpoint: where they come from, and what else it has.
         files: name of each file that they come from -> what is to be written in its place.
         records: of the weights that are factorized in it, by name.
+        names: in the files -> in the model, for configurations, where they differ.
 
     Raises:
         OSError: it cannot be written. Nothing was written then.
@@ -83,7 +85,7 @@ def write(
         _write_files(made, files, records, checkpoint.tied)
         if (config := made / CONFIG).exists():
             content = without_entries(json.loads(config.read_text(encoding="utf-8")))
-            content.update(config_entries(records))
+            content.update(config_entries({(names or {}).get(n, n): r for n, r in records.items()}))
             config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(made, target)
 

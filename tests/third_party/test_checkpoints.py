@@ -18,7 +18,9 @@ from zoo import MODELS, families, logits
 
 import frobdecay
 from frobdecay import factorize, load_dense_, load_factorized, merge, save_factorized
+from frobdecay.cli.main import main
 from frobdecay.models.checkpoints.transformers import config_entries, when_imported
+from frobdecay.models.select import Walk
 
 
 def _factorized(name):
@@ -323,3 +325,29 @@ def test_missing_factors_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"cannot load .*lack \['{KEY}'\].*save the model again"):
         type(model).from_pretrained(tmp_path)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.mark.integration(column="frobdecay factorize, merge")
+@pytest.mark.parametrize("family", families())
+def test_folders_are_factorized_by_the_command(tmp_path, family, capsys):
+    """In several files: as ``factorize`` does, loaded by ``from_pretrained``; and merged again."""
+    model, inputs = MODELS[family]()
+    model.save_pretrained(tmp_path / "in", max_shard_size="40KB")
+    arguments = [str(tmp_path / name) for name in ("in", "out", "dense")]
+    assert main(["factorize", *arguments[:2], "--rank", "4"]) == 0
+    assert "shapes of their weights" not in capsys.readouterr().err
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    ranks = frobdecay.plan_ranks(model, rank=4).ranks
+    found = {p.name for p in frobdecay.products(loaded)} & ranks.keys()
+    # Experts are in the files one by one, which the stacks of the model are made of on loading.
+    assert all(".experts." in name for name in ranks.keys() - found)
+    factorize(model, rank=dict.fromkeys(found, 4))
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), atol=1e-4, rtol=1e-4)
+    assert main(["merge", *arguments[1:]]) == 0
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    assert not [*Walk(dense).factorized]
+    torch.testing.assert_close(logits(dense, inputs), logits(loaded, inputs), atol=1e-4, rtol=1e-4)
