@@ -1,0 +1,84 @@
+"""The benchmark of pretrained models, on tiny ones: every part, resumed, of another protocol."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+import tokenizers
+import torch
+import transformers
+import zoo
+
+from benchmarks import pretrained
+
+WORDS = [f"w{k}" for k in range(50)]
+SMALL = ["--size=calibration=8", "--size=test=6", "--size=held=6", "--size=train=8", "--threads=1"]
+SHORT = ["--seeds=2", "--batch=4", "--shares=0.5", "--decays=1", "--share=0.5"]
+
+
+def folder_of(path, model):
+    """A folder of transformers with a tokenizer of words."""
+    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    kind = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    kind.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=kind, **names).save_pretrained(path)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def text_of(path, seed):
+    """A file of sentences."""
+    found = torch.randint(50, (300, 7), generator=torch.Generator().manual_seed(seed)).tolist()
+    path.write_text("\n".join(" ".join(WORDS[k] for k in line) for line in found))
+    return str(path)
+
+
+def models(kind):
+    """A model for each task."""
+    if kind == "encoder":
+        config = transformers.BertConfig(**zoo.SMALL, **zoo.NO_DROPOUT)
+        return transformers.BertModel(config)
+    return zoo.llama()[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*a step of decay is")
+@pytest.mark.parametrize("kind", ["encoder", "language"])
+def test_every_part_runs_and_is_resumed(kind, tmp_path, monkeypatch):
+    """Cells are kept; what is there is not run again; results of another protocol are refused."""
+    monkeypatch.setattr("benchmarks.tasks.Language.length", 16)
+    folder = folder_of(tmp_path / "model", models(kind))
+    texts = [f"--text={name}={text_of(tmp_path / name, k)}" for k, name in enumerate("ab")]
+    command = [kind, folder, *texts, *SMALL, *SHORT, f"--out={tmp_path}"]
+    pretrained.main([*command, "--parts=compress", "--allocations=uniform"])
+    arms = "--arms=none,plain,fd,initial,weight"
+    monkeypatch.setattr("benchmarks.pretrained.interleave", lambda runs, *_, **__: dict.fromkeys(
+        runs, pretrained_timing()))  # fmt: skip
+    record = pretrained.main([*command, "--parts=compress,cost,recover", arms])
+    assert len(record["cells"]) == 2 + 3 + 3 + 1 + 2 * 5
+    kept = [cell["kept"] for key, cell in record["cells"].items() if key.startswith("compress")]
+    assert all(0.3 < share <= 0.5 for share in kept)
+    assert [row["chosen"] for row in record["tables"]["After a little training"]] == ["×"] * 5
+
+    def forbidden(*_, **__):
+        raise AssertionError("it ran again")
+
+    monkeypatch.setattr("benchmarks.pretrained.compressed", forbidden)
+    again = pretrained.main([*command, "--parts=compress,cost,recover", arms])
+    assert again["cells"] == record["cells"]
+    written = tmp_path / f"pretrained-{kind}"
+    assert json.loads(written.with_suffix(".json").read_text())["cells"] == record["cells"]
+    assert "calibrated:a" in written.with_suffix(".md").read_text()
+    assert written.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="of another protocol"):
+        pretrained.main([*command, "--lr=1"])
+
+
+def pretrained_timing():
+    """What timing gives, without the time."""
+    from benchmarks.measure import Timing
+
+    return Timing(1.0, 1.0, 1.0, 1)
