@@ -38,6 +38,7 @@ from frobdecay.optim.factory import FrobeniusDecayFactory
 from frobdecay.optim.flambe import Flambe
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.optim.groups import split_param_groups
+from frobdecay.optim.spectral.spectron import Spectron
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import products, register_products
@@ -61,6 +62,7 @@ __all__ = [
     "FrobeniusDecayFactory",
     "LowRank",
     "Product",
+    "Spectron",
     "TensorTrain",
     "Tucker",
     "add_penalty_grad_",

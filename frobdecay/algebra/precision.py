@@ -71,6 +71,12 @@ def matrix_gram(view: Tensor, batch: int) -> Tensor:
     return gram.sum(summed) if summed else gram
 
 
+def beside(matrix: Tensor, view: Tensor) -> Tensor:
+    """(*batch, r, r) with axes of length 1 where (*batch, *summed, rows, r) has summed ones."""
+    batch = matrix.shape[:-2]
+    return matrix.reshape(*batch, *(1 for _ in range(view.ndim - matrix.ndim)), *matrix.shape[-2:])
+
+
 def check_coefficient(coef: Coefficient, what: str) -> None:
     """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
     if isinstance(coef, Tensor):

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from frobdecay.algebra.precision import Coefficient, full_precision
+from frobdecay.algebra.precision import Coefficient, beside, full_precision
 from frobdecay.gradient.backends import BACKENDS, Choice, grams_of, select
 from frobdecay.gradient.bucketed import Grams, Job
 from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
-from frobdecay.gradient.sharded import Exchange, exchanges, localized
+from frobdecay.gradient.sharded import Exchange, Sent, exchanges, localized
 from frobdecay.product.factor import TABLE, is_sharded, place_of
 from frobdecay.product.product import (
     Product,
@@ -235,7 +235,11 @@ class Accumulator:
 
         Of the parameters as they were at the last ``refresh``.
         """
-        pairs = zip(self._viewers, self._params, strict=True)
+        return self.seen(self._params)
+
+    def seen(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same of tensors that are like the parameters of all factors."""
+        pairs = zip(self._viewers, tensors, strict=True)
         return [part_of(p) if viewer is None else viewer.view(part_of(p)) for viewer, p in pairs]
 
     @torch.no_grad()
@@ -267,12 +271,26 @@ class Accumulator:
 
     def spread(self, k: int, numbers: Tensor) -> Tensor:
         """A number for each entry of the batch, over what ``held`` has of factor k."""
+        sent, j = self._sent_of(k)
+        return numbers if sent is None else sent.spread(j, numbers)
+
+    def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """What ``held`` would have of a tensor like factor k, times (*batch, r, r)."""
+        sent, j = self._sent_of(k)
+        viewer = self._viewers[k]
+        if sent is not None or viewer is None:
+            assert sent is not None
+            return sent.times(j, tensor, matrix)
+        view = viewer.view(part_of(tensor))
+        return view @ beside(matrix, view)
+
+    def _sent_of(self, k: int) -> tuple[Sent | None, int]:
+        """What sends factor k, if it is exchanged, and its number there."""
         for members, exchange in self._exchanges:
             for at, sent in zip(members, exchange.sent, strict=True):
-                row = self._rows[at]
-                if row.start <= k < row.stop:
-                    return sent.spread(k - row.start, numbers)
-        return numbers
+                if self._rows[at].start <= k < self._rows[at].stop:
+                    return sent, k - self._rows[at].start
+        return None, 0
 
     def _numbered(
         self, members: Sequence[int], nested: Sequence[Sequence[Tensor]]

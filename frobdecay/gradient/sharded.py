@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, common_dtype, matrix_gram
+from frobdecay.algebra.precision import Coefficient, beside, common_dtype, matrix_gram
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
-from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.factor import Factor, is_sharded, whole
 from frobdecay.product.product import Product, as_products
 
 Targets = Sequence[Tensor | None]
@@ -82,7 +82,7 @@ def localized(product: Product) -> Product | None:
     return Product(product.name, parts, product.scale, product.batch, product.structure)
 
 
-class _Sent:
+class Sent:
     """What is sent of one product, and what is made of the sum."""
 
     def __init__(self, product: Product) -> None:
@@ -173,6 +173,20 @@ class _Sent:
         view.copy_(numbers.reshape(*numbers.shape, *(1 for _ in view.shape[numbers.ndim :])))
         return full[placed.box]
 
+    def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """This process' part of a tensor like factor k, times (*batch, r, r) from the right."""
+        placed, batch = self.placed[k], self.product.batch
+        if self.by_rows[k]:
+            part = part_of(tensor)
+            found = torch.empty_like(part)
+            rows = placed.view(part) @ beside(matrix[placed.slices(batch)], placed.view(part))
+            placed.view(found).copy_(rows)
+            return found
+        view = placed.factor.view(whole(tensor))
+        full = view.new_empty(placed.factor.param.shape)
+        placed.factor.view(full).copy_(view @ beside(matrix, view))
+        return full[placed.box]
+
     def squared_norm(self, segments: Sequence[Tensor]) -> Tensor:
         """‖W‖_F², the same on every process."""
         product, summed = self.product, self._summed(segments)
@@ -193,7 +207,7 @@ class Exchange:
 
     def __init__(self, products: Sequence[Product]) -> None:
         self.mesh: Any = products[0].params[0].device_mesh  # type: ignore[attr-defined]
-        self.sent = [_Sent(product) for product in products]
+        self.sent = [Sent(product) for product in products]
         dtype = torch.float32
         for sent in self.sent:
             dtype = torch.promote_types(dtype, sent.dtype)
@@ -223,7 +237,7 @@ class Exchange:
         """Form the Grams of this process' parts and begin to add up those of all.
 
         Args:
-            parts: in place of the factors, for each product; see ``_Sent.put``.
+            parts: in place of the factors, for each product; see ``Sent.put``.
         """
         self.buffer.zero_()
         rows = [None] * len(self.sent) if parts is None else parts

@@ -129,21 +129,7 @@ def shares(
             alike[len(norms[k]), first.dtype, first.device, first.shape].append(k)
     found: list[Tensor | None] = [None] * len(products)
     for members in alike.values():
-        first = norms[members[0]][0]
-        assert first is not None
-        whole = first.new_ones(())  # of the factors so far
-        linear = rest = first.new_zeros(())
-        for sizes, steps in zip(
-            zip(*(norms[k] for k in members), strict=True),
-            zip(*(moved[k] for k in members), strict=True),
-            strict=True,
-        ):
-            c = torch.stack([size for size in sizes if size is not None])
-            zero = torch.zeros_like(c[0])
-            d = torch.stack([zero if step is None else step for step in steps])
-            rest = rest * (c + d) + linear * d
-            linear = linear * c + whole * d
-            whole = whole * c
+        linear, rest = reach([norms[k] for k in members], [moved[k] for k in members])
         within = _limits([products[k] for k in members], [limits[k] for k in members], linear)
         root = (linear.square() + 4 * rest * within).sqrt()
         part = 2 * within / (linear + root).clamp_min(torch.finfo(linear.dtype).tiny)
@@ -152,6 +138,23 @@ def shares(
         for k, share in zip(members, each.unbind(), strict=True):
             found[k] = share
     return found
+
+
+def reach(
+    norms: Sequence[Sequence[Tensor | None]], moved: Sequence[Sequence[Tensor | None]]
+) -> tuple[Tensor, Tensor]:
+    """a₁ and a₂, (products, *batch), of products with as many factors, all of which have norms."""
+    first = norms[0][0]
+    assert first is not None
+    whole, linear, rest = first.new_ones(()), first.new_zeros(()), first.new_zeros(())
+    for sizes, steps in zip(zip(*norms, strict=True), zip(*moved, strict=True), strict=True):
+        c = torch.stack([size for size in sizes if size is not None])
+        zero = torch.zeros_like(c[0])
+        d = torch.stack([zero if step is None else step for step in steps])
+        rest = rest * (c + d) + linear * d
+        linear = linear * c + whole * d
+        whole = whole * c
+    return linear, rest
 
 
 def smallest(limits: Sequence[Coefficient | None]) -> Coefficient | None:

@@ -1,0 +1,263 @@
+r"""Spectron: orthogonalized momentum of factors, with a rate that bounds the step of the product.
+
+The rule of Janson, Oyallon & Belilovsky, "Stabilizing Native Low-Rank LLM Pretraining" (2026,
+arXiv:2602.12429). Of W = U Vᵀ, with momentum M of each factor's gradient,
+
+    U ← U − ρ NS(M_U),   V ← V − ρ NS(M_V),   ρ = η / (‖U‖₂ + ‖V‖₂ + 1),
+
+where NS takes the singular values of M to about 1, as Muon does (Jordan et al. 2024; its Newton–
+Schulz polynomial, whose values are between 0.7 and 1.2). Were they 1, ‖ΔW‖₂ would be at most
+ρ(‖U‖ + ‖V‖ + ρ) ≤ η for ρ ≤ 1. Of longer chains the divisor is Π(‖C_k‖ + 1) − Π‖C_k‖, by the same
+inequality, which for a pair is ‖U‖ + ‖V‖ + 1.
+
+What is done otherwise than elsewhere does not change the rule: ‖·‖₂ comes from the Gram, from
+above (``norms_above``), where others keep a vector for a power iteration; and NS(M) = M p(MᵀM) is
+found as a polynomial of the Gram, r×r, so that it reads M twice and not ten times, runs over all
+factors of one rank at once, and of sharded factors sends their Grams alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from frobdecay.algebra.precision import HALF, Coefficient, check_coefficient, full_precision
+from frobdecay.gradient.accumulate import Accumulator
+from frobdecay.gradient.flat import batches
+from frobdecay.gradient.movement import norms_of
+from frobdecay.gradient.placement import part_of
+from frobdecay.optim.checks import find_products
+from frobdecay.optim.rates import Group, known_value
+from frobdecay.optim.spectral.bound import check_bounded, reach
+from frobdecay.product.product import Product
+
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024, those of torch.optim.Muon
+
+
+def orthogonalizers(grams: Tensor, steps: int = 5) -> Tensor:
+    """p(G) of matrices M with these Grams, so that the singular values of M p(G) are about 1.
+
+    Args:
+        grams: (..., r, r), float32 or better.
+        steps: of the iteration X ← X (a + b XᵀX + c (XᵀX)²), which begins with M / ‖M‖_F.
+
+    Returns:
+        (..., r, r); of zeros finite.
+
+    Examples:
+        >>> import torch
+        >>> M = torch.linalg.qr(torch.randn(9, 3))[0] * torch.tensor([3.0, 2.0, 0.5])
+        >>> sizes = torch.linalg.svdvals(M @ orthogonalizers(M.T @ M))
+        >>> bool(sizes.min() > 0.6), bool(sizes.max() < 1.3)
+        (True, True)
+    """
+    a, b, c = _COEFFICIENTS
+    eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    square = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ‖M‖_F²
+    square = square.clamp_min(torch.finfo(grams.dtype).tiny ** 0.5)
+    gram, found = grams / square, square.rsqrt() * eye
+    for _ in range(steps):
+        step = a * eye + b * gram + c * (gram @ gram)
+        found = found @ step
+        gram = step @ gram @ step
+        gram = (gram + gram.mT) / 2
+    return found
+
+
+class Spectron(Optimizer):
+    r"""Train the factors of products by Spectron's rule; see the module's docstring.
+
+    Examples:
+        >>> import torch, frobdecay
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 10))
+        >>> plan = frobdecay.factorize(model, rank=4)
+        >>> optimizer = Spectron(model, lr=0.1)
+        >>> factors = {param for group in optimizer.param_groups for param in group["params"]}
+        >>> others = torch.optim.AdamW([p for p in model.parameters() if p not in factors])
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> optimizer.step(), others.step()
+        (None, None)
+
+    Everything that is no factor (biases, norms, embeddings) is for another optimizer. It is one
+    that ``FrobeniusDecay`` wraps, for decay of the product and, with ``bound=1``, for a bound that
+    also holds where the orthogonalization is not exact.
+
+    Args:
+        model_or_products: the factorized model, or products: chains of matrices, head by head.
+        lr: η, about the largest ‖ΔW‖₂ of a step; a number or a tensor.
+        momentum: of the gradients' running mean.
+        nesterov: whether a step looks ahead, as Muon's.
+        weight_decay: of every factor, decoupled: lr·weight_decay of it is taken away.
+        ns_steps: steps of the orthogonalization.
+        backend: a name in ``frobdecay.gradient.backends.BACKENDS``; None chooses by cost.
+
+    Raises:
+        ValueError: an option out of its range; a model without products; a product that is no
+            chain of matrices; a parameter that is a factor more than once.
+        TypeError: factors in half precision, which steps are too small for.
+    """
+
+    def __init__(
+        self,
+        model_or_products: nn.Module | Product | Iterable[Product],
+        *,
+        lr: Coefficient = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        weight_decay: Coefficient = 0.0,
+        ns_steps: int = 5,
+        backend: str | None = None,
+    ) -> None:
+        found = find_products(model_or_products)
+        check_bounded(found)
+        self._engine = Accumulator(found, backend)
+        self._backend = backend
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_steps": ns_steps,
+            "decoupled_weight_decay": True,
+        }
+        _check(defaults)
+        params = {id(p): p for product in found for p in product.params if p.requires_grad}
+        for product in found:
+            for param in product.params:
+                if param.dtype in HALF:
+                    raise TypeError(
+                        f"{product.name}: expected factors in float32 or float64, got "
+                        f"{param.dtype}: a step is near the resolution of half precision; keep "
+                        "the parameters in float32 and compute under autocast"
+                    )
+        super().__init__(params.values(), defaults)
+
+    @property
+    def products(self) -> list[Product]:
+        """The products whose factors are trained."""
+        return list(self._engine.products)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse any group but that of the factors.
+
+        Raises:
+            ValueError: there is one already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "expected the factors of the products given at construction alone, got another "
+                "param group: make a Spectron for other products, another optimizer for the rest"
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: an option out of its range. Nothing was changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        _check(group)
+        engine = self._engine
+        params = engine.refresh()
+        momenta = self._momenta(group)
+        like = [momenta.get(id(param), param) for param in params]
+        held, seen = engine.held(), engine.seen(like)
+        moving = [k for k, param in enumerate(params) if id(param) in momenta]
+        directions = [
+            part if id(p) in momenta else None for p, part in zip(params, seen, strict=True)
+        ]
+        norms = norms_of(engine.grams(held), range(len(params)))
+        rates = self._rates(norms, [k in {*moving} for k in range(len(params))], group)
+        grams = engine.grams(directions)
+        with full_precision(params[0].device.type):
+            polynomials = _polynomials({k: grams[k] for k in moving}, group["ns_steps"])
+            updates = {k: engine.times(k, like[k], polynomials[k]) for k in moving}
+        keep = 1 - known_value(group["lr"]) * known_value(group["weight_decay"])
+        for k, update in updates.items():
+            rate = engine.spread(k, rates[k])
+            rate = rate.reshape(*rate.shape, *(1 for _ in range(update.ndim - rate.ndim)))
+            held[k].mul_(keep).sub_(update.mul_(rate))
+        return loss
+
+    def _momenta(self, group: Group) -> dict[int, Tensor]:
+        """Take the gradients in, and return what is to be orthogonalized, by parameter."""
+        found = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(param, requires_grad=False)
+            buffer, grad = state["momentum_buffer"], param.grad
+            part_of(buffer).lerp_(part_of(grad), 1 - group["momentum"])
+            ahead = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            found[id(param)] = ahead
+        return found
+
+    def _rates(self, norms: dict[int, Tensor], moving: list[bool], group: Group) -> list[Tensor]:
+        """ρ of every factor, (*batch): those of one product have the same."""
+        rows = zip(
+            self._engine.products,
+            self._engine.rows([norms[k] for k in range(len(moving))]),
+            self._engine.rows(moving),
+            strict=True,
+        )
+        found: list[Tensor] = []
+        for product, sizes, moves in rows:
+            one = torch.ones_like(sizes[0])
+            linear, rest = reach([sizes], [[one if moved else None for moved in moves]])
+            lr = known_value(group["lr"]) / abs(product.scale)
+            found += [lr / (linear + rest)[0]] * len(sizes)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend, "products": self.products}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and in load_state_dict
+        state = dict(state)
+        products = state.pop("products", None)
+        super().__setstate__(state)
+        if products is not None:
+            self._engine = Accumulator(products, self._backend)
+
+
+def _polynomials(grams: dict[int, Tensor], steps: int) -> dict[int, Tensor]:
+    """``orthogonalizers``, of all Grams of one shape at once."""
+    alike: dict[object, list[int]] = defaultdict(list)
+    for k, gram in grams.items():
+        alike[gram.shape, gram.dtype, gram.device].append(k)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        for chunk in batches([grams[k] for k in members]):
+            chosen = [members[i] for i in chunk]
+            stack = torch.stack([grams[k] for k in chosen])
+            found.update(zip(chosen, orthogonalizers(stack, steps).unbind(), strict=True))
+    return found
+
+
+def _check(group: Group) -> None:
+    """Refuse options that a user, a checkpoint or a schedule may have brought."""
+    for name in ("lr", "weight_decay"):
+        check_coefficient(group[name], f"{name} of Spectron")
+        check_coefficient(known_value(group[name]), f"{name} of Spectron")
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"expected momentum in [0, 1), got {group['momentum']!r}")
+    if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
+        raise ValueError(f"expected ns_steps to be 1 or more, got {group['ns_steps']!r}")
