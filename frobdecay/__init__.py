@@ -13,7 +13,7 @@ where the gradient of the penalty costs a few r×r products: ∇_U = U (VᵀV), 
 
 A model:       factorize, plan_ranks, merge, unroll
 Its files:     save_factorized, load_factorized, load_dense_
-The optimizer: FrobeniusDecay, FrobeniusDecayFactory, Flambe, split_param_groups
+The optimizer: FrobeniusDecay, FrobeniusDecayFactory, Flambe, Spectron, split_param_groups
 Products:      products, register_products, Product, Factor, explain
 Their penalty: penalty, product_norm, add_penalty_grad_
 Factors:       spectral_init, calibrate, Calibration, balance_

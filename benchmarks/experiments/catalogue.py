@@ -15,12 +15,13 @@ from typing import Any
 
 from benchmarks.experiments.engine import Job
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.pretraining import PRETRAINING
 from benchmarks.experiments.vision import VISION
 from benchmarks.experiments.writing import TEXT
 
 __all__ = ["EXPERIMENTS", "jobs"]
 
-EXPERIMENTS: Mapping[str, Experiment] = {**VISION, **TEXT}
+EXPERIMENTS: Mapping[str, Experiment] = {**VISION, **TEXT, **PRETRAINING}
 
 
 def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: Any) -> list[Job]:

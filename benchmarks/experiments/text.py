@@ -25,6 +25,7 @@ __all__ = [
     "Parallel",
     "Running",
     "find",
+    "load_characters",
     "load_parallel",
     "load_running",
 ]
@@ -151,7 +152,7 @@ class Running:
     """One long text.
 
     Attributes:
-        tokenizer: that the tokens are from.
+        tokenizer: that the tokens are from, or the characters' numbers.
         train, val, test: token ids, the first 90 %, the next and the last 5 %.
     """
 
@@ -210,3 +211,27 @@ def load_running(
     tokenizer = tokenizer or _train(parts[0].splitlines(keepends=True), vocabulary)
     ids = [torch.tensor(tokenizer.encode(part).ids, device=device) for part in parts]
     return Running(tokenizer, *ids)
+
+
+def load_characters(
+    source: str, limit: int | None = None, *, device: str = "cpu"
+) -> tuple[Running, int]:
+    """Read a text file by characters.
+
+    Args:
+        source: the file.
+        limit: characters to train on; all unless given.
+        device: where the tokens will be.
+
+    Returns:
+        The text, and how many characters there are.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    text = find(source).read_text("utf-8")
+    numbers = {character: k for k, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([numbers[character] for character in text], device=device)
+    first, second = int(0.9 * len(text)), int(0.95 * len(text))
+    parts = ids[:first][:limit], ids[first:second], ids[second:]
+    return Running(numbers, *parts), len(numbers)

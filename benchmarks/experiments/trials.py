@@ -138,6 +138,11 @@ class Training:
         """How good the model is on the test data: "score", and more for the JSON."""
         raise NotImplementedError
 
+    def set_rate(self) -> None:
+        """Have the next step taken with its learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+
     def after_step(self) -> None:
         """Whatever follows a step of the optimizer."""
 
@@ -148,8 +153,7 @@ class Training:
         self.model.train()
         losses = []
         for batch in self.batches():
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+            self.set_rate()
             lasting = 1 - self.momentum
             self.shrinkage += self.rate() * self.protocol.weight_decay / lasting
             with self._autocast():
