@@ -199,6 +199,11 @@ def returning(model, **options):
     return frobdecay.FrobeniusDecay(base, frobdecay.products(model, toward="initial"), **options)
 
 
+def spectron(model):
+    """Orthogonalized momentum of the factors, which alone are trained."""
+    return frobdecay.Spectron(model, lr=0.05)
+
+
 def shard(model, mesh, **options):
     """Every layer a unit of its own, as is usual, and the rest."""
     for layer in model:
@@ -287,6 +292,9 @@ RUNS = {
         {},
     ),
     "bounded, closure": ((2,), bounded_alone, {}, {}, {"closure": True}),
+    "spectron": ((2,), spectron, {}, {}, {}),
+    "spectron, inner factors": ((2,), spectron, {"depth": 2}, {}, {}),
+    "spectron, hybrid": ((2, 2), spectron, {"depth": 1}, {}, {}),
     "bounded, hybrid": ((2, 2), bounded, {"depth": 1}, {}, {}),
     "toward the start": ((2,), returning, {"depth": 1}, {}, {}),
     "four processes": ((4,), sgd, {"depth": 1}, {}, {}),
