@@ -110,8 +110,8 @@ def make(
     model = resnet(
         protocol.depth, width=protocol.width, channels=channels, classes=data.classes
     ).to(data.mean.device)
-    if arm.init is not None:  # as in the paper, the first convolution and the classifier stay dense
-        frobdecay.factorize(model, ratio=protocol.ratio, exclude=["conv1", "fc"], init=arm.init)
+    if arm.init is not None:  # by default, as in the paper, the first and the last layer stay dense
+        frobdecay.factorize(model, ratio=protocol.ratio, init=arm.init)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(), lr=protocol.lr, momentum=0.9, weight_decay=protocol.decay
     )

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 import frobdecay
 from benchmarks.data import ImageData, load
 from benchmarks.experiments.trials import Arm, Common, Training, count_parameters
-from benchmarks.models import DENSE, MODELS, output_ranks, separate_
+from benchmarks.models import DENSE, MODELS, output_ranks, selected_ratio, separate_
 from benchmarks.training import batches, evaluate
 from frobdecay.diagnostics import Recorder
 
@@ -97,13 +97,16 @@ def _factorized(parametrization: Callable[..., nn.Module]) -> Make:
         protocol: ImageProtocol,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> float:
-        dense, size = DENSE[protocol.model], dict[str, Any](ratio=protocol.ratio)
+        size: dict[str, Any] = {"include": "*", "exclude": DENSE[protocol.model]}
         scale = protocol.scales.get(arm.kind) if arm.rank is None else arm.rank
         if scale is not None:
-            size = {"rank": output_ranks(model, scale, dense)}
+            size["rank"] = output_ranks(model, scale, DENSE[protocol.model])
+        else:
+            assert protocol.ratio is not None
+            parameters = protocol.ratio * count_parameters(model)
+            size["ratio"] = selected_ratio(model, parameters, **size)
         plan = frobdecay.factorize(
             model,
-            exclude=dense,
             parametrization=parametrization,
             init=arm.init,
             optimizer=optimizer,
@@ -122,11 +125,12 @@ def _tensorized(parametrization: Callable[..., nn.Module]) -> Make:
         scale = protocol.scales.get(arm.kind)
         if scale is None and protocol.ratio >= most:
             raise ValueError(f"expected a ratio below {most:.3f}, that of the separated model")
-        size = {"ratio": protocol.ratio / most} if scale is None else {"rank": scale}
+        chosen = {"include": "*.pointwise"}
+        kept = scale is None and selected_ratio(model, protocol.ratio * dense, **chosen)
         frobdecay.factorize(
             model,
-            **size,
-            include="*.pointwise",
+            **chosen,
+            **({"ratio": kept} if scale is None else {"rank": scale}),
             parametrization=parametrization,
             init=arm.init,
         )

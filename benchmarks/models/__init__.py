@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from benchmarks.models.ranks import output_ranks
+from benchmarks.models.ranks import output_ranks, selected_ratio
 from benchmarks.models.resnet import ResNet, resnet
 from benchmarks.models.separable import separate_
 from benchmarks.models.transformer import LanguageModel, TranslationTransformer
@@ -27,6 +27,7 @@ __all__ = [
     "VGG",
     "WideResNet",
     "output_ranks",
+    "selected_ratio",
     "resnet",
     "separate_",
 ]

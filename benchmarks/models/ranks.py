@@ -1,12 +1,28 @@
-"""The paper's rule for the ranks of convolutions."""
+"""Ranks by the paper's rules: of convolutions, and for a share of the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
-__all__ = ["output_ranks"]
+import frobdecay
+
+__all__ = ["output_ranks", "selected_ratio"]
+
+
+def selected_ratio(model: nn.Module, parameters: float, **selection: Any) -> float:
+    """The ratio of selected weights at which the whole model has so many parameters.
+
+    Args:
+        model: dense.
+        parameters: of the whole model, to keep.
+        **selection: ``include`` and ``exclude``.
+    """
+    plan = frobdecay.plan_ranks(model, rank=1, **selection)
+    selected = sum(row.before for row in plan.rows if row.rank is not None)
+    return 1 - (plan.before - parameters) / selected
 
 
 def output_ranks(model: nn.Module, scale: float, exclude: Collection[str] = ()) -> dict[str, int]:

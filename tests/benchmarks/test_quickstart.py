@@ -1,9 +1,12 @@
 """The benchmark of the README: its loaders, its models, and the whole of it in miniature."""
 
 import io
+import itertools
 import json
 import os
+import pathlib
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -11,13 +14,16 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import frobdecay
 from benchmarks import quickstart, report, training
 from benchmarks.data import load
 from benchmarks.models import resnet
 from benchmarks.training import ARMS, Protocol, Run, train
 
 pytestmark = pytest.mark.cpu("loads there; trains on the device that its options name")
+ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 
 
@@ -360,6 +366,65 @@ def test_without_decay_frobenius_decay_changes_nothing():
     data, protocol = load("digits", limit=64), Protocol(8, 4, 0.5, 1, 32, 0.1, 0.0)
     with_, without = (train(key, 0, data, protocol) for key in ("sifd", "si"))
     assert with_.loss == without.loss
+
+
+RESULTS = sorted((ROOT / "benchmarks/results").glob("quickstart-*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_one_line_is_what_the_tables_measured(path):
+    """``factorize(model, ratio=...)`` as the README calls it, and the runs that it shows."""
+    calls = re.findall(r"\bfactorize\((.*?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "model, ratio=0.25" in calls
+    assert not [call for call in calls if "ratio" in call and "clude" in call]
+    result = json.loads(path.read_text())
+    protocol, data = Protocol(**result["protocol"]), load("digits", limit=64)
+    channels = 1 if data.name in path.stem else 3
+    model = resnet(protocol.depth, width=protocol.width, channels=channels)
+    plan = frobdecay.factorize(model, ratio=protocol.ratio)
+    counts = {run["parameters"] for run in result["runs"] if run["arm"] != "dense"}
+    assert counts == {plan.after}
+    if channels == 1:
+        made, _ = training.make(ARMS["si"], 0, data, protocol)
+        assert sum(p.numel() for p in made.parameters()) == plan.after
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_by_the_defaults(tmp_path):
+    """A quarter of its parameters, within two points of dense; saved, loaded and deployed."""
+    data = load("digits")
+
+    def network():
+        torch.manual_seed(0)
+        layers, widths = [], (1, 32, 32, 64, 64, 128, 128)
+        for k, (before, after) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if k in (1, 3) else []
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+    def accuracy(model, optimizer):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for x, y in training.batches(data, 32, generator):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return training.evaluate(model, data, data.test)
+
+    def adamw(model):
+        return torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+
+    dense, model = network(), network()
+    full = accuracy(dense, adamw(dense))
+    plan = frobdecay.factorize(model, ratio=0.25)
+    found = accuracy(model, frobdecay.FrobeniusDecay(adamw(model), model))
+    assert plan.ratio == pytest.approx(0.25, abs=0.01)
+    assert found > full - 0.02
+    frobdecay.save_factorized(model, tmp_path / "model.safetensors")
+    fresh = network()
+    frobdecay.load_factorized(fresh, tmp_path / "model.safetensors")
+    frobdecay.unroll(fresh)
+    assert training.evaluate(fresh, data, data.test) == pytest.approx(found, abs=0.01)
 
 
 def test_summary_pairs_the_seeds():
