@@ -752,3 +752,28 @@ def one_step(model, optimizer, x):
     optimizer.zero_grad()
     model(x).square().mean().backward()
     optimizer.step()
+
+
+def calibrated(rank, world, wrapper):
+    """Moments of a wrapped model, each process with its batches, and of all batches on one."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4), nn.Linear(4, 4))
+
+    def moments(stats):
+        return {" ".join(key): m.full() for key, m in sorted(stats.sums.moments.items())}
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(5, 6, generator=generator) for _ in range(2 * world)]
+    whole = moments(frobdecay.calibrate(make(), batches))
+    model = make()
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=_mesh(world))
+    mine = batches[rank::world]
+    stats = frobdecay.calibrate(model, mine)
+    again = frobdecay.calibrate(model, mine[:1])
+    frobdecay.calibrate(model, mine[1:], stats=again)
+    return {"whole": whole, "once": moments(stats), "twice": moments(again)}

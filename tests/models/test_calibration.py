@@ -2,13 +2,16 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
 from cases import seeded
+from distributed_workers import calibrated
+from gloo import run
 from torch import nn
 
-from frobdecay import CP, LowRank, TensorTrain, Tucker, calibrate, factorize, merge
+from frobdecay import CP, Calibration, LowRank, TensorTrain, Tucker, calibrate, factorize, merge
 
 
 def correlated(*shape, seed=0):
@@ -396,6 +399,68 @@ def test_an_error_on_the_way_leaves_biases_alone():
     with pytest.raises(ValueError, match="gradient hooks"):
         factorize(model, rank=2, init=stats, include=["0", "4"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "convolutions"])
+@pytest.mark.parametrize("file", ["moments.safetensors", "moments.pt"])
+def test_moments_are_saved_loaded_and_added_to(name, file, tmp_path):
+    """And then are those of both runs."""
+    model, batches, parametrization = made(name)
+    stats = calibrate(model, batches[:1])
+    stats.shrink = 0.25
+    stats.save(tmp_path / file)
+    loaded = Calibration.load(tmp_path / file)
+    assert loaded.shrink == 0.25
+    assert loaded.sums.calls == stats.sums.calls
+    assert loaded.sums.shared == stats.sums.shared
+    both = calibrate(model, batches[1:], stats=loaded)
+    whole = calibrate(model, batches)
+    whole.shrink = 0.25
+    plans = [
+        factorize(copy.deepcopy(model), rank=2, init=one, parametrization=parametrization)
+        for one in (both, whole)
+    ]
+    for a, b in zip(*(plan.rows for plan in plans), strict=True):
+        assert a.error == (None if b.error is None else pytest.approx(b.error, rel=1e-4))
+
+
+@pytest.mark.parametrize("file", ["moments.safetensors", "moments.pt"])
+def test_files_of_something_else_are_refused(file, tmp_path):
+    """By name."""
+    path = tmp_path / file
+    if file.endswith("pt"):
+        torch.save({"weight": torch.ones(2)}, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="not a file of moments"):
+        Calibration.load(path)
+
+
+def test_memory_is_told_before_it_starts():
+    """As if nothing were shared; afterwards, what there is. Copies hold no model."""
+    model, batches, _ = made("shared input")
+    stats = calibrate(model)
+    assert stats.most == 8 * (16**2 + 16**2 + 8**2)
+    assert repr(stats) == "Calibration(watches 3 weights, at most 0.004608 MB)"
+    calibrate(model, batches, stats=stats)
+    assert repr(stats).startswith("Calibration(1 moments, 0.002184 MB; watches 3 weights")
+    assert pickle.loads(pickle.dumps(stats)).probes == []
+    with pytest.raises(RuntimeError, match="watches no model"), copy.deepcopy(stats):
+        pass
+    small = calibrate(model, batches, stats=Calibration(dtype=torch.float32))
+    assert small.sums.nbytes < stats.sums.nbytes * 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_processes_sum_what_each_has_seen(wrapper):
+    """Each its own batches, in one run and in two."""
+    results = run(calibrated, 2, wrapper)
+    whole = results[0]["whole"]
+    for moments in (result[times] for result in results for times in ("once", "twice")):
+        assert moments.keys() == whole.keys()
+        for name, second in whole.items():
+            torch.testing.assert_close(moments[name], second, rtol=1e-5, atol=1e-5)
 
 
 def test_settings_are_checked():

@@ -40,6 +40,13 @@ class Moment:
         self.first = torch.zeros(*batch, size, dtype=dtype, device=device)
         self.second = torch.zeros(*batch, size, size, dtype=dtype, device=device)
 
+    @classmethod
+    def of(cls, count: Tensor, first: Tensor, second: Tensor) -> Moment:
+        """The moment whose ``parts`` these are."""
+        made = cls((), 0, first.dtype, first.device)
+        made.count, made.first, made.second = count, first, second
+        return made
+
     @torch.no_grad()
     def add(self, rows: Tensor, at: int | None = None) -> None:
         """Add rows.
@@ -96,6 +103,13 @@ class Frequencies:
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.count = torch.zeros((), dtype=torch.float64, device="cpu")
         self.second = torch.zeros(size, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, count: Tensor, second: Tensor) -> Frequencies:
+        """The moment whose ``parts`` these are."""
+        made = cls(0, second.device)
+        made.count, made.second = count, second
+        return made
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
 from frobdecay.models.calibration.probes import Probe
-from frobdecay.models.calibration.watch import Mask, Sums, Watch
+from frobdecay.models.calibration.store import read, write
+from frobdecay.models.calibration.sums import Sums
+from frobdecay.models.calibration.watch import Mask, Watch
+from frobdecay.models.checkpoints.files import FilePath
 from frobdecay.models.select import Weight
 
 
@@ -40,6 +46,8 @@ class Calibration:
         sums: the moments.
         probes: how more are taken.
         unwatched: name of a weight -> why it has no moment.
+        parallel: whether processes see each its own share of the batches, so that a run is summed
+            over all of them when it is closed; set where the model is data parallel.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Calibration:
         self.sums, self.shrink = Sums(dtype, device), shrink
         self.probes: list[Probe] = []
         self.unwatched: dict[str, str] = {}
+        self.parallel = False
         self._watch: Watch | None = None
         self._run: Sums | None = None
 
@@ -102,6 +111,8 @@ class Calibration:
         watch.remove()
         try:
             if kind is None:
+                if self.parallel and torch.distributed.is_initialized():
+                    run.all_reduce()
                 self.check("this run")
                 self.sums.join(run)
         finally:
@@ -126,6 +137,54 @@ class Calibration:
                 "at the model's dtype. Nothing of this run is kept"
             )
 
+    # --- memory, and files ------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int:
+        """Bytes that the moments of all that is watched take at most, shared or not."""
+        each = self.sums.dtype.itemsize
+        squares = ((p.size if p.of == "rows" else p.size**2, p.batch) for p in self.probes)
+        return sum(each * number * prod(batch) for number, batch in squares)
+
+    def __repr__(self) -> str:
+        held, sums = len(self.sums.moments), self.sums
+        parts = [f"{held} moments, {_megabytes(sums.nbytes)}"] if held else []
+        if self.probes:
+            parts.append(f"watches {len(self.probes)} weights, at most {_megabytes(self.most)}")
+        return f"Calibration({'; '.join(parts)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model."""
+        return {**self.__dict__, "probes": [], "_watch": None, "_run": None}
+
+    def save(self, path: FilePath) -> None:
+        """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
+        """
+        write(path, self.sums, {"shrink": self.shrink, "unwatched": self.unwatched})
+
+    @classmethod
+    def load(cls, path: FilePath, device: torch.device | str | None = None) -> Calibration:
+        """Read moments from a file; ``calibrate(model, batches, stats=…)`` adds to them.
+
+        Args:
+            path: of ``save``.
+            device: of the sums; by default the CPU.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be read.
+            ValueError: not a file of moments.
+        """
+        sums, said = read(path)
+        found, sums.device = cls(sums.dtype, shrink=said["shrink"]), device or "cpu"
+        sums.to(sums.device)
+        found.sums, found.unwatched = sums, said["unwatched"]
+        return found
+
     # --- what is known ----------------------------------------------------------------------------
 
     def why_not(self, weight: Weight, view: Matricization) -> str | None:
@@ -147,3 +206,7 @@ class Calibration:
             moves: whether its bias may be moved, so that the mean is left out of the metric.
         """
         return metric_of(self.sums, weight, view, moves, self.shrink)
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.4g} MB"

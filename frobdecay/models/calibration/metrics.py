@@ -12,7 +12,7 @@ from torch import Tensor
 from frobdecay.algebra.calibrated.moment import Moment
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
-from frobdecay.models.calibration.watch import Key, Sums
+from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.models.select import Weight, bias_of
 
 
@@ -39,7 +39,9 @@ def why_not_read(weight: Weight, view: Matricization) -> str | None:
     expected = {dim for dim, _ in places(own.batch_axes + own.row_axes, own)}
     if {dim for dim, _ in rows} <= expected and rows == sorted(rows) and columns == sorted(columns):
         return None
-    return f"the rows of {view.pattern!r} are not the module's outputs"
+    what = "the rows of {!r} are not its module's outputs"
+    hint = "; pattern='channel' makes them so" if len(view.shape) > 2 else ""
+    return what.format(view.pattern) + hint
 
 
 class _Sum(NamedTuple):

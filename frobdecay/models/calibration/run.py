@@ -14,7 +14,9 @@ from frobdecay.models.calibration.probes import Probe, probes
 from frobdecay.models.calibration.watch import Mask
 from frobdecay.models.progress import Progress
 from frobdecay.models.select import Walk, Weight, select
+from frobdecay.product.factor import is_sharded
 from frobdecay.product.names import Selector
+from frobdecay.weights.layouts import is_kind
 
 MaskOf = str | Callable[[Any], Mask] | None
 
@@ -66,6 +68,7 @@ def calibrate(
     walk = Walk(model)
     found = Calibration() if stats is None else stats
     found.probes, found.unwatched = _watchable(walk, select(walk, include, exclude))
+    found.parallel = _is_data_parallel(walk)
     if batches is not None:
         _check_passes(batches, groups)
         with Progress(_length(batches) * groups, progress, "calibrating") as bar, evaluating(model):
@@ -126,6 +129,14 @@ def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[
         listed = "".join(f"\n  {name}: {reason}" for name, reason in unwatched.items())
         raise ValueError(f"found no weight to watch in {type(walk.model).__name__}{listed}")
     return found, unwatched
+
+
+def _is_data_parallel(walk: Walk) -> bool:
+    """Whether processes run one model, each on its own share of the batches."""
+    kinds = ("torch.nn.parallel.*DistributedDataParallel", "torch.distributed.fsdp.*")
+    wrapped = any(is_kind(module, kind) for _, module in walk.all for kind in kinds)
+    tensors = (weight.tensor for weight in walk.weights)
+    return wrapped or any(is_sharded(tensor) for tensor in tensors if tensor is not None)
 
 
 def _check_passes(batches: Iterable[Any], groups: int) -> None:

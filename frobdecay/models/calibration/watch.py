@@ -20,82 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
-from frobdecay.algebra.calibrated.moment import Frequencies, Moment
 from frobdecay.models.calibration.inside import Inside
 from frobdecay.models.calibration.probes import Probe
+from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.product.names import naming
 
 Mask = Tensor | Mapping[str, Tensor | None] | None
 """Rows that count, (batch, length) of booleans; or globs of weights' names, the first of which that
 fits says which; None for all."""
-Key = tuple[str, str]
-"""Whose moment, and of what."""
-
-
-class Sums:
-    """The moments of one or many runs, by the probe that took them.
-
-    Args:
-        dtype: of the sums.
-        device: of the sums; None for that of the inputs.
-
-    Attributes:
-        moments: whose, of what -> the moment.
-        calls: the same -> how many calls it sums.
-        shared: name of a probe -> whose moment -> how many of those calls were its own, too.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        self.moments: dict[Key, Moment | Frequencies] = {}
-        self.calls: dict[Key, int] = {}
-        self.shared: dict[str, dict[Key, int]] = {}
-        self.dtype, self.device = dtype, device
-
-    def note(self, name: str, key: Key) -> None:
-        """Note that a probe met what a moment has just summed."""
-        met = self.shared.setdefault(name, {})
-        met[key] = met.get(key, 0) + 1
-
-    def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
-        """Sum the rows of one call, of all matrices of a stack or of one."""
-        key = (probe.name, of)
-        moment = self.moments.get(key)
-        if moment is None:
-            device = rows.device if self.device is None else self.device
-            with torch.inference_mode(False):  # to be added to outside of it, too
-                if of == "rows":
-                    moment = Frequencies(probe.size, device)
-                else:
-                    moment = Moment(probe.batch, rows.shape[-1], self.dtype, device)
-            self.moments[key] = moment
-        if isinstance(moment, Moment):
-            moment.add(rows, at)
-        else:
-            moment.add(rows)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        self.note(probe.name, key)
-        return key
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the sums; what comes is added there, too."""
-        for moment in self.moments.values():
-            moment.to(device)
-
-    def join(self, other: Sums) -> None:
-        """Add what another run summed."""
-        for key, moment in other.moments.items():
-            held = self.moments.get(key)
-            if held is None:
-                self.moments[key] = moment
-            else:
-                for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
-                    mine += theirs.to(mine.device)
-            self.calls[key] = self.calls.get(key, 0) + other.calls[key]
-        for name, met in other.shared.items():
-            mine_too = self.shared.setdefault(name, {})
-            for key, calls in met.items():
-                mine_too[key] = mine_too.get(key, 0) + calls
-
 
 _weakly: Any = reductions.StorageWeakRef
 

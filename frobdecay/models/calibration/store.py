@@ -1,0 +1,84 @@
+"""Files of moments: safetensors, or archives of ``torch.save``; nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.models.calibration.sums import Sums
+from frobdecay.models.checkpoints.files import (
+    FilePath,
+    read_safetensors,
+    readable,
+    write_safetensors,
+    write_torch,
+)
+from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
+
+HEADER, VERSION = "frobdecay.calibration", 1
+
+
+def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
+    """Write sums, and what else there is to say, to a file."""
+    keys = list(sums.moments)
+    tensors = {
+        f"{k}.{i}": part
+        for k, key in enumerate(keys)
+        for i, part in enumerate(sums.moments[key].parts())
+    }
+    shared = {
+        name: [[keys.index(k), n] for k, n in met.items()] for name, met in sums.shared.items()
+    }
+    text = json.dumps(
+        {
+            "version": VERSION,
+            "dtype": str(sums.dtype).rpartition(".")[2],
+            "moments": [[*key, sums.calls[key]] for key in keys],
+            "shared": shared,
+            **said,
+        }
+    )
+    if os.fsdecode(path).endswith(".safetensors"):
+        write_safetensors(path, tensors, {HEADER: text})
+    else:
+        write_torch(path, {HEADER: text, **tensors})
+
+
+def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
+    """What ``write`` wrote, on the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    if recognized(path) == SAFETENSORS:
+        tensors, metadata = read_safetensors(path)
+        text: Any = metadata.get(HEADER)
+    else:
+        try:
+            with readable(path) as name:
+                tensors = torch.load(name, map_location="cpu", weights_only=True)
+            text = tensors.pop(HEADER, None)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
+    try:
+        said = json.loads(text)
+        if said["version"] != VERSION:
+            raise ValueError(f"of version {said['version']}, which this one does not read")
+        sums = Sums(getattr(torch, said["dtype"]), "cpu")
+        keys = [(name, of) for name, of, _ in said["moments"]]
+        sums.calls = {key: said["moments"][k][2] for k, key in enumerate(keys)}
+        sums.shared = {name: {keys[k]: n for k, n in met} for name, met in said["shared"].items()}
+        for k, key in enumerate(keys):
+            parts = [tensors[f"{k}.{i}"] for i in range(2 if key[1] == "rows" else 3)]
+            sums.moments[key] = (Frequencies if key[1] == "rows" else Moment).of(*parts)
+        return sums, {"shrink": said["shrink"], "unwatched": said["unwatched"]}
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error

@@ -1,0 +1,138 @@
+"""Moments by weight, summed over calls, runs and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.models.calibration.probes import Probe
+from frobdecay.product.factor import is_sharded
+
+Key = tuple[str, str]
+"""Whose moment, and of what."""
+
+_Shape = tuple[str, tuple[int, ...], int]
+"""Of what, the batch, and k."""
+
+
+class Sums:
+    """The moments of one or many runs, by the probe that took them.
+
+    Args:
+        dtype: of the sums.
+        device: of the sums; None for that of the inputs.
+
+    Attributes:
+        moments: whose, of what -> the moment.
+        calls: the same -> how many calls it sums.
+        shared: name of a probe -> whose moment -> how many of those calls were its own, too.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        self.moments: dict[Key, Moment | Frequencies] = {}
+        self.calls: dict[Key, int] = {}
+        self.shared: dict[str, dict[Key, int]] = {}
+        self.dtype, self.device = dtype, device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sums."""
+        return sum(p.nbytes for moment in self.moments.values() for p in moment.parts())
+
+    def note(self, name: str, key: Key) -> None:
+        """Note that a probe met what a moment has just summed."""
+        met = self.shared.setdefault(name, {})
+        met[key] = met.get(key, 0) + 1
+
+    def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
+        """Sum the rows of one call, of all matrices of a stack or of one."""
+        key = (probe.name, of)
+        if is_sharded(rows):
+            raise ValueError(
+                "its inputs are in parts on several processes (DTensor); calibrate before "
+                "parallelize_module"
+            )
+        moment = self.moments.get(key)
+        if moment is None:
+            device = rows.device if self.device is None else self.device
+            size = probe.size if of == "rows" else rows.shape[-1]
+            moment = self.moments[key] = self._empty((of, probe.batch, size), device)
+        if isinstance(moment, Moment):
+            moment.add(rows, at)
+        else:
+            moment.add(rows)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        self.note(probe.name, key)
+        return key
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums; what comes is added there, too."""
+        for moment in self.moments.values():
+            moment.to(device)
+
+    def join(self, other: Sums) -> None:
+        """Add what another run summed."""
+        for key, moment in other.moments.items():
+            held = self.moments.get(key)
+            if held is None:
+                self.moments[key] = moment
+            else:
+                for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
+                    mine += theirs.to(mine.device)
+        self._count(other.calls, other.shared)
+
+    def _empty(self, shape: _Shape, device: torch.device | str) -> Moment | Frequencies:
+        of, batch, size = shape
+        with torch.inference_mode(False):  # to be added to outside of it, too
+            if of == "rows":
+                return Frequencies(size, device)
+            return Moment(batch, size, self.dtype, device)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over processes, each of which has seen its own share of the batches.
+
+        Raises:
+            ValueError: the processes ran different models; on all of them.
+        """
+        shapes: dict[Key, _Shape] = {
+            key: (key[1], tuple(moment.count.shape), moment.second.shape[-1])
+            for key, moment in self.moments.items()
+        }
+        theirs: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(theirs, (shapes, self.calls, self.shared), group=group)
+        joined: dict[Key, _Shape] = {}
+        self.calls, self.shared = {}, {}
+        for other, calls, shared in theirs:
+            for key, shape in other.items():
+                if joined.setdefault(key, shape) != shape:
+                    raise ValueError(f"{key[0]} has other shapes in other processes")
+            self._count(calls, shared)
+        for key in sorted(joined):
+            moment = self.moments.get(key) or self._empty(joined[key], self.device or "cpu")
+            self.moments[key] = moment
+            for part in moment.parts():
+                sent = part.to(_reduced_on(part.device, group))
+                dist.all_reduce(sent, group=group)
+                part.copy_(sent)
+
+    def _count(self, calls: Mapping[Key, int], shared: Mapping[str, Mapping[Key, int]]) -> None:
+        """Add to the numbers of calls."""
+        for key, number in calls.items():
+            self.calls[key] = self.calls.get(key, 0) + number
+        for name, met in shared.items():
+            mine = self.shared.setdefault(name, {})
+            for key, number in met.items():
+                mine[key] = mine.get(key, 0) + number
+
+
+def _reduced_on(device: torch.device, group: Any) -> torch.device:
+    """Where the processes exchange what lies on a device."""
+    backend = dist.get_backend(group)
+    if backend == "nccl" and device.type == "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if backend == "gloo" else device
