@@ -22,6 +22,7 @@ from frobdecay.models.unroll.readers import Readers
 from frobdecay.product.holding import factorized
 from frobdecay.product.names import Selector
 from frobdecay.product.partitions import why_partitioned
+from frobdecay.product.replaced import remember
 from frobdecay.weights.layouts import layouts
 
 M = TypeVar("M", bound=nn.Module)
@@ -170,6 +171,9 @@ def unroll(model: nn.Module) -> nn.Module:
             if "_orig_mod" in parent._modules:  # torch.compile's: its forward holds the layer, too
                 compiled: Any = parent
                 compiled.__setstate__(compiled.__getstate__())
+    for weight in chosen:
+        chain = chains[id(weight.module)]
+        remember(list(weight.module.parameters()), list(chain.parameters()))
     return chains.get(id(model), model)
 
 

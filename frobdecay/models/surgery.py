@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import copied_class, lists_of
+from frobdecay.product.replaced import remember
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.registration import put_factors
 from frobdecay.weights.tracing import transforms_active
@@ -45,11 +46,15 @@ def ordinary(act: str) -> Iterator[None]:
 
 @contextmanager
 def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo every change to the attributes and classes of these modules if an error escapes."""
+    """Undo every change to the attributes and classes of these modules if an error escapes.
+
+    If none does, parameters that gave way to others are remembered; see ``remember``.
+    """
     touched = list({id(module): module for module in modules}.values())
     inside = [module._modules.get("parametrizations") for module in touched]
     touched += [held for held in inside if held is not None]
     saved = [(module, module.__class__, _snapshot(module)) for module in touched]
+    before = _parameters(touched)
     for module in touched:
         own_class(module)
     try:
@@ -63,8 +68,17 @@ def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
                 table.clear()
                 table.update(content)
         raise
+    else:
+        remember(before, _parameters(touched))
     finally:
         VERSION.bump()
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Those of the modules themselves, and of their parametrizations."""
+    own = [p for module in modules for p in module._parameters.values() if p is not None]
+    held = [one for module in modules for one in lists_of(module).values()]
+    return [*own, *(param for one in held for param in one.parameters())]
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -83,7 +84,9 @@ def find_products(model_or_products: nn.Module | Product | Iterable[Product]) ->
         if not found:
             raise ValueError(
                 f"expected a model with products, got a {type(model_or_products).__name__} "
-                "without any: call frobdecay.factorize(model) before building the optimizer"
+                "without any: call frobdecay.factorize(model) before building the optimizer; "
+                "layers that are products as they are, such as a bottleneck of two Linear, are "
+                "made known by frobdecay.register_products, or given as Product.of(U, V)"
             )
         return found
     found = as_products(model_or_products)
@@ -198,6 +201,14 @@ def plan_wrapping(
         raise ValueError(
             f"expected decay=λ for {type(optimizer).__name__}, got None: it has no weight_decay "
             "that could be taken over"
+        )
+    held = [division for division in layout if any(division.flags)]
+    if held and all(division.taken and is_zero(division.coef) for division in held):
+        warnings.warn(
+            "no product will decay: λ is taken over from the factors' weight_decay, which in this "
+            f"{type(optimizer).__name__} is 0; build it with weight_decay=λ, or pass decay=λ to "
+            "FrobeniusDecay (decay=0, if that is meant)",
+            stacklevel=3,
         )
     return layout
 

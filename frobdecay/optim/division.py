@@ -74,9 +74,11 @@ class Division:
 
 
 class Halves:
-    """Tensor options of divided groups, of which each half has its own: warns if they part.
+    """Warns where an option was written to the wrong group.
 
-    A caller who keeps the tensor, a learning rate say, and writes to it reaches one half only.
+    Of tensor options of divided groups each half has its own: a caller who keeps the tensor, a
+    learning rate say, and writes to it reaches one half only. And λ does nothing in a group without
+    factors: it is missed in another, unless some factors have it, too.
 
     Args:
         pairs: both groups of every division.
@@ -91,9 +93,33 @@ class Halves:
             if not own.is_inference()
         ]
         self._seen = [(own._version, copy._version) for _, own, copy in self._twins]
+        self._idle = False
 
-    def check(self) -> None:
-        """Warn, once, where since the last look one was written to in place and not the other."""
+    def check(self, groups: Sequence[Group], holding: set[int]) -> None:
+        """Warn, once each.
+
+        Args:
+            groups: all.
+            holding: the indices of those that hold factors.
+        """
+        self._check_halves()
+        if self._idle:
+            return
+        values = [known_value(group.get(DECAY, 0.0)) for group in groups]
+        used = [0.0, *(values[g] for g in holding)]
+        for g, value in enumerate(values):
+            if g not in holding and not isinstance(value, Tensor) and value not in used:
+                self._idle = True
+                warnings.warn(
+                    f"{DECAY}={value} of param group {g} does nothing: there is no factor of the "
+                    f"products in it; they are in {sorted(holding)}, with "
+                    f"{[values[h] for h in sorted(holding)]}",
+                    stacklevel=2,
+                )
+                return
+
+    def _check_halves(self) -> None:
+        """Look whether since the last time one was written to in place and not the other."""
         before, self._seen = self._seen, [(a._version, b._version) for _, a, b in self._twins]
         for (name, _, _), old, new in zip(self._twins, before, self._seen, strict=True):
             if new[0] != old[0] and new[1] == old[1]:

@@ -201,7 +201,7 @@ class FrobeniusDecay(OptimizerProxy):
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         step = self._before(closure)
         try:
-            result = self._base.step(*step.args)
+            result = self._step_behind(*step.args)
         finally:
             self._withdraw_amp()
         return self._after(step, result)
@@ -209,7 +209,6 @@ class FrobeniusDecay(OptimizerProxy):
     @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
     def _before(self, closure: Callable[[], Any] | None) -> _Step:
         self._notice_late_factorization()
-        self._halves.check()
         rates, limits = self._asked()
         engine, step = self._engine, _Step(() if closure is None else (closure,))
         bound = engine.bound(limits) if any(limit is not None for limit in limits) else None
@@ -267,6 +266,7 @@ class FrobeniusDecay(OptimizerProxy):
         if is_dummy_step(self):
             return [None] * len(groups), [None] * len(groups)
         holding = self._engine.find(groups)
+        self._halves.check(groups, holding)
         amp = {name: self.__dict__.get(name) for name in _AMP}
         return asked(groups, holding, self._is_decoupled, **amp)
 

@@ -8,13 +8,17 @@ once inside that optimizer's methods.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+
+from frobdecay.optim.rates import DECAY, is_zero
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -24,6 +28,42 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+class _Bypass:
+    """A hook of the step behind, which warns where that is called past the proxy.
+
+    Attributes:
+        expected: whether the proxy is calling.
+    """
+
+    def __init__(self) -> None:
+        self.expected, self._warned = False, False
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> _Bypass:
+        """The one of an optimizer, which several proxies may have had."""
+        hooks = optimizer.__dict__.setdefault("_optimizer_step_pre_hooks", OrderedDict())
+        found = next((hook for hook in hooks.values() if isinstance(hook, cls)), None)
+        if found is None:
+            found = cls()
+            hooks[id(found)] = found  # not by torch's method: Lookahead's is a plain dict
+        return found
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Warn, once, unless nothing would have decayed."""
+        if self.expected or torch.compiler.is_compiling() or self._warned:
+            return
+        for group in optimizer.param_groups:
+            if not is_zero(group.get(DECAY, 0.0)) and not is_zero(group.get("lr", 1.0)):
+                self._warned = True
+                warnings.warn(
+                    f"a {type(optimizer).__name__} was stepped that a FrobeniusDecay was put "
+                    "around: its products do not decay so, and have no other weight decay; call "
+                    "step() of the FrobeniusDecay, and give that to schedulers and trainers",
+                    stacklevel=3,
+                )
+                return
 
 
 class OptimizerProxy(Optimizer):
@@ -41,6 +81,15 @@ class OptimizerProxy(Optimizer):
         self._base = optimizer
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
+        self._bypass = _Bypass.of(optimizer)
+
+    def _step_behind(self, *args: Any) -> Any:
+        """Perform a step of the optimizer behind."""
+        self._bypass.expected = True
+        try:
+            return self._base.step(*args)
+        finally:
+            self._bypass.expected = False
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         raise NotImplementedError

@@ -72,7 +72,7 @@ class Anew(Around):
 
 def kind(optimizer, net) -> str:
     """What auto finds."""
-    text = repr(FrobeniusDecay(optimizer, net.products()))
+    text = repr(FrobeniusDecay(optimizer, net.products(), decay=0.5))
     return text.partition("auto (")[2].partition(")")[0]
 
 

@@ -533,7 +533,7 @@ def test_the_repr_says_what_it_does():
 def test_train_and_eval_are_there_if_the_base_has_them(name):
     """Schedule-free bases are switched through the wrapper; others have no such switch."""
     net = Net()
-    wrapped = FrobeniusDecay(optim.SGD(net.parameters(), 0.1), net.products())
+    wrapped = FrobeniusDecay(optim.SGD(net.parameters(), 0.1), net.products(), decay=0.1)
     assert not hasattr(wrapped, name)
     setattr(wrapped.optimizer, name, lambda: name)
     assert getattr(wrapped, name)() == name

@@ -194,7 +194,8 @@ def test_a_plain_checkpoint_with_weight_decay_in_an_undivided_group_is_refused()
     """Where factors share a group, its weight decay cannot be taken over any more."""
     net = Net()
     state = optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5).state_dict()
-    optimizer = FrobeniusDecay(optim.SGD(net.parameters(), lr=0.1), net.products())
+    with pytest.warns(UserWarning, match="no product will decay"):
+        optimizer = FrobeniusDecay(optim.SGD(net.parameters(), lr=0.1), net.products())
     with pytest.raises(ValueError, match="wrap it again"):
         optimizer.load_state_dict(state)
 
