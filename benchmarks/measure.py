@@ -43,6 +43,7 @@ __all__ = [
     "parser",
     "precision",
     "profiled",
+    "provenance",
     "setup",
     "synchronize",
 ]
@@ -317,7 +318,7 @@ class Report:
 
     def __post_init__(self) -> None:
         """Say what is claimed and where."""
-        self.about = {**environment(self.device), **_provenance()}
+        self.about = {**environment(self.device), **provenance()}
         self.console.print(self.claim, style="bold")
         shown = ("device", "threads", "torch", "commit", "load")
         self.console.print(", ".join(f"{key} {self.about[key]}" for key in shown), style="dim")
@@ -418,7 +419,7 @@ def _cell(value: Any) -> str:
     )
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """The commit, and how busy the machine is: what else runs disturbs the timing."""
     folder = Path(__file__).parent
 

@@ -35,7 +35,16 @@ import torch
 from torch import nn
 
 import frobdecay
-from benchmarks.measure import check_names, count, interleave, markdown, memory, parser, setup
+from benchmarks.measure import (
+    check_names,
+    count,
+    interleave,
+    markdown,
+    memory,
+    parser,
+    provenance,
+    setup,
+)
 from benchmarks.report import environment
 from benchmarks.tasks import TASKS, Text
 
@@ -116,7 +125,8 @@ class Cells:
             return
         start = time.perf_counter()
         found = make()
-        self.record["cells"][key] = {**found, "seconds": round(time.perf_counter() - start, 1)}
+        about = {"seconds": round(time.perf_counter() - start, 1), "commit": self.record["commit"]}
+        self.record["cells"][key] = {**found, **about}
         self.write()
         print(key, self.record["cells"][key], flush=True)
 
@@ -382,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
     claim = (__doc__ or "").partition("\n")[0]
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {**environment(device), "claim": claim, **_UNJUDGED}
+    about = {**environment(device), **provenance(), "claim": claim, **_UNJUDGED}
     for word in (options.folder, *(text.split("=", 1)[1] for text in options.text)):
         about["command"] = about["command"].replace(word, Path(word).name)
     cells = Cells(options.out / f"pretrained-{name}.json", about, protocol)
@@ -403,8 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     record["tables"] = tables(task, cells)
     record["notes"] = {"command": [f"`{record['command']}`", f"{protocol}"]}
     cells.write()
-    commit = {"commit": "", **record}
-    cells.path.with_suffix(".md").write_text(markdown(commit), encoding="utf-8")
+    cells.path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     if cells.starting("compress"):
         figure(task, cells, protocol["model"]).savefig(cells.path.with_suffix(".png"), dpi=130)
     return record
