@@ -69,55 +69,6 @@ def test_commands_run(tmp_path, monkeypatch):
         assert main(shlex.split(command, comments=True)[1:]) == 0, command
 
 
-@pytest.mark.cpu("compares accuracies, and what was loaded")
-def test_the_path_of_the_readme_on_a_network_of_ones_own(tmp_path):
-    """Compress by the defaults, train, save, load, deploy: within two points of the dense one."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    images, labels = (torch.tensor(array) for array in datasets.load_digits(return_X_y=True))
-    images, order = images.float().reshape(-1, 1, 8, 8) / 16, torch.randperm(len(labels))
-    train, test = order[:1200], order[1200:]
-
-    def make():
-        torch.manual_seed(0)
-        layers = []
-        for i, o, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
-            conv = torch.nn.Conv2d(i, o, 3, stride, padding=1, bias=False)
-            layers += [conv, torch.nn.BatchNorm2d(o), torch.nn.ReLU()]
-        pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)
-        return torch.nn.Sequential(*layers, *pool)
-
-    def trained(model, wrap):
-        optimizer = wrap(
-            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
-        for _ in range(4):
-            for batch in torch.randperm(len(train)).split(64):
-                given = model(images[train[batch]])
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(given, labels[train[batch]]).backward()
-                optimizer.step()
-            schedule.step()
-        return model.eval()
-
-    def accuracy(model):
-        return 100 * (model(images[test]).argmax(1) == labels[test]).float().mean().item()
-
-    dense = accuracy(trained(make(), lambda base: base))
-    model = make()
-    plan = frobdecay.factorize(model, ratio=0.25)
-    assert 0.24 < plan.ratio < 0.26
-    trained(model, lambda base: frobdecay.FrobeniusDecay(base, model))
-    assert accuracy(model) > dense - 2
-
-    frobdecay.save_factorized(model, tmp_path / "model.safetensors")
-    loaded = frobdecay.load_factorized(make(), tmp_path / "model.safetensors").eval()
-    torch.save(frobdecay.unroll(loaded), tmp_path / "plain.pt")
-    plain = torch.load(tmp_path / "plain.pt", weights_only=False)
-    assert sum(p.numel() for p in plain.parameters()) == plan.after
-    torch.testing.assert_close(plain(images[test]), model(images[test]), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """Between pages, to files of this repository, and to headings."""
