@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
     }
     rest = checkpoint.total - sum(tensor.numel() for tensor in dense.values())
     made = skeleton(options.checkpoint, dense, rest)
-    rule = {"ratio": options.ratio, "rank": options.rank, "energy": options.energy}
-    plan = made.plan(options.include, options.exclude, **rule)
+    rules = {name: getattr(options, name) for name in ("ratio", "rank", "energy", "allocate")}
+    plan = made.plan(options.include, options.exclude, **rules)
     chosen = {row.name: row for row in plan.rows if row.made is not None}
     records: dict[str, Any] = dict(checkpoint.records)
     for name, row in chosen.items():

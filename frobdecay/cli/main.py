@@ -14,6 +14,7 @@ from frobdecay.cli import factorize as factorizing
 from frobdecay.cli import inspect as inspecting
 from frobdecay.cli import merge as merging
 from frobdecay.cli.write import TORCH
+from frobdecay.models.budget.allocation import ALLOCATORS
 from frobdecay.models.tables.table import printable
 
 
@@ -86,6 +87,11 @@ def _factorize(commands: Any) -> Any:
     rule.add_argument("--ratio", type=_share, help="keep this share of all parameters")
     rule.add_argument("--rank", type=_rank, help="one for all: a number, or a share such as 0.25")
     rule.add_argument("--energy", type=_share, help="keep this share of each weight's squared norm")
+    factorize.add_argument(
+        "--allocate",
+        choices=[name for name, one in ALLOCATORS.items() if not one.measures],
+        help="how the parameters of --ratio are divided among the weights",
+    )
     for name, what in (("include", "what to factorize"), ("exclude", "what not to")):
         factorize.add_argument(
             f"--{name}",

@@ -58,7 +58,12 @@ def _folder(path, tensors, config=None):
 RULES = {
     "rank": (["--rank", "3"], {"rank": 3}),
     "share": (["--rank", "0.5"], {"rank": 0.5}),
-    "ratio": (["--rank", "4", "--include", "3", "4.weight"], {"rank": 4, "include": ["3", "4"]}),
+    "include": (["--rank", "4", "--include", "3", "4.weight"], {"rank": 4, "include": ["3", "4"]}),
+    "ratio": (["--ratio", "0.6", "--include", "3", "4"], {"ratio": 0.6, "include": ["3", "4"]}),
+    "allocate": (
+        ["--ratio", "0.6", "--allocate", "energy", "--include", "3", "4"],
+        {"ratio": 0.6, "allocate": "energy", "include": ["3", "4"]},
+    ),
     "exclude": (["--rank", "4", "--exclude", "[04]*"], {"rank": 4, "exclude": ["0", "4"]}),
 }
 
@@ -158,6 +163,12 @@ REFUSED = {
     "a rank of 0": (["--rank", "0"], None, "above 0"),
     "nothing of that name": (["--rank", "2", "--include", "nope"], "out.safetensors", "nope"),
     "a vector": (["--rank", "2", "--include", "1"], "out.safetensors", "'1'"),
+    "to divide no budget": (
+        ["--rank", "2", "--allocate", "uniform"],
+        "out.safetensors",
+        "allocate= divides a budget",
+    ),
+    "another way": (["--ratio", "0.5", "--allocate", "sensitivity"], None, "invalid choice"),
     "too small": (["--ratio", "0.001"], "out.safetensors", "attainable|cannot be attained"),
     "another suffix": (["--rank", "2"], "out.pt", "ends with .safetensors"),
     "no folder from a file": (["--rank", "2"], "out", "ends with .safetensors"),
