@@ -109,6 +109,14 @@ def test_what_differs_in_a_text_or_a_remark_is_not_folded():
     assert excluded.startswith("encoder.layer.{0..5}.attention.self.key.weight")
 
 
+def test_remarks_that_differ_in_numbers_are_folded():
+    """With the range of each, as figures are; thousands are not two numbers."""
+    costs = {name: f"costs {500 * i:,} at 3.25" for i, (name, *_) in enumerate(ROWS)}
+    lines = _print(remark=lambda row: costs[row[0]]).splitlines()
+    assert [line.partition("costs")[2] for line in lines[1:]] == [
+        " 0–11,000 at 3.25", " 1,500–11,500 at 3.25"]  # fmt: skip
+
+
 @pytest.mark.parametrize(("remark", "width", "mark"), [
     ("short", None, None), ("short", 80, "[1]"), ("quite long " * 9, None, "[1]"),
     ("quite long " * 9, 80, "[1]")])  # fmt: skip
@@ -138,7 +146,7 @@ def test_a_plan_is_as_wide_as_the_terminal(monkeypatch):
     """And no narrower for other programs; unfolded on demand."""
     names = ("query", "key", "value")
     blocks = (nn.ModuleDict({name: nn.Linear(64, 64) for name in names}) for _ in range(6))
-    plan = plan_ranks(nn.Sequential(*blocks), ratio=0.5)
+    plan = plan_ranks(nn.Sequential(*blocks), rank=16)
     row = "{0..5}.{query,key,value}.weight  ×18  64×64    16  73,728  36,864"
     assert row in str(plan).splitlines()
     assert len(plan.table(folds=False).splitlines()) == 20

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 _LONGEST = 64  # words are not joined into a name that is longer
 
+_NUMBER = r"(?a:\d(?:[\d,]*\d)?)"
 _TOKEN = re.compile(r"\d+|[^\W\d_]+|.", re.S)
 
 
@@ -68,8 +69,26 @@ def unfolded(names: Sequence[str], keys: Sequence[Hashable]) -> list[Group]:
 
 
 def pattern(name: str) -> str:
-    """The name without its numbers: what all layers of a kind have in common."""
-    return re.sub(r"\d+", "*", name)
+    """A name or a text without its numbers: what all layers of a kind have in common."""
+    return re.sub(_NUMBER, "*", name)
+
+
+def ranged(texts: Sequence[str]) -> str:
+    """Texts with one ``pattern`` as one, with the range of each number in them.
+
+    Example:
+        >>> ranged(["rank 3 of 8", "rank 5 of 8"])
+        'rank 3–5 of 8'
+    """
+    between = re.split(_NUMBER, texts[0])
+    columns = zip(*(re.findall(_NUMBER, text) for text in texts), strict=True)
+    ends = [(min(column, key=_value), max(column, key=_value)) for column in columns]
+    ranges = ["–".join(dict.fromkeys(pair)) for pair in ends]
+    return between[0] + "".join(a + b for a, b in zip(ranges, between[1:], strict=True))
+
+
+def _value(number: str) -> int:
+    return int(number.replace(",", ""))
 
 
 def numbers(name: str) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from frobdecay.models.tables.fold import Group, fold, unfolded
+from frobdecay.models.tables.fold import Group, fold, pattern, ranged, unfolded
 
 Row = TypeVar("Row")
 
@@ -100,7 +100,9 @@ def table(
         width: of a line; None for no end.
     """
     names = [printable(str(name.value(row))) for row in rows]
-    keys = [(*(column.common(row) for column in columns), remark(row)) for row in rows]
+    keys = [
+        (*(column.common(row) for column in columns), pattern(remark(row) or "")) for row in rows
+    ]
     groups = (fold if folds and len(rows) > _FEW else unfolded)(names, keys)
     lines = [_Line.of(group, rows, columns, remark) for group in groups]
     heads = ["", *(column.head for column in columns)]
@@ -127,7 +129,7 @@ class _Line:
         several = [rows[i] for i in group.members]
         count = f"×{len(several)}" if len(several) > 1 else ""
         cells = [count, *(column.cell(several) for column in columns)]
-        return cls(group.name, cells, printable(remark(several[0]) or ""))
+        return cls(group.name, cells, printable(ranged([remark(row) or "" for row in several])))
 
 
 def _set(head: _Line, lines: list[_Line], numeric: Sequence[bool], width: int | None) -> str:
