@@ -76,7 +76,7 @@ def pattern(name: str) -> str:
 def ranged(texts: Sequence[str]) -> str:
     """Texts with one ``pattern`` as one, with the range of each number in them.
 
-    Example:
+    Examples:
         >>> ranged(["rank 3 of 8", "rank 5 of 8"])
         'rank 3–5 of 8'
     """
