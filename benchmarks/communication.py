@@ -8,6 +8,7 @@ dense, under ``fully_shard``. For each number of processes,
 
     FD         one all-reduce of the Σ 2r² numbers of all Grams, float32 (a factor
                itself where it is no larger)
+    bound      of steps in the product: the same once more, for the Grams of what moved
     gathering  an all-gather of all factors, (m+n)·r float32 numbers each, from which every process
                could form what it needs
     FSDP       two all-gathers of all parameters and a reduce-scatter of all gradients, bfloat16
@@ -43,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import measure
 from benchmarks.measure import Report, Target
 from frobdecay.gradient.penalty import add_penalty_grad_
+from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.product import Product
 
 __all__ = ["LLAMAS", "Cost", "Llama", "Traffic", "cost", "counted", "main", "rows"]
@@ -131,18 +133,23 @@ class Cost:
     Attributes:
         sums: bytes that it puts into the all-reduce, which the buffer of Grams occupies, too.
         part: bytes of the factors' shards that it would put into an all-gather.
-        fd, gathering, fsdp: bytes that it sends.
+        fd, bound, gathering, fsdp: bytes that it sends; for the bound beside those for FD.
         flops: multiplications and additions, of its rows' Grams and gradients.
-        share: of them in those of its training step.
+        norms: those of the bound: its rows' Grams, and of every Gram, which all processes have,
+            three products of r×r matrices.
+        share, norms_share: of them in those of its training step.
     """
 
     sums: int
     part: int
     fd: float
+    bound: float
     gathering: float
     fsdp: float
     flops: int
+    norms: int
     share: float
+    norms_share: float
 
 
 def cost(
@@ -161,15 +168,19 @@ def cost(
     part = FLOAT32 * layers * sum(length * r for length, r in held)
     params = world * layers * sum(length * r for length, r in held) + others  # with padding
     flops = 4 * layers * sum(length * r * r for length, r in held)
+    norms = 2 * layers * sum(length * r * r + 2 * 2 * 3 * r**3 for length, r in held)
     sent = (world - 1) / world
     return Cost(
         sums,
         part,
         fd=2 * sent * sums,
+        bound=2 * sent * sums,
         gathering=(world - 1) * part,
         fsdp=3 * sent * params * BFLOAT16,
         flops=flops,
+        norms=norms,
         share=flops / (6 * params * TOKENS),
+        norms_share=norms / (6 * params * TOKENS),
     )
 
 
@@ -186,7 +197,7 @@ def rows(m: int, columns: int, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def counted(factors: Sequence[tuple[int, int, int]], mesh: DeviceMesh) -> dict[str, Traffic]:
-    """Count what Frobenius decay, and gathering all factors, put into collectives.
+    """Count what Frobenius decay, a bounded step with it, and gathering put into collectives.
 
     Args:
         factors: (m, n, r) of products.
@@ -200,9 +211,13 @@ def counted(factors: Sequence[tuple[int, int, int]], mesh: DeviceMesh) -> dict[s
     for param in params:
         param.grad = torch.zeros_like(param)
     add_penalty_grad_(products, 0.1)  # the first call makes sure that all processes agree
-    found = {"FD": Traffic(), "gathering": Traffic()}
+    found = {"FD": Traffic(), "bound": Traffic(), "gathering": Traffic()}
     with found["FD"]:
         add_penalty_grad_(products, 0.1)
+    base = torch.optim.SGD(params, lr=0.1)
+    optimizer = FrobeniusDecay(base, products, decay=0.1, bound=1.0)
+    with found["bound"]:
+        optimizer.step()
     with found["gathering"], torch.no_grad():
         wholes: list[Tensor] = [param.full_tensor() for param in params]
     assert all(whole.shape == param.shape for whole, param in zip(wholes, params, strict=True))
@@ -272,6 +287,7 @@ def _table(name: str, ratio: float, ranks: Sequence[int], report: Report) -> Non
             {
                 "processes": world,
                 "FD": _size(found.fd),
+                "bound": _size(found.bound),
                 "gathering": _size(found.gathering),
                 "FSDP": _size(found.fsdp),
                 "FD ÷ gathering": found.fd / found.gathering,
@@ -279,6 +295,8 @@ def _table(name: str, ratio: float, ranks: Sequence[int], report: Report) -> Non
                 "Grams held": _size(found.sums),
                 "GFLOP of FD": found.flops / 1e9,
                 "of the step's": f"{100 * found.share:.2g} %",
+                "GFLOP of the bound": found.norms / 1e9,
+                "of the step's, too": f"{100 * found.norms_share:.2g} %",
             }
         )
         report.data.setdefault("costs", {}).setdefault(name, {})[world] = vars(found)
@@ -306,6 +324,7 @@ def _check(name: str, ratio: float, ranks: Sequence[int], report: Report) -> Non
             {
                 "processes": world,
                 "FD": _calls(found["FD"]),
+                "FD and bound": _calls(found["bound"]),
                 "gathering": _calls(found["gathering"]),
                 "FSDP": _calls(found["FSDP"]),
                 "FSDP sends": _size(sent),
@@ -313,6 +332,7 @@ def _check(name: str, ratio: float, ranks: Sequence[int], report: Report) -> Non
         )
         for what, difference in (
             ("FD", fd["all_reduce"] - expected.sums),
+            ("FD and bound", found["bound"].bytes["all_reduce"] - 2 * expected.sums),
             ("gathering", gathering["all_gather"] - expected.part),
             ("FSDP", fsdp["reduce_scatter"] - whole),
         ):

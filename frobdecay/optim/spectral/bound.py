@@ -88,20 +88,17 @@ class StepBound:
             for known in (self._norms, moved)
         )
         found = shares(accumulator.products, norms, steps, self._limits)
-        plain: list[tuple[Tensor, Tensor]] = []
         half: list[tuple[Tensor, Tensor]] = []
         for k in moves:
             part, share = lost[k], found[self._product[k]]
             assert part is not None
             assert share is not None
             beyond = accumulator.spread(k, 1 - share)
-            part.mul_(beyond.reshape(*beyond.shape, *(1 for _ in range(part.ndim - beyond.ndim))))
+            beyond = beyond.reshape(*beyond.shape, *(1 for _ in range(part.ndim - beyond.ndim)))
             if part.dtype == held[k].dtype:
-                plain.append((held[k], part))
+                held[k].addcmul_(part, beyond)
             else:
-                half.append((params[k] if is_sharded(params[k]) else held[k], part))
-        if plain:
-            torch._foreach_add_([own for own, _ in plain], [part for _, part in plain])
+                half.append((params[k] if is_sharded(params[k]) else held[k], part.mul_(beyond)))
         rounder.add_([own for own, _ in half], [part for _, part in half])
 
 

@@ -1,0 +1,92 @@
+"""Language models from scratch, in miniature: every arm trains, is bounded, and continues."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.experiments.engine import Job, run_one
+from benchmarks.experiments.pretraining import PRETRAINING, PretrainingProtocol, PretrainingTrial
+from benchmarks.models.decoder import Decoder
+
+ARMS = PRETRAINING["pretraining"].arms
+TEXT = "the quick brown fox jumps over the lazy dog; " * 40
+
+
+@pytest.fixture
+def protocol(tmp_path):
+    """A decoder of one layer on one sentence."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    return PretrainingProtocol(
+        data=str(tmp_path / "text.txt"), epochs=2, steps=4, length=8, batch=4, width=16, heads=2,
+        layers=1, look=1, level=2, lr=1e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ARMS)
+def test_every_arm_trains_and_keeps_its_bound(key, protocol, tmp_path):
+    """‖ΔW‖₂ was looked at in every step; a narrow model has the factorized one's parameters."""
+    arm = ARMS[key]
+    trial = PretrainingTrial(tmp_path, arm, 0, protocol, key)
+    for _ in range(2):
+        trial.advance()
+    result = trial.result()
+    assert result["loss"][1] < result["loss"][0]
+    assert len(result["looks"]["moved"]) == 8
+    if arm.bound is not None:
+        assert max(result["looks"]["moved"]) <= arm.rates[2] * arm.bound * (1 + 1e-4)
+    if arm.optimizer == "spectron":
+        assert max(result["looks"]["moved"]) <= arm.rates[2] * 1.25**2
+    assert (result["ratio"] == 1) == (arm.init is None and not arm.narrow)
+    assert 0 < result["shrinkage"] < 1
+
+
+@pytest.mark.parametrize("key", ["bounded", "spectron", "muon"])
+def test_a_trial_that_was_cut_continues_bit_for_bit(key, protocol, tmp_path):
+    """With both optimizers, the text's generator and what was looked at."""
+    arm = ARMS[key]
+
+    def make(out):
+        return PretrainingTrial(out, arm, 0, protocol, key)
+
+    whole, cut, again = make(tmp_path), make(tmp_path), make(tmp_path)
+    whole.advance()
+    whole.advance()
+    cut.advance()
+    torch.save(cut.state_dict(), tmp_path / "cut.pt")
+    again.load_state_dict(torch.load(tmp_path / "cut.pt", weights_only=True))
+    again.advance()
+    assert json.dumps(again.result()) == json.dumps(whole.result())  # with NaN, which has no lr
+    run_one(Job("done", make, about={"arm": key}), tmp_path, 1)
+    assert (tmp_path / "done.json").exists()
+
+
+def test_every_arm_has_three_rates_of_its_own():
+    """And the variants of a preset are the ranks at each of them."""
+    assert all(len({*arm.rates}) == 3 for arm in ARMS.values())
+    for preset in PRETRAINING["pretraining"].presets.values():
+        ranks = {one.rank for one in preset.values()}
+        assert {(one.rank, one.level) for one in preset.values()} == {
+            (rank, level) for rank in ranks for level in range(3)
+        }
+
+
+def test_no_position_sees_a_later_one():
+    """And each knows its place: rotary embeddings."""
+    torch.manual_seed(0)
+    model = Decoder(10, width=16, heads=2, layers=2)
+    ids = torch.randint(10, (1, 7))
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % 10
+    scores, others = model(ids), model(other)
+    assert torch.equal(scores[:, :-1], others[:, :-1])
+    assert not torch.allclose(scores[:, -1], others[:, -1])
+    turned = ids[:, [1, 0, *range(2, 7)]]
+    assert not torch.allclose(model(turned)[:, -1], scores[:, -1])
+
+
+def test_no_text_is_said(protocol, tmp_path):
+    """With what was looked for."""
+    with pytest.raises(FileNotFoundError, match="no text at"):
+        PretrainingTrial(tmp_path, ARMS["si"], 0, replace(protocol, data="none.txt"), "si")
