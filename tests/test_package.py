@@ -35,7 +35,9 @@ FILES = {
 }
 
 # What is not yet as it should be: each entry may shrink, and goes when it is within the limit.
-CODE_LINES = 14_200  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
+CODE_LINES = (
+    14_200  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
+)
 CHAIN = 14  # files, each importing the next; 10 would be good
 LONG_FUNCTIONS = {
     "models.checkpoints.dense.load_dense_": 67,
