@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frobdecay.models.budget.allocation import ALLOCATORS
-from frobdecay.models.budget.kept import ENDS, FLOOR, SMALL
+from frobdecay.models.budget.kept import ENDS, SMALL, floor
+from frobdecay.models.calibration.run import calibrate
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.models.ranks import plan_ranks
@@ -77,6 +78,16 @@ def test_the_rule_gives_way_to_the_budget():
     assert all("rank 1 of 40" in row.remarks for row in plan.rows)
 
 
+def test_narrow_weights_have_a_floor():
+    """Heads that are not the last layer are no bottleneck of one number."""
+    model = nn.ModuleDict({"body": nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))})
+    model.update({f"head{k}": nn.Linear(128, 10) for k in range(3)})
+    plan = plan_ranks(model, ratio=0.25)
+    heads = [row for row in plan.rows if "head" in row.name]
+    assert all(row.rank is None or row.rank >= 5 for row in heads)
+    assert plan.ratio == pytest.approx(0.25, abs=0.01)
+
+
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6),
     ratio=st.floats(0.05, 0.95),
@@ -92,8 +103,10 @@ def test_the_rule_holds_whatever_the_model(sizes, ratio, allocate):
     kept = [row for row in plan.rows if (row.reason or "").startswith("kept dense")]
     budget = ratio * plan.before
     assert sum(row.before for row in kept) <= (ENDS + SMALL) * budget
-    if kept:
-        assert all(r >= min(FLOOR, *row.shape) for row in plan.rows if (r := row.rank))
+    low = [row.name for row in plan.rows if row.rank and row.rank < floor(min(row.shape))]
+    if low:  # it gave way, as with them at the floor there would be more than the budget
+        floors = {row.name: floor(min(row.shape)) for row in plan.rows if row.rank}
+        assert plan_ranks(model, rank=floors).after > budget
     open_rows = [row for row in plan.rows if row not in kept]
     steps = [sum(row.shape) for row in open_rows] or [0]
     falls_short = min(row.before for row in open_rows) if open_rows else 0
@@ -262,3 +275,24 @@ def test_what_is_remarkable_is_remarked():
     assert remarks[1] == ("rank 12 above the full 8",)
     assert remarks[2][0].startswith("keeps 2 % of ‖W‖²") or remarks[2][0].startswith("keeps 1 %")
     assert all(remark[0] in str(plan) for remark in remarks)
+
+
+def test_a_calibrated_budget_follows_the_outputs():
+    """A weight whose inputs have few directions needs few ranks, whatever its own spectrum."""
+    model = _spectral(1.0, 1.0)
+    generator = seeded(1)
+    few = torch.randn(64, 3, generator=generator) @ torch.randn(3, 24, generator=generator)
+    inputs = {0: few, 1: torch.randn(64, 24, generator=generator)}
+    stats = calibrate(model, [inputs], lambda model, batch: [model[k](batch[k]) for k in batch])
+    options = {"include": "*", "allocate": "energy", "init": stats}
+    plan = plan_ranks(model, ratio=0.6, **options)
+    assert plan.ranks["0.weight"] <= 4
+    assert "1.weight" not in plan.ranks or plan.ranks["1.weight"] > 8
+
+    def evaluate(model):
+        return 1 + float((model[0](few) - few @ whole.mT).square().mean())
+
+    whole = model[0].weight.detach().clone()
+    with torch.no_grad():
+        plan = factorize(model, tolerance=1e-3, evaluate=evaluate, **options)
+    assert plan.ranks["0.weight"] <= 4

@@ -6,13 +6,17 @@ Of all weights that a budget could shrink, these are not worth it:
                  together they take no more than a third of the budget
     the small    the smallest others, those of one size together, while they take no more than a
                  twentieth
-    the narrow   whose factors would not be smaller at rank ``FLOOR``; no other gets a lower rank
+    the narrow   no weight with a smaller side of ``NARROW`` or less gets a rank below half of it;
+                 where that is not smaller than the weight, it stays dense
 
-At a classifier's rank 1 of 10 nothing trains, and dense it costs a few hundred numbers. Shares are
-of the budget, not of the model, so that the rule is the same for a network of six layers and of a
-hundred. Module order is the order of registration, which a forward pass need not follow: a head
-that is registered first, or the second of two heads, is an end only as far as it is small. What
-``include=`` names is not subject to it, nor is a rank that was asked for.
+Where the budget could not be met otherwise, the last gives way, and then all of it. At rank 1 of 10
+a classifier does not train, and dense it costs a few hundred numbers. Wide weights have no floor:
+rank 2 at least was worse than rank 1 for some, at a tenth of a small ResNet.
+
+Shares are of the budget, not of the model, so that the rule is the same for a network of six layers
+and of a hundred. Module order is the order of registration, which a forward pass need not follow: a
+head that is registered first, or the second of two heads, is an end only as far as it is small.
+What ``include=`` names is not subject to the rule, nor is a rank that was asked for.
 """
 
 from __future__ import annotations
@@ -23,8 +27,13 @@ from itertools import groupby
 ENDS, SMALL = 1 / 3, 1 / 20
 """Shares of the budget that the ends, and that small weights, may take dense."""
 
-FLOOR = 2
-"""The lowest rank under a budget."""
+NARROW = 16
+"""A weight whose smaller side is no longer than this gets half of it as its rank at least."""
+
+
+def floor(side: int) -> int:
+    """The lowest rank under a budget of a weight with this smaller side."""
+    return -(-side // 2) if side <= NARROW else 1
 
 
 def kept(known: Sequence[int], sizes: Mapping[int, int], budget: float) -> dict[int, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.tensorize import Rank
 from frobdecay.models.budget.entry import Entry
-from frobdecay.models.budget.kept import FLOOR, kept
+from frobdecay.models.budget.kept import floor, kept
 from frobdecay.models.budget.loss import Loss
 from frobdecay.models.progress import Progress
 
@@ -55,6 +55,9 @@ class Search:
         if self.rule:
             ruled = self._keep(target)
             if self._least() > target:  # what was asked for goes before the rule
+                for entry in ruled:
+                    entry.floor = 1
+            if self._least() > target:
                 for entry in ruled:
                     entry.reopen()
         if (least := self._least()) > target:
@@ -115,7 +118,7 @@ class Search:
             self.found[k].reason = f"kept dense: {reason}"
         for entry in ruled:
             if entry.open and isinstance(entry.view, Matricization):
-                entry.floor = min(FLOOR, *entry.view.matrix_shape[-2:])
+                entry.floor = floor(min(entry.view.matrix_shape[-2:]))
         return ruled
 
     def _least(self) -> int:
