@@ -423,6 +423,16 @@ def test_what_is_no_model_is_refused_by_its_type(function, case):
         OF_MODELS[function](value)
 
 
+def test_a_bottleneck_written_by_hand_is_told_how_to_be_known():
+    """It needs no factorize, but to be registered."""
+    model = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(
+        ValueError, match=r"without any: .*bottleneck.*register_products.*Product.o"
+    ):
+        FrobeniusDecay(base, model)
+
+
 @pytest.mark.parametrize("case", [name for name in NO_MODELS if name != "scripted"])
 @pytest.mark.parametrize("function", OF_PRODUCTS)
 def test_what_are_no_products_is_refused_by_its_type(function, case):

@@ -61,7 +61,7 @@ def factorize(
     ``requires_grad``. Make the optimizer afterwards, or hand it over; an error changes nothing.
 
     Args:
-        model: any module.
+        model: any module; it is changed: to keep it, factorize ``copy.deepcopy(model)``.
         rank: r for all, an int or a float fraction of min(m, n), which may exceed 1; or a dict from
             selectors to ranks, where a weight's exact name wins, then its module's, then the first
             match; or a plan of ``plan_ranks``; of tensors also a list. Obeyed if it does not pay.

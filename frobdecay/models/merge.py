@@ -43,7 +43,8 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
     keep dtype, device and training mode; a weight requires a gradient if one of its factors does.
 
     Args:
-        model: any module; nothing happens if it has no factorized weights.
+        model: any module; it is changed: to keep it, merge ``copy.deepcopy(model)``. Nothing
+            happens if it has no factorized weights.
         include: selectors of what to merge, as for ``factorize``; everything by default.
         exclude: selectors of what stays factorized.
 
@@ -138,7 +139,8 @@ def unroll(model: nn.Module) -> nn.Module:
     hook then gets the ``Sequential``. Outputs agree to rounding.
 
     Args:
-        model: any module; nothing happens if it has no factorized weights.
+        model: any module; it is changed: to keep it, unroll ``copy.deepcopy(model)``. Nothing
+            happens if it has no factorized weights.
 
     Returns:
         The model, or the chain where the model itself is one factorized layer.

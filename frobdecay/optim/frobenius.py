@@ -109,7 +109,7 @@ class FrobeniusDecay(OptimizerProxy):
         optimizer: any ``torch.optim.Optimizer``, built after the model was factorized.
         model_or_products: the factorized model, or the products that this optimizer trains.
         decay: λ for all factors, a number or a tensor without dimensions; None takes over their
-            weight decay.
+            weight decay, with a warning if that is 0.
         mode: ``"coupled"``, ``"decoupled"``, or ``"auto"`` for what the base does itself.
         bound: β, the largest ‖ΔW‖₂ of a step in units of lr; None for none.
         backend: a name in ``frobdecay.gradient.backends.BACKENDS``; None chooses by cost.

@@ -49,7 +49,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     known: dict[int, list[Tensor]] = {}
     stale = []
-    for param, successors in [*_replaced.items()]:
+    for param, successors in [*_replaced.items()]:  # type: ignore[no-untyped-call]
         if id(successors) not in known:
             known[id(successors)] = [new for ref in successors if (new := ref()) is not None]
         news = known[id(successors)]
@@ -64,7 +64,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             f"{type(optimizer).__name__} holds {len(stale)} parameters that are in the model no "
             f"longer, the first of shape {tuple(stale[0].shape)}: they were replaced when it was "
             "factorized, merged or unrolled, and what replaced them is not trained by this "
-            "optimizer; build the optimizer after that",
+            "optimizer; build the optimizer after that, or hand it to factorize(optimizer=...)",
             stacklevel=3,
         )
 

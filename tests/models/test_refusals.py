@@ -1,5 +1,7 @@
 """What must work or be refused: on modules of every kind, and around factorized models."""
 
+import copy
+import inspect
 import io
 import pickle
 import weakref
@@ -124,6 +126,20 @@ def test_a_module_that_cannot_be_pickled_says_what_can():
             save(layer)
     twin = pickle.loads(pickle.dumps(merge(layer)))
     assert torch.equal(twin.weight, layer.weight)
+
+
+@pytest.mark.parametrize("act", [partial(factorize, rank=2), merge, frobdecay.unroll])
+def test_the_verbs_work_in_place_and_say_so(act):
+    """In their first lines, with what to do for a copy, which leaves the model as it was."""
+    text = inspect.getdoc(getattr(act, "func", act))
+    assert "in place" in text.partition("\n")[0]
+    assert "``copy.deepcopy(model)``" in text
+    model = nn.Sequential(nn.Linear(6, 4))
+    if act in (merge, frobdecay.unroll):
+        factorize(model, rank=2)
+    before = list(model.state_dict())
+    act(copied := copy.deepcopy(model))
+    assert list(model.state_dict()) == before != list(copied.state_dict())
 
 
 @pytest.mark.covers("P8")

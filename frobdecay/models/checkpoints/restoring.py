@@ -118,7 +118,8 @@ def _assign(module: nn.Module, value: Any, attribute: str) -> None:
             raise ValueError(
                 f"expected a weight of {dtype}, got {value.dtype}; convert one of them"
             )
-        if not parameter and (value.requires_grad or unpack_dual(value).tangent is not None):
+        tangent = unpack_dual(value).tangent  # type: ignore[no-untyped-call]
+        if not parameter and (value.requires_grad or tangent is not None):
             raise ValueError(
                 "expected a tensor without a graph, got one that is to be differentiated: its "
                 "factors are computed without that; assign value.detach(), and to differentiate "
