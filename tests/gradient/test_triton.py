@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
 from benchmarks.measure import no_waiting, precision
+from frobdecay.algebra.precision import matrix_gram
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.bucketed import Job, overlapping
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
@@ -394,6 +395,19 @@ def test_runs_are_bitwise_equal():
     for again in results[1:]:
         for two, first in zip(again, results[0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(two, first, strict=True))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_grams_are_handed_on(kind):
+    """Whole and without what pads them, each head's own: the bound of a step reads them."""
+    products, formed = make(kind, count=2), {}
+    targets = [t for two in zeros(products) for t in two]
+    views = [view for product in products for view in product.views()]
+    Accumulator(products, "triton").run(targets, [1.0] * len(targets), formed)
+    assert sorted(formed) == list(range(len(views)))
+    for k, view in enumerate(views):
+        wanted = matrix_gram(view.detach().double(), products[0].batch)
+        assert close(formed[k], wanted, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("kind", PAIRS)
