@@ -21,7 +21,6 @@ Results go to ``--out`` after each cell, and what is there is not run again: sta
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 import tempfile
@@ -47,6 +46,7 @@ from benchmarks.measure import (
 )
 from benchmarks.report import environment
 from benchmarks.tasks import TASKS, Text
+from frobdecay.models.budget.allocation import ALLOCATORS
 
 __all__ = ["main"]
 
@@ -144,25 +144,16 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def ranks(model: nn.Module, share: float, allocation: str, init: Any) -> Any:
-    """What ``factorize`` takes as ``rank=``, so that the linear layers keep a share together."""
-    layers = linears(model)
-    sizes = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}
-    if allocation == "uniform":
-        return {name: max(1, int(share * m * n / (m + n))) for name, (m, n) in sizes.items()}
-    if allocation == "fraction":
-        whole = sum(min(m, n) * (m + n) for m, n in sizes.values())
-        fraction = share * sum(m * n for m, n in sizes.values()) / whole
-        return {name: max(1, int(fraction * min(m, n))) for name, (m, n) in sizes.items()}
-    options: dict[str, Any] = {"allocate": allocation, "init": init}
-    return frobdecay.plan_ranks(model, ratio=share, include=[*sizes], **options)
-
-
 def compressed(task: Any, share: float, allocation: str, init: Any) -> tuple[nn.Module, Any]:
-    """A factorized copy of the model, and its plan."""
+    """A factorized copy of the model, whose linear layers keep a share together, and its plan."""
     model = copy.deepcopy(task.model)
-    rank = ranks(model, share, allocation, init)
-    return model, frobdecay.factorize(model, rank=rank, init=init, progress=False)
+    options: dict[str, Any] = {"ratio": share, "allocate": allocation, "init": init}
+    if allocation == "sensitivity":
+        sign = 1 if task.better is min else -1
+        first, score = next(iter(task.texts)), task.scores[0]
+        options["evaluate"] = lambda model: sign * task.quality(model, first, "held")[score]
+    chosen = [f"{name}.weight" for name in linears(model)]
+    return model, frobdecay.factorize(model, include=chosen, progress=False, **options)
 
 
 def _kept(model: nn.Module, dense: nn.Module) -> float:
@@ -375,10 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = made.parse_args(arguments)
     check_names(made, options.parts.split(","), PARTS)
     check_names(made, options.arms.split(","), ARMS)
-    known = {"uniform", "fraction"}
-    if "allocate" in inspect.signature(frobdecay.plan_ranks).parameters:
-        known |= {"energy"}
-    check_names(made, options.allocations.split(","), known)
+    check_names(made, options.allocations.split(","), ALLOCATORS)
     device = setup(options)
     sizes = {**_SIZES[options.task], **{k: int(v) for k, v in (s.split("=") for s in options.size)}}
     texts = [Text.read(name, Path(path)) for name, path in (t.split("=", 1) for t in options.text)]
