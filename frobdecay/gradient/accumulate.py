@@ -325,8 +325,7 @@ class Accumulator:
         """Say which products run on which backend, by which route and steps, and why."""
         lines = []
         for choice in self.choices:
-            names = [self.products[k].name for k in choice.members]
-            shown = ", ".join(names[:2]) + (f", … ({len(names)})" if len(names) > 2 else "")
+            shown = some([self.products[k].name for k in choice.members])
             first = self.products[choice.members[0]]
             outlines = first.outlines()
             alone = choice.backend != Exchange.name  # together they never form W
@@ -337,6 +336,11 @@ class Accumulator:
             if steps:
                 lines.append(indent(first.structure.describe(outlines, first.batch), " " * 13))
         return "\n".join(lines)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are."""
+    return ", ".join(names[:2]) + (f", … ({len(names)})" if len(names) > 2 else "")
 
 
 def gradients_of(params: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
 from threading import RLock
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
-from frobdecay.gradient.accumulate import Accumulator, gradients_of
+from frobdecay.gradient.accumulate import Accumulator, gradients_of, some
+from frobdecay.product import find
 from frobdecay.product.product import Product, listed
 
 _MAX_PLANS = 8  # for lists that begin with one product: as many as backends to compare, twice
@@ -110,7 +112,10 @@ def add_penalty_grad_(
 
 
 def explain(
-    products: Product | Iterable[Product], backend: str | None = None, *, steps: bool = False
+    products: Product | Iterable[Product] | nn.Module,
+    backend: str | None = None,
+    *,
+    steps: bool = False,
 ) -> str:
     """Say what runs where and why; with ``steps``, their flops and what is kept, too.
 
@@ -120,5 +125,15 @@ def explain(
         >>> print(explain(pairs))
         bucketed     gram   6×2 · 5×2                product, product, … (3)
                      3 of one shape, 0.1 KiB each
+
+    Of a model, its products, and behind them the attention in which none are found, with the
+    reasons.
     """
-    return Accumulator(products, backend).explain(steps)
+    if not isinstance(products, nn.Module):
+        return Accumulator(products, backend).explain(steps)
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in find.left_alone(products):
+        names[reason].append(name)
+    left = [f"left alone   {some(alike)}\n{'':<12} {why}" for why, alike in names.items()]
+    there = Accumulator(find.products(products), backend).explain(steps)
+    return "\n".join([*([there] if there else []), *left])

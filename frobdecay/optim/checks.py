@@ -245,7 +245,7 @@ def plan_groups(
 
 def _check_coverage(products: Sequence[Product], group: Group) -> None:
     """Refuse to take the weight decay from a parameter that is a factor only in part."""
-    parts: dict[tuple[int, int | None], tuple[str, Tensor, int]] = {}
+    parts: dict[tuple[int, object], tuple[str, Tensor, int]] = {}
     for product in products:
         for j, factor in enumerate(product.factors):
             param = factor.param

@@ -36,15 +36,30 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.families import FAMILIES
 from frobdecay.product.product import Product
 
 
+class LeftAlone(NamedTuple):
+    """What a provider yields in the place of a product that it does not make: its name, and why."""
+
+    name: str
+    reason: str
+
+
 class Place(NamedTuple):
-    """Where a weight or bias is: dotted path of the parameter, and part ``slot`` of ``slots``."""
+    """Where a weight or bias is: dotted path of the parameter, and which part of a packed one.
+
+    Attributes:
+        path: of the parameter.
+        part: "q", "k" or "v" of a packed one.
+        order: of the parts there, such as "qkv", each with all its heads; in brackets, "(qkv)",
+            for every key head its queries, the key and the value.
+    """
 
     path: str
-    slot: int = 0
-    slots: int = 1
+    part: str = ""
+    order: str = ""
 
 
 class Projection(NamedTuple):
@@ -55,10 +70,27 @@ class Projection(NamedTuple):
     inputs_first: bool = False
 
 
-def linear(path: str, slot: int = 0, slots: int = 1, inputs_first: bool = False) -> Projection:
-    """A projection by a submodule with ``weight`` and ``bias``."""
-    weight, bias = (Place(f"{path}.{name}", slot, slots) for name in ("weight", "bias"))
+def linear(path: str, part: str = "", order: str = "", inputs_first: bool = False) -> Projection:
+    """A projection by a submodule with ``weight`` and ``bias``, or a part of a packed one."""
+    weight, bias = (Place(f"{path}.{name}", part, order) for name in ("weight", "bias"))
     return Projection(weight, bias, inputs_first)
+
+
+def projections(layout: str) -> list[Projection]:
+    """Read the submodules that project, those of queries, keys and values first.
+
+    Args:
+        layout: their dotted paths. Behind a colon the order in a packed one, "qkv:qkv proj", in
+            brackets where it is repeated for every key head, "query_key_value:(qkv) dense"; ".T"
+            at the end of weights stored inputs×outputs, "c_attn.T:qkv c_proj.T".
+    """
+    found = []
+    for word in layout.split():
+        path, _, order = word.partition(":")
+        parts = [part for part in "qkv" if part in order] or [""]
+        transposed = path.endswith(".T")
+        found += [linear(path.removesuffix(".T"), part, order, transposed) for part in parts]
+    return found
 
 
 @dataclass(frozen=True)
@@ -66,24 +98,28 @@ class Attention:
     """What there is to know about an attention module.
 
     Attributes:
-        projections: of queries, keys and values, and the output's.
+        projections: of queries, keys and values, and the output's; or their layout, such as
+            "q_proj k_proj v_proj o_proj" or "qkv:qkv proj" (see ``projections``).
         heads: number of query heads.
         size: of each head, d.
         sharing: number of query heads that share one key and value head.
+        value_size: of each head of values, if it is another.
         scores_fixed, outputs_fixed: what acts between queries and keys, or values and outputs;
             see Note [between the factors].
     """
 
-    projections: Sequence[Projection]
+    projections: Sequence[Projection] | str
     heads: int
     size: int
     sharing: int = 1
+    value_size: int | None = None
     scores_fixed: str | None = None
     outputs_fixed: str | None = None
 
     def part(self, role: str) -> Projection:
         """The projection with this role."""
-        return self.projections[_ROLES.index(role)]
+        parts = self.projections
+        return (projections(parts) if isinstance(parts, str) else parts)[_ROLES.index(role)]
 
 
 _ROLES = ("query", "key", "value", "output")
@@ -91,20 +127,21 @@ _ROLES = ("query", "key", "value", "output")
 
 def provider(
     read: Callable[[nn.Module], Attention], kind: type | str | None = None
-) -> Callable[[nn.Module, str], list[Product]]:
+) -> Callable[[nn.Module, str], list[Product | LeftAlone]]:
     """Make a provider for one type of attention module, as ``register_products`` takes them.
 
     Args:
         read: says of a module where its projections are; an AttributeError will be explained.
         kind: the type or its qualified name; what subclasses do in a ``forward`` of their own is
-            not known, and their products are ``fixed``.
+            not known, and their products are ``fixed``. What is known by name only is left alone
+            where it is not as it was.
 
     Returns:
         A provider of "<name>.query_key" and "<name>.output_value". It raises a ValueError that
         names the module where the weights do not have the heads that the attributes say.
     """
 
-    def provide(module: nn.Module, name: str) -> list[Product]:
+    def provide(module: nn.Module, name: str) -> list[Product | LeftAlone]:
         called = f"{name or 'the model'} ({type(module).__name__})"
         try:
             attention = read(module)
@@ -113,6 +150,8 @@ def provider(
                 attention = replace(attention, scores_fixed=own, outputs_fixed=own)
             return list(_products(module, name, attention, called))
         except AttributeError as error:
+            if isinstance(kind, str):
+                return [LeftAlone(name, f"{type(module).__name__} is not as it is known: {error}")]
             raise ValueError(
                 f"{called}: expected what modules of this type have, but {error}; {_REMEDY}"
             ) from error
@@ -133,42 +172,49 @@ _REMEDY = (
 )
 
 
-def _products(module: nn.Module, name: str, attention: Attention, called: str) -> Iterator[Product]:
+def _products(
+    module: nn.Module, name: str, attention: Attention, called: str
+) -> Iterator[Product | LeftAlone]:
     factors = {role: _weight(module, attention, role, called) for role in _ROLES}
-    packed = any(projection.weight.slots > 1 for projection in attention.projections)
-    if packed and None in factors.values():
-        return
+    packed = any(attention.part(role).weight.order for role in _ROLES)
+    why = {role: factor for role, factor in factors.items() if isinstance(factor, str)}
     for product, left, right, fixed in (
         ("query_key", "query", "key", attention.scores_fixed),
         ("output_value", "output", "value", attention.outputs_fixed),
     ):
         u, v = factors[left], factors[right]
-        if u is not None and v is not None:
+        path = f"{name}.{product}".lstrip(".")
+        if isinstance(u, Factor) and isinstance(v, Factor) and not (packed and why):
             biases = tuple(_bias(module, attention, role) for role in (left, right))
-            path = f"{name}.{product}".lstrip(".")
             yield Product(path, (u, v), batch=1, biases=biases, fixed=fixed)
+        else:
+            yield LeftAlone(path, why.get(left) or why.get(right) or next(iter(why.values())))
 
 
-def _weight(module: nn.Module, attention: Attention, role: str, called: str) -> Factor | None:
-    """The weight, seen as (heads, [queries,] width, size); None where it is not used as it is."""
+def _weight(module: nn.Module, attention: Attention, role: str, called: str) -> Factor | str:
+    """The weight, seen as (heads, [queries,] width, size); or why it is not used as it is."""
     projection = attention.part(role)
     owner, attribute = _owner(module, projection.weight)
     weight = owner._parameters.get(attribute)
-    alone = owner is module or not (owner._modules or set(owner._parameters) - {"weight", "bias"})
-    if weight is None or not alone or not _plain(weight):
-        return None
-    groups, axes = _heads(attention, role, projection.weight)
+    path = projection.weight.path
+    if weight is None:
+        return f"{path} is computed from other parameters, such as factors"
+    if owner is not module and (owner._modules or set(owner._parameters) - {"weight", "bias"}):
+        return f"{path} has more beside it, such as an adapter"
+    if not _plain(weight):
+        return f"{path} does not hold the numbers themselves"
     heads_first = projection.inputs_first == (role == "output")
+    axes = _heads(attention, role, projection.weight)
     expected, got = prod(axes.values()), weight.shape[0 if heads_first else 1]
     if expected != got:
         raise ValueError(
-            f"{called}: expected {projection.weight.path} to hold {expected} = "
+            f"{called}: expected {path} to hold {expected} = "
             f"{' × '.join(f'{length} {_AXES[axis]}' for axis, length in axes.items())} by "
             f"{'inputs' if role == 'output' else 'outputs'} ({attention.heads} heads in all), got "
             f"{got} of shape {tuple(weight.shape)}; {_REMEDY}"
         )
-    stored = f"({groups} d) e" if heads_first else f"e ({groups} d)"
-    return _factor(owner, attribute, f"{stored} -> {groups} e d", axes, projection.weight)
+    stored = "{} e" if heads_first else "e {}"
+    return _factor(module, attention, role, projection.weight, stored, "e")
 
 
 def _bias(module: nn.Module, attention: Attention, role: str) -> Factor | None:
@@ -177,28 +223,48 @@ def _bias(module: nn.Module, attention: Attention, role: str) -> Factor | None:
     owner, attribute = _owner(module, place)
     if role == "output" or getattr(owner, attribute, None) is None:
         return None  # the output's bias comes after the product
-    groups, axes = _heads(attention, role, place)
-    return _factor(owner, attribute, f"({groups} d) -> {groups} 1 d", axes, place)
+    return _factor(module, attention, role, place, "{}", "1")
+
+
+_AXES = {"n": "heads", "g": "key heads", "q": "queries", "d": "numbers"}
+
+
+def _heads(attention: Attention, role: str, place: Place) -> dict[str, int]:
+    """The axes of the side of the heads, and their lengths; in packed blocks all heads are one."""
+    shared, groups = attention.sharing, attention.heads // attention.sharing
+    if place.order:
+        each = sum(shared if part == "q" else 1 for part in place.order.strip("()"))
+        axes = {"g": groups, "n": each} if place.order.startswith("(") else {"n": groups * each}
+    else:
+        axes = {"g": groups}
+        if shared > 1 and role in ("query", "output"):
+            axes["q"] = shared
+    size = attention.value_size if role in ("value", "output") else None
+    return {**axes, "d": size or attention.size}
 
 
 def _factor(
-    owner: nn.Module, attribute: str, pattern: str, axes: dict[str, int], place: Place
+    module: nn.Module, attention: Attention, role: str, place: Place, stored: str, width: str
 ) -> Factor:
-    index = place.slot if place.slots > 1 else None
-    return Factor(owner, attribute, pattern, tuple(axes.items()), index)
-
-
-_AXES = {"p": "parts", "h": "key heads", "q": "queries", "d": "numbers"}
-
-
-def _heads(attention: Attention, role: str, place: Place) -> tuple[str, dict[str, int]]:
-    """The axes before the width, as in a pattern, and the lengths of all but the width."""
-    axes = {"h": attention.heads // attention.sharing}
-    if place.slots > 1:
-        axes = {"p": place.slots, **axes}
-    if attention.sharing > 1 and role in ("query", "output"):
-        axes["q"] = attention.sharing
-    return " ".join(axes), {**axes, "d": attention.size}
+    """See a parameter, stored as said around its side of heads, as (heads, [queries,] width, d)."""
+    owner, attribute = _owner(module, place)
+    axes = _heads(attention, role, place)
+    side, rows = f"({' '.join(axes)})", f"{width} d"
+    if not place.order:
+        pattern = f"{stored.format(side)} -> {' '.join([*axes][:-1])} {rows}"
+        return Factor(owner, attribute, pattern, tuple(axes.items()))
+    shared, groups = attention.sharing, attention.heads // attention.sharing
+    parts = place.order.strip("()")
+    counts = [shared if part == "q" else 1 for part in parts]
+    start, count = sum(counts[: parts.index(place.part)]), counts[parts.index(place.part)]
+    index: int | tuple[int, int] = (start * groups, (start + count) * groups)
+    lead, apart = "n", "(g q)"
+    if "g" in axes:
+        index = (start, start + count) if count > 1 else start
+        lead, apart = "n g", "q g"
+    then = f"{apart} {rows} -> g q {rows}" if count > 1 else None
+    sizes = tuple({**axes, "g": groups, "q": shared}.items())
+    return Factor(owner, attribute, f"{stored.format(side)} -> {lead} {rows}", sizes, index, then)
 
 
 def _owner(module: nn.Module, place: Place) -> tuple[nn.Module, str]:
@@ -212,31 +278,28 @@ def _plain(weight: Tensor) -> bool:
     return numbers and (type(weight) is nn.Parameter or is_sharded(weight))
 
 
-def _linears(*paths: str) -> list[Projection]:
-    return [linear(path) for path in paths]
-
-
-def _between(module: nn.Module, *names: str) -> str | None:
-    """Say which of these submodules are there and do something."""
+def _between(names: str, *owners: Any) -> str | None:
+    """Say which of these attributes are there and do something."""
     there = [
         name
-        for name in names
-        if not isinstance(getattr(module, name, None), nn.Identity | NoneType)
+        for name in names.split()
+        for value in (getattr(owner, name, None) for owner in owners)
+        if value is not False and not isinstance(value, nn.Identity | NoneType)
     ]
-    return f"{' and '.join(there)} between the factors" if there else None
+    return f"{' and '.join(dict.fromkeys(there))} between the factors" if there else None
 
 
 def _multihead(module: Any) -> Attention:
     """torch: packed where keys and values have the width of queries; biases always packed."""
     packed = module._qkv_same_embed_dim
 
-    def part(slot: int, name: str) -> Projection:
-        weight = Place("in_proj_weight", slot, 3) if packed else Place(f"{name}_proj_weight")
-        return Projection(weight, Place("in_proj_bias", slot, 3))
+    def part(name: str) -> Projection:
+        weight = Place("in_proj_weight", name, "qkv") if packed else Place(f"{name}_proj_weight")
+        return Projection(weight, Place("in_proj_bias", name, "qkv"))
 
     added = None if module.bias_k is None else "add_bias_kv=True adds a key and a value of its own"
     return Attention(
-        [part(0, "q"), part(1, "k"), part(2, "v"), linear("out_proj")],
+        [*map(part, "qkv"), linear("out_proj")],
         module.num_heads,
         module.head_dim,
         scores_fixed=added,
@@ -244,69 +307,78 @@ def _multihead(module: Any) -> Attention:
     )
 
 
-def _bert(module: Any) -> Attention:
-    parts = _linears("self.query", "self.key", "self.value", "output.dense")
-    own = module.self
-    fixed = _between(own, "distance_embedding")
-    return Attention(parts, own.num_attention_heads, own.attention_head_size, scores_fixed=fixed)
-
-
-def _gpt2(module: Any) -> Attention:
-    """Packed, inputs×outputs; in cross-attention the queries are apart."""
-    parts = [linear("c_attn", k, 3, inputs_first=True) for k in range(3)]
-    if module.is_cross_attention:
-        parts = [linear("c_attn", k, 2, inputs_first=True) for k in range(2)]
-        parts.insert(0, linear("q_attn", inputs_first=True))
-    parts.append(linear("c_proj", inputs_first=True))
-    return Attention(parts, module.num_heads, module.head_dim)
-
-
-def _llama(module: Any) -> Attention:
-    return Attention(
-        _linears("q_proj", "k_proj", "v_proj", "o_proj"),
-        module.config.num_attention_heads,
-        module.head_dim,
-        module.num_key_value_groups,
-        scores_fixed="rotary embeddings between the factors turn queries and keys",
-    )
-
-
-def _t5(module: Any) -> Attention:
-    return Attention(_linears(*"qkvo"), module.n_heads, module.key_value_proj_dim)
-
-
-def _vit(module: Any) -> Attention:
-    parts = _linears("q_proj", "k_proj", "v_proj", "o_proj")
-    return Attention(parts, module.num_attention_heads, module.head_dim)
-
-
 def _timm(module: Any) -> Attention:
     return Attention(
-        [*(linear("qkv", k, 3) for k in range(3)), linear("proj")],
+        "qkv:qkv proj",
         module.num_heads,
         module.head_dim,
-        scores_fixed=_between(module, "q_norm", "k_norm"),
-        outputs_fixed=_between(module, "norm", "gate"),
+        scores_fixed=_between("q_norm k_norm", module),
+        outputs_fixed=_between("norm gate", module),
     )
 
 
-_MODELS = "transformers.models"
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads")
+_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
+_SCORES = (  # what types have, or have not, between queries and keys, by its name
+    "q_norm k_norm q_layernorm k_layernorm query_layernorm key_layernorm q_layer_norm k_layer_norm "
+    "qk_norm distance_embedding rel_pos_h pos_key_proj pos_query_proj clip_qkv"
+)
+_OUTPUTS = "attn_sub_norm inner_attn_ln v_norm gate_proj clip_qkv rotary_value"
+
+
+def _known(layout: str, scores: str, outputs: str) -> Callable[[nn.Module], Attention]:
+    """Read a type whose layout is written down; numbers and sizes of heads are the module's."""
+    layouts = [projections(one) for one in layout.split("|")]
+
+    def read(module: nn.Module) -> Attention:
+        there = (one for one in layouts if all(_is_there(module, part) for part in one))
+        parts = next(there, layouts[-1])
+        key, output = parts[1], parts[3]
+        own = module.get_submodule(parts[0].weight.path.rpartition(".")[0].rpartition(".")[0])
+        config = getattr(own, "config", None)
+        inner, rows = _length(module, output, 1), _length(module, key, 0)
+        size = _number(_SIZES, own, module)
+        heads = _number(_HEADS, own, module, config) or inner // (size or inner)
+        value_size = inner // heads
+        packed = key.weight.order.strip("()")  # "qkv" or "kv" if so
+        groups = rows // (size or value_size)
+        groups = (groups - heads * ("q" in packed)) // 2 if packed else groups
+        return Attention(
+            parts,
+            heads,
+            size or value_size,
+            heads // groups if groups > 0 and heads % groups == 0 else 1,
+            value_size,
+            scores_fixed=scores or _between(_SCORES, own, config),
+            outputs_fixed=outputs or _between(_OUTPUTS, own, config),
+        )
+
+    return read
+
+
+def _is_there(module: nn.Module, projection: Projection) -> bool:
+    path = projection.weight.path.rpartition(".")[0]
+    return path in dict(module.named_modules())
+
+
+def _length(module: nn.Module, projection: Projection, side: int) -> int:
+    """Number of outputs (0) or inputs (1) of a projection."""
+    shape: Any = getattr(*_owner(module, projection.weight)).shape
+    return int(shape[side ^ projection.inputs_first])
+
+
+def _number(names: Sequence[str], *owners: Any) -> int:
+    """The first of these attributes that is a number, of the first owner that has one; or 0."""
+    found = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((number for number in found if isinstance(number, int) and number), 0)
+
+
 _READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     nn.MultiheadAttention: _multihead,
-    f"{_MODELS}.bert.modeling_bert.BertAttention": _bert,
-    f"{_MODELS}.roberta.modeling_roberta.RobertaAttention": _bert,
-    f"{_MODELS}.gpt2.modeling_gpt2.GPT2Attention": _gpt2,
-    f"{_MODELS}.llama.modeling_llama.LlamaAttention": _llama,
-    f"{_MODELS}.mistral.modeling_mistral.MistralAttention": _llama,
-    f"{_MODELS}.mixtral.modeling_mixtral.MixtralAttention": _llama,
-    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2Attention": _llama,
-    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3Attention": _llama,
-    f"{_MODELS}.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": _llama,
-    f"{_MODELS}.t5.modeling_t5.T5Attention": _t5,
-    f"{_MODELS}.vit.modeling_vit.ViTAttention": _vit,
     "timm.layers.attention.Attention": _timm,
+    **{name: _known(*row) for name, row in FAMILIES.items()},
 }
-ATTENTION: dict[type | str, Callable[[nn.Module, str], list[Product]]] = {
+ATTENTION: dict[type | str, Callable[[nn.Module, str], list[Product | LeftAlone]]] = {
     kind: provider(read, kind) for kind, read in _READERS.items()
 }
-"""Type or qualified name -> its provider. A new type is one more line above."""
+"""Type or qualified name -> its provider. A new type of transformers is one more in the table."""

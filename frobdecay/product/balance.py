@@ -112,7 +112,13 @@ def _is_computed(factor: Factor) -> bool:
 def _apart(one: Factor, other: Factor) -> bool:
     """Whether two factors of one parameter are different parts of it (of packed q, k, v)."""
     alike = (one.pattern, one.axes) == (other.pattern, other.axes)
-    return alike and None not in (one.index, other.index) and one.index != other.index
+    if not alike or one.index is None or other.index is None:
+        return False
+    (start, stop), (other_start, other_stop) = (
+        index if isinstance(index, tuple) else (index, index + 1)
+        for index in (one.index, other.index)
+    )
+    return stop <= other_start or other_stop <= start
 
 
 def _balanced(product: Product) -> tuple[Tensor, ...]:

@@ -37,14 +37,17 @@ class Factor:
             where the parameter already has that shape. It has to be a view: what is added to
             the view of a ``.grad`` has to arrive in the ``.grad``.
         axes: (name, length) pairs that the pattern needs.
-        index: takes one entry of the first axis after the pattern (the q of a packed q, k, v).
+        index: takes one entry of the first axis after the pattern, or those from start to stop
+            (the queries, say, of queries, keys and values packed one below the other).
+        then: a second pattern, for what the index takes.
     """
 
     owner: Any
     attribute: str
     pattern: str | None = None
     axes: tuple[tuple[str, int], ...] = ()
-    index: int | None = None
+    index: int | tuple[int, int] | None = None
+    then: str | None = None
 
     @property
     def param(self) -> Tensor:
@@ -61,14 +64,20 @@ class Factor:
         if self.pattern is None:
             seen = tensor
         else:
-            seen = rearrange(tensor, self.pattern, **dict(self.axes))
+            seen = self._arranged(tensor, self.pattern)
             if seen.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
                 raise ValueError(
                     f"expected the pattern {self.pattern!r} to be a view of {self.attribute!r}, "
                     f"but with shape {tuple(tensor.shape)} and strides {tensor.stride()} it "
                     "copies; keep axes apart instead of merging them, or make it contiguous"
                 )
-        return seen if self.index is None else seen[self.index]
+        if self.index is None:
+            return seen
+        taken = seen[slice(*self.index) if isinstance(self.index, tuple) else self.index]
+        return taken if self.then is None else self._arranged(taken, self.then)
+
+    def _arranged(self, tensor: Tensor, pattern: str) -> Tensor:
+        return rearrange(tensor, pattern, **dict(axes_in(pattern, dict(self.axes))))
 
     def identity(self) -> object:
         """Equal for two factors that are the same part of the same parameter, seen alike."""

@@ -6,12 +6,13 @@ those that users register with ``register_products``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
 
-from frobdecay.product.attention import ATTENTION
+from frobdecay.product.attention import ATTENTION, LeftAlone
 from frobdecay.product.holding import check_module, factorized
 from frobdecay.product.lora import LORA
 from frobdecay.product.names import ProductSelector, pick, walk
@@ -37,7 +38,7 @@ class Version:
 VERSION = Version()
 
 
-Provider = Callable[[nn.Module, str], Iterable[Product]]
+Provider = Callable[[nn.Module, str], Iterable[Product | LeftAlone]]
 
 _OWN: dict[type | str, Provider] = {**ATTENTION}
 _USERS: dict[type | str, Provider] = {}
@@ -64,7 +65,8 @@ def products(
     These are the factorized weights, named like the dense weight; of dense attention the
     query–key and output–value products, "….query_key" and "….output_value" (see
     ``attention.py``); of LoRA layers of PEFT what their active adapters add to the weight,
-    "….<adapter>" (see ``lora.py``); and what the providers of ``register_products`` find.
+    "….<adapter>" (see ``lora.py``); and what the providers of ``register_products`` find. Which
+    attention was left alone, and why, says ``left_alone``, and ``explain(model)`` with it.
 
     Args:
         model: any module.
@@ -89,16 +91,86 @@ def products(
     if lora not in LORA:
         raise ValueError(f"expected lora to be one of {list(LORA)}, got {lora!r}")
     tables = (_USERS, {**_OWN, **LORA[lora]})
-    first: dict[int, tuple[nn.Module, str]] = {}
-    for path, module in dict(walk(model)).items():
-        first.setdefault(id(module), (module, path))
     found = [
         product
-        for one in first.values()
-        for product in (*_provided(*one, tables), *_parametrized(*one))
+        for module, path in _modules(model)
+        for product in (*_provided(module, path, tables), *_parametrized(module, path))
+        if isinstance(product, Product)
     ]
     chosen = pick(as_products(found), include, exclude)
     return chosen if toward is None else decaying_toward(chosen, toward)
+
+
+def left_alone(model: nn.Module) -> list[LeftAlone]:
+    """List the attention of a model in which ``products`` finds no products, and why.
+
+    Examples:
+        >>> import torch
+        >>> class LatentAttention(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.down, self.up = torch.nn.Linear(8, 2), torch.nn.Linear(2, 8)
+        >>> for name, reason in left_alone(torch.nn.Sequential(LatentAttention())):
+        ...     print(name, reason.split(" (")[0])
+        0 no layout is known for LatentAttention
+
+    Attention of a type that is not known is told by the type's name, and nothing is guessed; of
+    one that is known, products are listed of which a weight is not what the layer multiplies with.
+
+    Args:
+        model: any module.
+
+    Returns:
+        (name, reason) of modules, and of products that are not there.
+    """
+    check_module(model)
+    found: list[LeftAlone] = []
+    unknown: dict[str, nn.Module] = {}
+    above: list[str] = []  # attention that is known: what lies in it is part of it
+    for module, path in _modules(model):
+        if _provider(module, (_USERS, _OWN)) is not None:
+            above.append(path)
+            made = _provided(module, path, (_USERS, _OWN))
+            found += [one for one in made if isinstance(one, LeftAlone)]
+        elif _is_attention(module) and not any(_within(path, one) for one in above):
+            unknown[path] = module
+    inner = [*unknown, *above]
+    found += [
+        LeftAlone(path, _UNKNOWN.format(type(module)))
+        for path, module in unknown.items()
+        if not any(path != other and _within(other, path) for other in inner)
+    ]
+    return found
+
+
+_UNKNOWN = (
+    "no layout is known for {0.__name__} ({0.__module__}); if it is products of weights, say "
+    "where they are with frobdecay.register_products"
+)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """By its type's name, if it holds a matrix in itself or in a layer of its own."""
+    named = re.search(
+        r"att(entio)?n(?!.*(Output|Loss|Cell)$)", type(module).__name__, re.IGNORECASE
+    )
+    owners = (module, *module.children())
+    return bool(named) and any(
+        p.ndim > 1 for owner in owners for p in owner._parameters.values() if p is not None
+    )
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether a module is another one or lies in it."""
+    return path == other or other == "" or path.startswith(f"{other}.")
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """All modules, each once, under its first name."""
+    first: dict[int, tuple[nn.Module, str]] = {}
+    for path, module in dict(walk(model)).items():
+        first.setdefault(id(module), (module, path))
+    yield from first.values()
 
 
 def _parametrized(module: nn.Module, path: str) -> Iterable[Product]:
@@ -112,21 +184,26 @@ def _parametrized(module: nn.Module, path: str) -> Iterable[Product]:
         yield held[0].product(name, held)
 
 
-def _provided(
-    module: nn.Module, path: str, tables: Sequence[Mapping[type | str, Provider]]
-) -> list[Product]:
-    """What the nearest provider along the class hierarchy yields, of the first table with one."""
+def _provider(
+    module: nn.Module, tables: Sequence[Mapping[type | str, Provider]]
+) -> Provider | None:
+    """The nearest one along the class hierarchy, of the first table with one."""
     for table in tables:
         for kind in type(module).__mro__:
             provider = table.get(kind) or table.get(f"{kind.__module__}.{kind.__qualname__}")
             if provider is not None:
-                return _checked(provider, list(provider(module, path)))
-    return []
+                return provider
+    return None
 
 
-def _checked(provider: Provider, found: list[Product]) -> list[Product]:
+def _provided(
+    module: nn.Module, path: str, tables: Sequence[Mapping[type | str, Provider]]
+) -> list[Product | LeftAlone]:
+    """What the provider of a module yields."""
+    provider = _provider(module, tables)
+    found = [] if provider is None else list(provider(module, path))
     for product in found:
-        if not isinstance(product, Product):
+        if not isinstance(product, Product | LeftAlone):
             raise TypeError(f"expected {provider!r} to yield Product records, got {product!r}")
     return found
 

@@ -23,7 +23,7 @@ from frobdecay.product import find
 from frobdecay.product.attention import Attention, linear, provider
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
-from frobdecay.product.find import products, register_products
+from frobdecay.product.find import left_alone, products, register_products
 from frobdecay.product.product import Product, penalty, product_norm, squared_norm
 
 
@@ -38,11 +38,14 @@ class Grouped(nn.Module):
         self.v = nn.Linear(width, heads // shared * size, bias)
         self.o = nn.Linear(heads * size, width, bias)
 
+    def projected(self, x):
+        """Queries, keys and values, (batch, length, heads · size)."""
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(self, x):
         """Attend from every position of (batch, length, width) to every one."""
         q, k, v = (
-            part.unflatten(-1, (-1, self.size)).transpose(1, 2)
-            for part in (self.q(x), self.k(x), self.v(x))
+            part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in self.projected(x)
         )
         k, v = (part.repeat_interleave(self.shared, 1) for part in (k, v))
         return self.o(
@@ -58,8 +61,42 @@ def grouped(module):
     return Attention(parts, module.heads, module.size, module.shared)
 
 
+class Packed(Grouped):
+    """The same with one weight for queries, keys and values: in blocks, or together by key head."""
+
+    def __init__(self, by_head, width=12, **options):
+        super().__init__(width, **options)
+        self.by_head = by_head
+        rows = sum(len(part.weight) for part in (self.q, self.k, self.v))
+        self.qkv = nn.Linear(width, rows, bias=self.q.bias is not None)
+        del self.q, self.k, self.v
+
+    def projected(self, x):
+        """Cut what the one weight gives."""
+        return self.parts(self.qkv(x))
+
+    def parts(self, packed):
+        """Queries, keys and values of a last axis that holds them all."""
+        groups = self.heads // self.shared
+        if not self.by_head:
+            return packed.split([n * self.size for n in (self.heads, groups, groups)], -1)
+        together = packed.unflatten(-1, (groups, self.shared + 2, self.size))
+        return [part.flatten(-3) for part in together.split([self.shared, 1, 1], -2)]
+
+
+@register_products(Packed)
+@provider
+def packed(module):
+    """The two lines that a packed layout takes."""
+    layout = "qkv:(qkv) o" if module.by_head else "qkv:qkv o"
+    return Attention(layout, module.heads, module.size, module.shared)
+
+
 def projections(module):
     """W_q, W_k, W_v (heads·size × width), W_o (width × heads·size) and (heads, shared, size)."""
+    if isinstance(module, Packed):
+        parts = [part.T for part in module.parts(module.qkv.weight.T)]
+        return [*parts, module.o.weight], (module.heads, module.shared, module.size)
     if isinstance(module, Grouped):
         weights = [getattr(module, name).weight for name in "qkvo"]
         return weights, (module.heads, module.shared, module.size)
@@ -285,6 +322,74 @@ def test_heads_that_do_not_fit_are_refused(change, message):
         products(nn.Sequential(module))
 
 
+# --- packed, and left alone -------------------------------------------------------------------
+
+
+@pytest.mark.covers("C6")
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_parts_of_a_packed_weight_are_the_loops_over_heads(by_head, shared):
+    """Blocks one below the other, or what belongs to a key head together; and their decay."""
+    module = randomize(Packed(by_head, heads=4, shared=shared)).double()
+    found = products(module)
+    assert [product.name for product in found] == ["query_key", "output_value"]
+    for product, wanted in zip(found, per_head(module), strict=True):
+        assert torch.allclose(product.materialize().reshape_as(wanted), wanted)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    add_penalty_grad_(found, 0.3)
+    decay = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    sum(0.15 * wanted.square().sum() for wanted in per_head(module)).backward()
+    for name, parameter in module.named_parameters():
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(decay[name], wanted)
+    base = torch.optim.AdamW(module.parameters(), weight_decay=0.1)
+    FrobeniusDecay(base, module)  # takes over the decay of all of the packed weight, once
+
+
+class LatentAttention(nn.Module):
+    """Attention of a type that nobody has told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_output = nn.Linear(8, 8)
+
+
+def test_attention_that_is_left_alone_is_listed_with_the_reason(monkeypatch):
+    """Unknown types, and weights that are not what the layer multiplies with."""
+    monkeypatch.setattr(find, "_USERS", {**find._USERS})
+    model = nn.ModuleDict(
+        {"a": LatentAttention(), "b": Grouped(), "c": layer(), "d": transformer()}
+    )
+    factorize(model, 2, include=["b.q", "c.out_proj"])
+    model["b"].o = Adapted()
+    assert left_alone(model) == [
+        ("b.query_key", "q.weight is computed from other parameters, such as factors"),
+        ("b.output_value", "o.weight has more beside it, such as an adapter"),
+        ("c.query_key", "out_proj.weight is computed from other parameters, such as factors"),
+        ("c.output_value", "out_proj.weight is computed from other parameters, such as factors"),
+        ("a", f"no layout is known for LatentAttention ({__name__}); if it is products of weights, "
+              "say where they are with frobdecay.register_products"),
+    ]  # fmt: skip
+    lines = explain(model).splitlines()
+    assert "left alone   c.query_key, c.output_value" in lines
+    assert "left alone   a" in lines
+    assert any("d.encoder.layers.0.self_attn.query_key" in line for line in lines)
+    register_products(LatentAttention)(lambda module, name: ())
+    assert "a" not in dict(left_alone(model))
+
+
+def test_types_known_by_name_are_left_alone_where_they_are_not_as_they_were():
+    """In another version of their package, say; nothing is guessed, and nothing fails."""
+    kind = type("Attention", (LatentAttention,), {"__module__": "timm.layers.attention"})
+    model = nn.Sequential(kind())
+    assert products(model) == []
+    ((name, reason),) = left_alone(model)
+    assert name == "0"
+    assert "Attention is not as it is known: " in reason
+
+
 # --- choosing ------------------------------------------------------------------------------
 
 
@@ -455,6 +560,8 @@ MODULES = {
     "grouped": lambda bias: Grouped(12, bias=bias),
     "one key head": lambda bias: Grouped(12, heads=3, shared=3, bias=bias),
     "no sharing": lambda bias: Grouped(12, heads=2, shared=1, bias=bias),
+    "packed in blocks": lambda bias: Packed(False, bias=bias),
+    "packed by head": lambda bias: Packed(True, bias=bias),
 }
 
 

@@ -7,7 +7,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-collect_ignore = ["bases.py", "zoo.py"]  # no tests; they import what may not be there
+collect_ignore = [
+    "attention_probe.py",
+    "bases.py",
+    "zoo.py",
+]  # no tests; they import what may not be there
 
 WARNINGS: tuple[str, ...] = (
     r"Trying to compute SVD with n_eigenvecs=:UserWarning:tensorly",

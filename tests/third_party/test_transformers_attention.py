@@ -8,11 +8,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import attention_probe as probe  # noqa: E402
 import zoo  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, balance_, diagnostics, products  # noqa: E402
-from frobdecay.product.attention import ATTENTION  # noqa: E402
+from frobdecay.product.families import FAMILIES as TYPES  # noqa: E402
+from frobdecay.product.families import ROWS, qualified  # noqa: E402
 from frobdecay.product.product import product_norm  # noqa: E402
 
 
@@ -237,14 +239,124 @@ def test_rotary_embeddings_forbid_to_balance_scores(family):
     assert (zoo.logits(model, inputs) - before).abs().max() > 1e-3 * before.abs().max()
 
 
-def test_every_entry_of_the_table_is_tested():
-    """The families here have all attention types of transformers that are known."""
-    found = {
-        f"{type(m).__module__}.{type(m).__qualname__}"
-        for make in MODELS.values()
-        for m in attention_modules(make()[0]).values()
-    }
-    assert found == {key for key in ATTENTION if str(key).startswith("transformers.")}
+# --- every type that is known -------------------------------------------------------------------
+
+
+def pairs(angles):
+    """Each angle for two neighbours."""
+    return angles.repeat_interleave(2, -1)
+
+
+def between(angles):
+    """Relative positions, (queries, keys, size of heads), that queries meet."""
+    return 0.3 * torch.randn(probe.TOKENS, probe.TOKENS, probe.SIZE, dtype=torch.float64)
+
+
+VARIANTS = {  # options of a configuration -> arguments of the forward's own, from angles
+    "clvp.ClvpSelfAttention": [({}, lambda angles: {
+        "rotary_pos_emb": torch.cat([angles, angles], -1)[None],
+        "position_ids": torch.arange(probe.TOKENS)[None]})],
+    "cohere.CohereAttention": [({}, None), ({"use_qk_norm": True}, None)],
+    "deberta_v2.DebertaV2Attention": [
+        ({"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": share},
+         lambda angles: {"rel_embeddings": torch.ones(2 * probe.TOKENS, probe.WIDTH).double()})
+        for share in (True, False)] + [({}, None)],
+    "esm.EsmAttention": [({"position_embedding_type": "rotary"}, None)],
+    "falcon.FalconAttention": [
+        (options, lambda angles: {"alibi": None}) for options in (
+            {"multi_query": True}, {"multi_query": False, "num_kv_heads": probe.HEADS},
+            {"new_decoder_architecture": True, "num_kv_heads": probe.GROUPS})],
+    "gpt2.GPT2Attention": [({}, None), ({"is_cross_attention": True}, lambda angles: {
+        "encoder_hidden_states": probe.tokens_of(probe.WIDTH)[None]})],
+    "gpt_bigcode.GPTBigCodeAttention": [({"multi_query": many}, None) for many in (True, False)],
+    "mimo_v2_flash.MiMoV2FlashAttention": [({"v_head_dim": 4}, None)],
+    "phi.PhiAttention": [({}, None), ({"qk_layernorm": True}, None)],
+    "roformer.RoFormerAttention": [({"rotary_value": turn}, lambda angles: {
+        "sinusoidal_pos": torch.cat([angles.sin(), angles.cos()], -1)[None, None]})
+        for turn in (False, True)],
+    "speecht5.SpeechT5Attention": [({}, lambda angles: {"position_bias": between(angles)})],
+    "vitdet.VitDetAttention": [({}, None), (
+        {"use_relative_position_embeddings": True, "input_size": (probe.SIDE, probe.SIDE)}, None)],
+    "zamba.ZambaAttention": [({"attention_hidden_size": 96, "attention_head_dim": 16}, None)],
+}  # fmt: skip
+CAUTIOUS = {"blt.BltCrossAttention"}  # fixed by name, though q_norm is before the projection
+
+
+def short(name):
+    """As the table calls a type."""
+    path, _, kind = name.removeprefix("transformers.models.").rpartition(".")
+    return f"{path.partition('.')[0]}.{kind}"
+
+
+def dense(product):
+    """(heads, m, n), in the order of query heads."""
+    found = product.materialize().detach()
+    return found.reshape(-1, *found.shape[-2:])
+
+
+@pytest.mark.covers("C6", "C9")
+@pytest.mark.integration(column="attention products")
+@pytest.mark.parametrize("name", TYPES, ids=short)
+def test_a_known_type_is_what_its_own_forward_computes(name):
+    """Every head of both products; balancing changes nothing, or is refused and would."""
+    for options, given in VARIANTS.get(short(name), [({}, None)]):
+        module = probe.build(name, **options)
+        scores, outputs = products(module)
+        assert (scores.name, outputs.name) == ("query_key", "output_value")
+        heads, width, size = len(dense(scores)), scores.shape[-1], scores.views()[0].shape[-1]
+        assert heads > 1
+        assert_layout(copy.deepcopy(module), heads, width, size, given)
+        arguments = probe.understood(module, probe.some_angles(size), width, given)
+        for product in (scores, outputs):
+            assert_balance(module, product, arguments, short(name) in CAUTIOUS)
+
+
+def assert_layout(module, heads, width, size, given):
+    """What goes from token to token are the products; their norms are those of the loop."""
+    probe.bare(module)
+    found, moved = probe.measured(module, heads, width, size, given)
+    tokens = probe.tokens_of(width)
+    scores, outputs = products(module)
+    assert probe.multiple(found, tokens @ dense(scores) @ tokens.T) > 0
+    assert 0.4 < probe.multiple(probe.centred(moved), tokens @ dense(outputs).mT) < 1.01
+    for product in (scores, outputs):
+        norm = float(torch.linalg.vector_norm(dense(product)))
+        assert float(product_norm(product).detach()) == pytest.approx(norm, rel=1e-5)
+
+
+def assert_balance(module, product, arguments, cautious):
+    """The same answers from other factors; where that is refused, others, if one insists."""
+    before, weights = probe.answer(module, arguments), copy.deepcopy(module.state_dict())
+    if product.fixed is not None:
+        with pytest.raises(ValueError, match=r"between the factors"):
+            balance_(product)
+    balance_(dataclasses.replace(product, fixed=None))
+    after = probe.answer(module, arguments)
+    changed = (after - before).norm() > 1e-4 * before.norm()
+    assert imbalance(product) < 1e-5
+    assert changed == (product.fixed is not None and not cautious)
+    module.load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("olmo.OlmoAttention", {"clip_qkv": 0.5}, "clip_qkv between the factors"),
+        ("bitnet.BitNetAttention", {}, "attn_sub_norm between the factors"),
+        ("afmoe.AfmoeAttention", {}, "gate_proj between the factors"),
+    ],
+)
+def test_what_is_between_values_and_outputs_is_said(name, options, said):
+    """By its name in the module or its configuration."""
+    _, outputs = products(probe.build(qualified(name), **options))
+    assert outputs.fixed == said
+
+
+def test_no_known_type_is_in_two_rows():
+    """And the variants are of types that are known."""
+    listed = [qualified(name) for names in ROWS.values() for name in names.split()]
+    assert len(listed) == len(set(listed))
+    assert set(VARIANTS) | CAUTIOUS <= set(map(short, TYPES))
 
 
 @pytest.mark.covers("C6")
