@@ -362,7 +362,7 @@ def test_attention_that_is_left_alone_is_listed_with_the_reason(monkeypatch):
     model = nn.ModuleDict(
         {"a": LatentAttention(), "b": Grouped(), "c": layer(), "d": transformer()}
     )
-    factorize(model, 2, include=["b.q", "c.out_proj"])
+    factorize(model, rank=2, include=["b.q", "c.out_proj"])
     model["b"].o = Adapted()
     assert left_alone(model) == [
         ("b.query_key", "q.weight is computed from other parameters, such as factors"),
