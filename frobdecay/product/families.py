@@ -218,4 +218,4 @@ READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     "timm.layers.attention.Attention": _timm,
     **{name: _known(*row) for name, row in TRANSFORMERS.items()},
 }
-"""Type or qualified name -> what reads its modules; a type of transformers is a row of the table."""
+"""Type or qualified name -> what reads its modules; those of transformers are rows of a table."""
