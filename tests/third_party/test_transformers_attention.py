@@ -13,7 +13,7 @@ import zoo  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, balance_, diagnostics, products  # noqa: E402
-from frobdecay.product.families import TRANSFORMERS  # noqa: E402
+from frobdecay.product.attention import TRANSFORMERS  # noqa: E402
 from frobdecay.product.product import product_norm  # noqa: E402
 
 
