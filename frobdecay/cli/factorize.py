@@ -6,12 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frobdecay.cli.read import read, why_unread
+from frobdecay.cli.read import Checkpoint, check_known, read, why_unread
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.write import check_target, write
 from frobdecay.models.checkpoints.records import factor_key
@@ -31,8 +32,14 @@ def run(options: argparse.Namespace) -> None:
     """
     target = check_target(options.out, options.checkpoint, (".safetensors",), options.force)
     checkpoint = read(options.checkpoint, options.key)
-    if checkpoint.unknown:
-        raise ValueError(f"it has factors of {checkpoint.unknown[:8]}, but not how they are read")
+    try:
+        check_known(checkpoint)
+        _factorize(checkpoint, target, options)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def _factorize(checkpoint: Checkpoint, target: Path, options: argparse.Namespace) -> None:
     dense = {
         name: tensor for name, tensor in checkpoint.dense.items() if why_unread(tensor) is None
     }

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from frobdecay.cli.read import Checkpoint, check_memory, read
+from frobdecay.cli.read import Checkpoint, check_known, check_memory, read
 from frobdecay.cli.write import TORCH, check_target, write
 from frobdecay.models.checkpoints.records import (
     dense_weight,
@@ -59,11 +59,7 @@ def _checked(checkpoint: Checkpoint) -> dict[str, int]:
         ValueError: factors that are missing, twice, or that nobody knows how to read.
     """
     tensors, records = checkpoint.tensors, checkpoint.records
-    if checkpoint.unknown:
-        raise ValueError(
-            f"it has factors of {checkpoint.unknown[:8]}, but not how they are to be read; load it "
-            "into the factorized model, and save that with save_factorized"
-        )
+    check_known(checkpoint)
     if not records:
         raise ValueError("nothing to merge: it has no factorized weights")
     for name, record in records.items():

@@ -70,6 +70,19 @@ class Checkpoint:
         return [name for name in names if name not in self.records]
 
 
+def check_known(checkpoint: Checkpoint) -> None:
+    """Refuse factors that nobody knows how to read.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if checkpoint.unknown:
+        raise ValueError(
+            f"it has factors of {checkpoint.unknown[:8]}, but not how they are to be read; load it "
+            "into the factorized model, and save that with save_factorized"
+        )
+
+
 def why_unread(tensor: Tensor) -> str | None:
     """Why a tensor is no weight that could be factorized; None if it is one."""
     if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:

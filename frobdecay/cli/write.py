@@ -70,7 +70,7 @@ def write(
         return
     if checkpoint.others:
         raise ValueError(
-            f"{checkpoint.path} holds more than tensors, which safetensors cannot hold: "
+            f"it holds more than tensors, which safetensors cannot hold: "
             f"{list(checkpoint.others)[:8]}; write a .pt file, or give --key"
         )
     if target.suffix == ".safetensors":

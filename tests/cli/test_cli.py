@@ -633,7 +633,7 @@ HOSTILE = {
 SAFETENSORS = ("header", "no tensors", "broken", "nested", "tie")
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "factorize"])
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files_are_one_line(tmp_path, capsys, case, command):
     """No traceback, nothing run, nothing written."""
@@ -642,8 +642,8 @@ def test_hostile_files_are_one_line(tmp_path, capsys, case, command):
     write, message = HOSTILE[case]
     path = tmp_path / "x.pt"
     write(path)
-    rest = [tmp_path / "out.pt"] if command == "merge" else []
-    error = _refused(capsys, command, path, *rest)
+    rest = {"merge": ["out.pt"], "factorize": ["out.safetensors", "--rank", "2"]}.get(command, [])
+    error = _refused(capsys, command, path, *(tmp_path / r if "." in r else r for r in rest))
     assert re.search(message, error)
     assert {file.name for file in tmp_path.iterdir()} <= {"x.pt"}
 

@@ -212,6 +212,15 @@ def test_what_is_not_finite_is_named_and_nothing_is_written(tmp_path, capsys):
     assert not out.exists()
 
 
+def test_factors_without_a_record_are_named(tmp_path, capsys):
+    """They could be of anything."""
+    save_file({"a.parametrizations.weight.original0": torch.eye(3), "b.weight": torch.eye(4)},
+              tmp_path / "in.safetensors")  # fmt: skip
+    given, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    error = _refused(capsys, "factorize", given, out, "--rank", "2")
+    assert re.search(r"in\.safetensors: it has factors of \['a.weight'\].*save_factorized", error)
+
+
 def test_factors_are_carried_along(tmp_path, capsys):
     """A second run factorizes the rest."""
     save_file(_net().state_dict(), tmp_path / "in.safetensors")
