@@ -476,7 +476,8 @@ def test_without_decay_it_is_the_optimizer_itself(lora):
         model, inputs = fine_tunable()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         if wrap:
-            optimizer = frobdecay.FrobeniusDecay(optimizer, frobdecay.products(model, lora=lora))
+            products = frobdecay.products(model, lora=lora)
+            optimizer = frobdecay.FrobeniusDecay(optimizer, products, decay=0.0)
         steps(model, optimizer, inputs, 5)
         merged.append(model.merge_and_unload().state_dict())
     assert merged[0].keys() == merged[1].keys()
