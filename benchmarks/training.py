@@ -116,7 +116,7 @@ def make(
         model.parameters(), lr=protocol.lr, momentum=0.9, weight_decay=protocol.decay
     )
     if arm.product_decay:
-        optimizer = frobdecay.FrobeniusDecay(optimizer, model)
+        optimizer = frobdecay.FrobeniusDecay(optimizer, model, decay=protocol.decay)
     return model, optimizer
 
 
