@@ -18,13 +18,14 @@ Products:      products, register_products, Product, Factor, explain
 Their penalty: penalty, product_norm, add_penalty_grad_
 Factors:       spectral_init, calibrate, Calibration, balance_
 Weights:       LowRank, Tucker, TensorTrain, CP, FactoredTensor
-What to watch: diagnostics.measure, diagnostics.Recorder
+What to watch: compare, diagnostics.measure, diagnostics.Recorder
 
 Each begins its help with an example: ``help(frobdecay.factorize)``.
 """
 
 from frobdecay import diagnostics
 from frobdecay.algebra.spectral import spectral_init
+from frobdecay.diagnostics.comparison import compare
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.calibration.calibration import Calibration
 from frobdecay.models.calibration.run import calibrate
@@ -68,6 +69,7 @@ __all__ = [
     "add_penalty_grad_",
     "balance_",
     "calibrate",
+    "compare",
     "diagnostics",
     "explain",
     "factorize",

@@ -467,7 +467,8 @@ def test_settings_are_checked():
     """Of the share that the data does not decide."""
     model, batches, _ = made("linear")
     stats = calibrate(model, batches)
+    stats.shrink = 2
     with pytest.raises(ValueError, match="between 0 and 1"):
-        stats.shrink = 2
+        factorize(model, rank=2, init=stats)
     with pytest.raises(RuntimeError, match="inside of `with"):
         stats.mask = None

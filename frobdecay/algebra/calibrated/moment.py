@@ -18,7 +18,22 @@ ROWS, BLOCKS, NARROW = 1 << 14, 4, 256
 """Rows that are multiplied at once; blocks along an axis, for matrices that are not narrow."""
 
 
-class Moment:
+class _Sums:
+    """Sums in the attributes that a subclass names."""
+
+    names: tuple[str, ...]
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The sums."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    def become(self, *parts: Tensor) -> None:
+        """Take other sums in the place of ``parts``."""
+        for name, part in zip(self.names, parts, strict=True):
+            setattr(self, name, part)
+
+
+class Moment(_Sums):
     """Σ w, Σ w x and Σ w x xᵀ over rows x (*batch, k).
 
     Args:
@@ -33,19 +48,14 @@ class Moment:
         second: (*batch, k, k), what is above the diagonal's blocks is zero; see ``full``.
     """
 
+    names = ("count", "first", "second")
+
     def __init__(
         self, batch: tuple[int, ...], size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.count = torch.zeros(batch, dtype=torch.float64, device="cpu")
         self.first = torch.zeros(*batch, size, dtype=dtype, device=device)
         self.second = torch.zeros(*batch, size, size, dtype=dtype, device=device)
-
-    @classmethod
-    def of(cls, count: Tensor, first: Tensor, second: Tensor) -> Moment:
-        """The moment whose ``parts`` these are."""
-        made = cls((), 0, first.dtype, first.device)
-        made.count, made.first, made.second = count, first, second
-        return made
 
     @torch.no_grad()
     def add(self, rows: Tensor, at: int | None = None) -> None:
@@ -68,14 +78,6 @@ class Moment:
                     second[..., block, : block.stop] += found.to(second.device)
         count += rows.shape[-2]
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """The sums."""
-        return self.count, self.first, self.second
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the sums; what is added comes there."""
-        self.first, self.second = self.first.to(device), self.second.to(device)
-
     def finite(self) -> bool:
         """Whether no row held NaN or infinity."""
         return bool(self.first.isfinite().all())
@@ -92,7 +94,7 @@ def _blocks(size: int) -> Iterator[slice]:
     yield from (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-class Frequencies:
+class Frequencies(_Sums):
     """How often each row of a table is looked up; see ``Moment``.
 
     Attributes:
@@ -100,16 +102,11 @@ class Frequencies:
         second: (k,), of each row.
     """
 
+    names = ("count", "second")
+
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.count = torch.zeros((), dtype=torch.float64, device="cpu")
         self.second = torch.zeros(size, dtype=torch.float64, device=device)
-
-    @classmethod
-    def of(cls, count: Tensor, second: Tensor) -> Frequencies:
-        """The moment whose ``parts`` these are."""
-        made = cls(0, second.device)
-        made.count, made.second = count, second
-        return made
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
@@ -121,10 +118,6 @@ class Frequencies:
     def parts(self) -> tuple[Tensor, ...]:
         """The sums."""
         return self.count, self.second
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the sums; what is added comes there."""
-        self.second = self.second.to(device)
 
     def finite(self) -> bool:
         """Always: indices are."""

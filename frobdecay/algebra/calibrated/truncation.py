@@ -75,6 +75,10 @@ class Metric:
     mean: Tensor | None = None
     shrink: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.shrink <= 1:
+            raise ValueError(f"expected shrink between 0 and 1, got {self.shrink!r}")
+
     @torch.no_grad()
     def spectrum(self, weight: Tensor) -> Tensor:
         """Singular values of W L, largest first: the outputs' error at rank r is √Σ of the rest².

@@ -65,17 +65,6 @@ class Calibration:
         self._watch: Watch | None = None
         self._run: Sums | None = None
 
-    @property
-    def shrink(self) -> float:
-        """λ."""
-        return self._shrink
-
-    @shrink.setter
-    def shrink(self, shrink: float) -> None:
-        if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
-            raise ValueError(f"expected shrink between 0 and 1, got {shrink!r}")
-        self._shrink = float(shrink)
-
     # --- watching ---------------------------------------------------------------------------------
 
     @property

@@ -134,8 +134,8 @@ def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
                 f"{key[0]}, which it shares, and its own were not summed apart; calibrate one of "
                 "the two in a run of its own, with include="
             )
-        if tuple(batch) not in ((), view.batch):
-            return f"{view.pattern!r} joins matrices that were watched apart"
+        if batch != view.batch and (batch or key[1] == "outputs"):
+            return f"{view.pattern!r} joins or cuts the matrices that were watched"
     return None if parts else "it saw no input"
 
 
@@ -150,22 +150,9 @@ def _joined(
         assert isinstance(held, Moment)
         one = _Sum(*(part.to(W) for part in (held.count, held.first, held.full())))
         if key[1] == "outputs":
-            one = _blocks(one, W)
             one = one if b is None else one.without(b)
         elif by_outputs:
             one = one.through(W)
         total = one if total is None else total.plus(one)
     assert total is not None
     return "outputs" if by_outputs else "inputs", total
-
-
-def _blocks(total: _Sum, W: Tensor) -> _Sum:
-    """Of outputs as the rows of a batch of matrices (*batch, m, n)."""
-    *batch, m, _ = W.shape
-    if not batch or total.first.shape[:-1] == W.shape[:-2]:
-        return total
-    first = total.first.reshape(*batch, m)
-    count = total.number.expand(batch)
-    g = first[..., 0].numel()
-    second = total.second.reshape(g, m, g, m).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return _Sum(count, first, second.reshape(*batch, m, m))

@@ -26,12 +26,9 @@ from frobdecay.weights.layouts import is_kind
 
 EXPERTS = ("transformers.models.dbrx.*ExpertGLU", "transformers.models.*Experts")
 CONV1D = "transformers.pytorch_utils.Conv1D"
-_LAYERS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Embedding, nn.Bilinear, nn.MultiheadAttention),
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-_ALIKE = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame")
+KNOWN = ("torch.nn.", CONV1D.rpartition(".")[0], "timm.layers.linear", "timm.layers.conv2d_same")
+"""Where the forward passes are written that do with a weight what torch's layers do."""
+
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and result of a forward pass."""
 
@@ -87,8 +84,14 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
     holder = _attention(weight, tree)
     if holder is not None:
         return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]
-    if reason := _forward_of_its_own(module):
-        return reason
+    layout = weight.layout
+    if layout is not None and any(is_kind(module, kind) for kind in EXPERTS):
+        view = Matricization.of(layout.pattern, tuple(tensor.shape), layout.axes)
+        of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
+        size = min(view.rows, view.columns)
+        return [Probe(weight.name, module, of, size, view.batch, attribute=weight.attribute)]
+    if not type(module).forward.__module__.startswith(KNOWN):
+        return f"{type(module).__name__} has a forward of its own"
     if weight.attribute == "weight":
         if isinstance(module, nn.Linear) or is_kind(module, CONV1D):
             return [_linear(weight.name, module, tensor)]
@@ -100,23 +103,7 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
             return [Probe(weight.name, module, "rows", len(tensor), inputs=first)]
     if isinstance(module, nn.MultiheadAttention):
         return _packed(weight, module)
-    layout = weight.layout
-    if layout is not None and any(is_kind(module, kind) for kind in EXPERTS):
-        view = Matricization.of(layout.pattern, tuple(tensor.shape), layout.axes)
-        of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
-        size = min(view.rows, view.columns)
-        return [Probe(weight.name, module, of, size, view.batch, attribute=weight.attribute)]
     return f"the inputs of {type(module).__name__} are not watched"
-
-
-def _forward_of_its_own(module: nn.Module) -> str | None:
-    """Say that a subclass may not do what the layer of torch does that it is derived from."""
-    kinds = [kind for kind in _LAYERS if isinstance(module, kind)]
-    forwards = {kind.forward for kind in type(module).__mro__ if kind in kinds}
-    known = not kinds or type(module).forward in forwards
-    if known or any(is_kind(module, kind) for kind in _ALIKE):
-        return None
-    return f"{type(module).__name__} has a forward of its own"
 
 
 def _attention(weight: Weight, tree: Mapping[str, nn.Module]) -> nn.Module | None:

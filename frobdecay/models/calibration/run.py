@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import length_hint
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from frobdecay.models.calibration.calibration import Calibration
+from frobdecay.models.calibration.forward import default_forward, evaluating
 from frobdecay.models.calibration.probes import Probe, probes
 from frobdecay.models.calibration.watch import Mask
 from frobdecay.models.progress import Progress
@@ -44,7 +44,7 @@ def calibrate(
         >>> frobdecay.factorize(model, rank=4, init=stats).ranks
         {'0.weight': 4}
 
-    Runs the model on the batches, in evaluation mode and without gradients; nothing of it changes.
+    Runs the model in evaluation mode, without gradients; nothing of it changes.
 
     Args:
         model: any module, wrapped or not.
@@ -56,14 +56,12 @@ def calibrate(
             "decoder_" and the key for its decoder.
         include: what to watch, as for ``factorize``; by default all that it would take.
         exclude: what not to.
-        groups: passes over the batches, each for a part of the weights; after each the sums go to
-            the CPU. Bounds the memory on another device.
+        groups: passes over the batches, each for a part of the weights, then kept on the CPU.
         stats: a ``Calibration`` to add to.
         progress: as for ``factorize``.
 
     Raises:
-        TypeError, ValueError: no batches, or not as many in a later pass; NaN or infinity; a weight
-            on the meta device; nothing to watch.
+        TypeError, ValueError: no batches, NaN or infinity, the meta device, or nothing to watch.
     """
     walk = Walk(model)
     found = Calibration() if stats is None else stats
@@ -71,32 +69,33 @@ def calibrate(
     found.parallel = _is_data_parallel(walk)
     if batches is not None:
         _check_passes(batches, groups)
-        with Progress(_length(batches) * groups, progress, "calibrating") as bar, evaluating(model):
-            _run(model, batches, forward or default_forward, mask, groups, found, bar)
+        with (
+            Progress(length_hint(batches) * groups, progress, "calibrating") as bar,
+            evaluating(model),
+        ):
+
+            def act(batch: Any) -> None:
+                found.mask = _mask(model, batch, mask)
+                (forward or default_forward)(model, batch)
+                bar.advance(1)
+
+            _run(batches, act, groups, found)
     return found
 
 
 def _run(
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], object],
-    mask: MaskOf,
-    groups: int,
-    found: Calibration,
-    bar: Progress,
+    batches: Iterable[Any], act: Callable[[Any], None], groups: int, found: Calibration
 ) -> None:
     """Pass over the batches, for one part of the probes after the other."""
-    probes, counts = found.probes, list[int]()
-    step = -(-len(probes) // groups)
+    whole, counts = found.probes, list[int]()
+    step = -(-len(whole) // groups)
     try:
-        for start in range(0, len(probes), step):
-            found.probes, count = probes[start : start + step], 0
+        for start in range(0, len(whole), step):
+            found.probes, count = whole[start : start + step], 0
             with found:
                 for count, batch in enumerate(batches, 1):
-                    found.mask = _mask(model, batch, mask)
-                    forward(model, batch)
+                    act(batch)
                     found.check(f"batch {count}")
-                    bar.advance(1)
                 counts.append(count)
                 if count != counts[0]:
                     raise ValueError(
@@ -105,7 +104,7 @@ def _run(
             if groups > 1:
                 found.sums.to("cpu")
     finally:
-        found.probes = probes
+        found.probes = whole
 
 
 def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[str, str]]:
@@ -151,42 +150,6 @@ def _check_passes(batches: Iterable[Any], groups: int) -> None:
             f"groups={groups} passes over the batches, but an iterator has one; give a list or a "
             "loader"
         )
-
-
-def _length(batches: Iterable[Any]) -> int:
-    """Number of batches; 0 if it is not known."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return 0
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout and running statistics, for a while."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def default_forward(model: nn.Module, batch: Any) -> object:
-    """Run a model on a batch as data loaders make them."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return model(**{name: moved(value) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        batch = batch[0]
-    return model(moved(batch))
 
 
 def _mask(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:

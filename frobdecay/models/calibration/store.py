@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from frobdecay.algebra.calibrated.moment import Frequencies, Moment
 from frobdecay.models.calibration.sums import Sums
 from frobdecay.models.checkpoints.files import (
     FilePath,
@@ -64,9 +64,7 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
             with readable(path) as name:
                 tensors = torch.load(name, map_location="cpu", weights_only=True)
             text = tensors.pop(HEADER, None)
-        except OSError:
-            raise
-        except Exception as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
     try:
         said = json.loads(text)
@@ -78,7 +76,8 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
         sums.shared = {name: {keys[k]: n for k, n in met} for name, met in said["shared"].items()}
         for k, key in enumerate(keys):
             parts = [tensors[f"{k}.{i}"] for i in range(2 if key[1] == "rows" else 3)]
-            sums.moments[key] = (Frequencies if key[1] == "rows" else Moment).of(*parts)
+            sums.moments[key] = sums.empty((key[1], (), 0), "cpu")
+            sums.moments[key].become(*parts)
         return sums, {"shrink": said["shrink"], "unwatched": said["unwatched"]}
     except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error

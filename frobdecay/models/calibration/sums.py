@@ -61,7 +61,7 @@ class Sums:
         if moment is None:
             device = rows.device if self.device is None else self.device
             size = probe.size if of == "rows" else rows.shape[-1]
-            moment = self.moments[key] = self._empty((of, probe.batch, size), device)
+            moment = self.moments[key] = self.empty((of, probe.batch, size), device)
         if isinstance(moment, Moment):
             moment.add(rows, at)
         else:
@@ -73,7 +73,7 @@ class Sums:
     def to(self, device: torch.device | str) -> None:
         """Move the sums; what comes is added there, too."""
         for moment in self.moments.values():
-            moment.to(device)
+            moment.become(moment.count, *(part.to(device) for part in moment.parts()[1:]))
 
     def join(self, other: Sums) -> None:
         """Add what another run summed."""
@@ -86,7 +86,8 @@ class Sums:
                     mine += theirs.to(mine.device)
         self._count(other.calls, other.shared)
 
-    def _empty(self, shape: _Shape, device: torch.device | str) -> Moment | Frequencies:
+    def empty(self, shape: _Shape, device: torch.device | str) -> Moment | Frequencies:
+        """A moment of nothing."""
         of, batch, size = shape
         with torch.inference_mode(False):  # to be added to outside of it, too
             if of == "rows":
@@ -113,7 +114,7 @@ class Sums:
                     raise ValueError(f"{key[0]} has other shapes in other processes")
             self._count(calls, shared)
         for key in sorted(joined):
-            moment = self.moments.get(key) or self._empty(joined[key], self.device or "cpu")
+            moment = self.moments.get(key) or self.empty(joined[key], self.device or "cpu")
             self.moments[key] = moment
             for part in moment.parts():
                 sent = part.to(_reduced_on(part.device, group))

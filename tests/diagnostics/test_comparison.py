@@ -1,0 +1,77 @@
+"""Comparison: errors of layers alone, in place and of the model, on any form of it."""
+
+import copy
+
+import pytest
+import torch
+from cases import seeded
+from torch import nn
+
+from frobdecay import compare, factorize, merge, unroll
+
+
+def pair(seed=0):
+    """A model, and a deep copy whose first layer is factorized."""
+    torch.manual_seed(seed)
+    original = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), nn.Linear(8, 4))
+    model = copy.deepcopy(original)
+    factorize(model, rank={"0": 3})
+    return model, original
+
+
+BATCHES = [torch.randn(9, 12, generator=seeded(k)) for k in (1, 2)]
+
+
+@pytest.mark.parametrize("form", [lambda model: None, merge, unroll])
+def test_errors_are_those_of_the_outputs(form):
+    """Factorized, merged and unrolled; later layers only pass the first one's error on."""
+    model, original = pair()
+    form(model)
+    found = compare(model, original, BATCHES)
+    x = torch.cat(BATCHES)
+    with torch.no_grad():
+        y, other = original(x), model(x)
+        first, second = original[0](x), model[0](x)
+    assert found.error == pytest.approx(float((y - other).norm() / y.norm()), rel=1e-5)
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(y, other).mean()), rel=1e-5)
+    layer = found.layers[0]
+    assert layer.name == "0"
+    assert layer.alone == pytest.approx(float((first - second).norm() / first.norm()), rel=1e-5)
+    assert layer.error == pytest.approx(layer.alone, rel=1e-5)
+    assert [row.name for row in found.layers[1:]] == ["2", "3"]
+    assert all(row.alone < 1e-6 < row.error for row in found.layers[1:])
+    assert not any(m._forward_hooks for one in (model, original) for m in one.modules())
+
+
+def test_it_prints_and_is_drawn(tmp_path):
+    """With what it costs."""
+    found = compare(*pair(), BATCHES)
+    text = str(found)
+    assert "layer" in text
+    assert "the model" in text
+    assert "MB" in text
+    assert found.nbytes[1] < found.nbytes[0]
+    assert all(seconds > 0 for seconds in found.seconds)
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "layers.svg")
+    assert (tmp_path / "layers.svg").stat().st_size > 1000
+
+
+def test_what_cannot_be_compared_is_refused():
+    """By name."""
+    model, original = pair()
+    with pytest.raises(ValueError, match="empty or exhausted"):
+        compare(model, original, [])
+    with pytest.raises(ValueError, match="expected a tensor"):
+        compare(model, original, BATCHES, lambda model, batch: None)
+
+    def halves(one, batch):
+        return one[:1](batch) if one is model else one(batch)
+
+    with pytest.raises(ValueError, match="2 ran in the original and not in the model"):
+        compare(
+            model,
+            original,
+            BATCHES,
+            lambda m, b: halves(m, b) @ torch.ones(halves(m, b).shape[-1], 1),
+        )
