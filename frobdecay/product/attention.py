@@ -377,17 +377,17 @@ _REASONS = {
     "biases": "biases of its own between the factors",
     "": "",
 }
+_TABLE = files(__package__).joinpath("families.csv")
 TRANSFORMERS: dict[str, tuple[str, str, str]] = {
     f"transformers.models.{row['type']}": (
         row["layout"], _REASONS[row["scores"]], _REASONS[row["outputs"]]
     )
-    for row in csv.DictReader(files(__package__).joinpath("families.csv").open(encoding="utf-8"))
+    for row in csv.DictReader(_TABLE.read_text("utf-8").splitlines())
 }  # fmt: skip
 """Full name of a type of transformers -> its layout, and what is between the factors.
 
-A type is in the table because a test read the same products off its own forward; another that
-looks like it is left alone until it is tested. "|" stands between layouts, for modules of one
-type where the first is not there.
+A type is in the table because a test read the same products off its own forward. "|" stands
+between layouts, for modules of one type where the first is not there.
 """
 _READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     nn.MultiheadAttention: _multihead,

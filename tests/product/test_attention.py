@@ -1,6 +1,7 @@
 """Attention: which products it has, their decay, and balancing that changes no output."""
 
 import copy
+import pathlib
 import re
 
 import pytest
@@ -20,7 +21,7 @@ from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product import find
-from frobdecay.product.attention import Attention, linear, provider
+from frobdecay.product.attention import TRANSFORMERS, Attention, linear, provider
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
 from frobdecay.product.find import left_alone, products, register_products
@@ -378,6 +379,17 @@ def test_attention_that_is_left_alone_is_listed_with_the_reason(monkeypatch):
     assert any("d.encoder.layers.0.self_attn.query_key" in line for line in lines)
     register_products(LatentAttention)(lambda module, name: ())
     assert "a" not in dict(left_alone(model))
+
+
+def test_the_list_in_the_docs_is_the_table():
+    """Every model, in the row of its layout, and how many types there are."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "attention.md").read_text("utf-8")
+    assert f"in {len(TRANSFORMERS)} attention types of transformers" in page
+    models: dict[str, set[str]] = {}
+    for name, (layout, *_) in TRANSFORMERS.items():
+        models.setdefault(layout.replace("|", "or"), set()).add(name.split(".")[2])
+    listed = re.findall(r"^\| `(.+)` \| (.+) \|$", page, re.MULTILINE)
+    assert {layout: set(names.split(", ")) for layout, names in listed} == models
 
 
 def test_types_known_by_name_are_left_alone_where_they_are_not_as_they_were():
