@@ -105,7 +105,10 @@ def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     """Plan for a model of the file's weights, dense, and note in the rows what is planned."""
     known = {row.name: row for row in rows if row.matrix}
     rest = checkpoint.total - sum(row.parameters for row in known.values())
-    shapes = {name: torch.empty(row.shape, device="meta") for name, row in known.items()}
+    shapes = {
+        name: torch.empty(row.shape, dtype=torch.float32, device="meta")
+        for name, row in known.items()
+    }
     made = skeleton(checkpoint.path, shapes, rest)
     plan = made.plan(None, None, ratio=ratio)
     for entry in plan.rows:

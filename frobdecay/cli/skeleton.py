@@ -72,7 +72,9 @@ def skeleton(path: str, weights: Mapping[str, Tensor], rest: int) -> Skeleton:
         layer = name.removesuffix(".weight") or name
         names[f"{layer}.weight"] = name
         _put(model, layer.split("."), _layer(tensor))
-    model.register_parameter("rest", nn.Parameter(torch.empty(rest, device="meta")))
+    model.register_parameter(
+        "rest", nn.Parameter(torch.empty(rest, dtype=torch.float32, device="meta"))
+    )
     return Skeleton(model, names, [])
 
 

@@ -10,8 +10,6 @@ in one head and to none in the others, is x (W_o W_v)ᵀ of that head. Rotary em
 of position 0 there, normalizations are taken out, gates are half open: what is left is what the
 weights multiply to. The modules are made from their configurations, with other numbers of query
 heads, of key heads, of tokens, and other sizes of heads.
-
-Run as a script, it tries all layouts that are known on the types of transformers that are not.
 """
 
 from __future__ import annotations
