@@ -71,8 +71,8 @@ def norms_above(grams: Tensor) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> norms_above(torch.stack([torch.eye(5), torch.diag(torch.tensor([4.0, 1, 1, 1, 0]))]))
-        tensor([1.0000, 2.0000])
+        >>> norms_above(torch.diag_embed(torch.tensor([[1.0] * 5, [4, 1, 1, 1, 0]]).double()))
+        tensor([1.0000, 2.0000], dtype=torch.float64)
     """
     info, r = torch.finfo(grams.dtype), grams.shape[-1]
     size = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)

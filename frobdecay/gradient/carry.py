@@ -91,6 +91,8 @@ class Carried:
         Args:
             model: factorized; a dense weight that it still holds keeps its place, too.
         """
+        if not self._moves:
+            return
         kept = {id(param) for param in model.parameters()}
         names = {id(param): name for name, param in model.named_parameters()}
         for optimizer, dense, factors, states in self._moves:

@@ -621,7 +621,7 @@ def test_training_with_frobenius_decay(kind):
     for decay in (0.0, 0.1):
         twin = copy.deepcopy(model)
         base = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=decay)
-        optimizer = FrobeniusDecay(base, twin)
+        optimizer = FrobeniusDecay(base, twin, decay=decay)
         losses = []
         for _ in range(20):
             loss = nn.functional.cross_entropy(twin(x), y)
