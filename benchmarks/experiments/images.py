@@ -198,6 +198,12 @@ class ImageTrial(Training):
         """Of SGD, whose decay is coupled."""
         return float(self.protocol.momentum)
 
+    @property
+    def coefficient(self) -> float:
+        """λ as the arm's decay scales it."""
+        scale = DECAYS[self.arm.decay]
+        return float(self.protocol.weight_decay) * (1.0 if scale is None else scale(self.kept))
+
     def __init__(
         self,
         out: Path,

@@ -116,6 +116,11 @@ class Training:
         self.recorder = Recorder(products) if products else None
         self._record()
 
+    @property
+    def coefficient(self) -> float:
+        """λ; 0 for arms that do not read the protocol's."""
+        return 0.0 if "weight_decay" in self.arm.blind else float(self.protocol.weight_decay)
+
     # --- what a subclass says ---------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
@@ -155,7 +160,7 @@ class Training:
         for batch in self.batches():
             self.set_rate()
             lasting = 1 - self.momentum
-            self.shrinkage += self.rate() * self.protocol.weight_decay / lasting
+            self.shrinkage += self.rate() * self.coefficient / lasting
             with self._autocast():
                 loss = self.compute_loss(*batch)
             self.optimizer.zero_grad()

@@ -197,6 +197,9 @@ def _replace(
 ) -> None:
     """Put the factors where a weight is in a group, behind it if that stays."""
     places = [k for k, param in enumerate(group["params"]) if param is dense]
+    if places and not group.get("frobenius_decay", 1.0):
+        # What a wrapper gave a group that held no factors: these decay as their weight did.
+        del group["frobenius_decay"]
     for k in places:
         span = slice(k + 1 if keep else k, k + 1)
         group["params"][span] = factors

@@ -44,8 +44,8 @@ _DECOUPLED = {
         ADOPT AdEMAMix AdaBelief AdaBound AdaDelta AdaGC AdaGO AdaHessian AdaMax AdaMod AdaMuon
         AdaNorm AdaPNM AdaTAM Adai Adalite AdamC AdamG AdamMini AdamP AdamWSN Adan AggMo Aida
         Alice Ano AvaGrad BCOS CAME Conda DASH DeMo DiffGrad DistributedMuon DualAdam EXAdam
-        EmoFact EmoLynx EmoNavi Fira GaLore Grams GrokFastAdamW Kate Kron LaProp Lamb Lion
-        Lookahead MADGRAD MARS Muon MuonClip NorMuon NovoGrad OrthoGrad PAdam PID PNM QHAdam QHM
+        EmoFact EmoLynx EmoNavi Fira FlashAdamW GaLore Grams GrokFastAdamW Kate Kron LaProp Lamb
+        Lion Lookahead MADGRAD MARS Muon MuonClip NorMuon NovoGrad OrthoGrad PAdam PID PNM QHAdam QHM
         RACS RAdam ROSE SCION SCIONLight SGDSaI SGDW SOAP SPAM SWATS SaRA ScalableShampoo Shampoo
         SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere StableAdamW StableSPAM TAM Tiger VSGD
         Yogi""",
@@ -74,6 +74,7 @@ _REASONS = {
 }
 # Options by which decoupled decay is something else than lr·λ.
 _MODIFIERS = (
+    "decouple_lr",
     "fixed_decay",
     "stable_weight_decay",
     "wd_schedule",

@@ -43,7 +43,6 @@ NETWORK = ("DeMo", "DistributedMuon")  # ask for a process group
 REFUSED = {
     "AdaLOMO": "it updates in the backward pass",
     "BSAM": "it multiplies every gradient by its weight_decay",
-    "FlashAdamW": "got 'initial_lr' in a param group",
     "LOMO": "it updates in the backward pass",
 }
 # Have no decoupled decay, with the reason's first words.

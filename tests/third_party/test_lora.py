@@ -429,7 +429,7 @@ def wrapped(model: nn.Module, decay: float = 0.1, lora: str = "delta", lr: float
     """AdamW around all parameters, frozen ones too, as many scripts pass them."""
     base = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     found = model if lora == "delta" else frobdecay.products(model, lora="full")
-    return frobdecay.FrobeniusDecay(base, found)
+    return frobdecay.FrobeniusDecay(base, found, decay=None if decay else 0.0)
 
 
 def steps(model: nn.Module, optimizer, inputs: dict, number: int) -> list[float]:

@@ -1,7 +1,6 @@
 """factorize, merge and unroll on models of transformers."""
 
 import copy
-import dataclasses
 
 import pytest
 
@@ -556,10 +555,10 @@ def test_initializing_an_initialized_model_changes_nothing(family):
 
 
 @pytest.mark.covers("P17")
-@column("init_weights", refused=True)
+@column("init_weights")
 @pytest.mark.parametrize("family", families())
-def test_initializing_factorized_weights_in_place_is_refused(family):
-    """What ``init_weights`` does to a module that it takes for new."""
+def test_factors_are_no_weights_to_be_initialized(family):
+    """``init_weights`` leaves them as they are, in a module that it takes for new."""
     model, inputs = MODELS[family]()
     factorize(model, rank=4)
     expected = logits(model, inputs)
@@ -568,8 +567,7 @@ def test_initializing_factorized_weights_in_place_is_refused(family):
     for module in (held, held.parametrizations):
         for parameter in module.parameters():
             parameter._is_hf_initialized = False
-    with pytest.raises(RuntimeError, match="got a factored weight"):
-        model._init_weights(held)
+    model._init_weights(held)
     assert torch.equal(logits(model, inputs), expected)
 
 
@@ -657,7 +655,5 @@ def test_a_plan_is_repeated_on_a_copy(family):
     twin = copy.deepcopy(model)
     plan = factorize(model, ratio=0.6)
     again = factorize(twin, rank=plan.ranks)
-    assert [dataclasses.astuple(r) for r in again.rows] == [
-        dataclasses.astuple(r) for r in plan.rows if r.rank is not None
-    ]
+    assert list(again.rows) == [row for row in plan.rows if row.rank is not None]
     torch.testing.assert_close(twin.state_dict(), model.state_dict())
