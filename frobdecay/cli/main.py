@@ -116,7 +116,7 @@ def _merge(commands: Any) -> Any:
     merge.add_argument(
         "out", metavar="OUT", help=f"*.safetensors, *{', *'.join(TORCH)}, or a new folder"
     )
-    merge.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    merge.add_argument("--force", action="store_true", help="replace OUT if it is a file")
     merge.set_defaults(run=merging.run)
     return merge
 

@@ -63,12 +63,21 @@ class Carried:
         several = () if optimizers is None else optimizers
         self._optimizers = [several] if isinstance(several, Optimizer) else list(several)
         self._moves: list[tuple[Optimizer, Tensor, list[Tensor], list[dict[str, Any]]]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
         # The parameters as they were: modules hold the factors by the time that these are mapped.
         self._before = [(place, getattr(place[1], place[2])) for place in places if several]
         for optimizer in self._optimizers:
             _check_optimizer(optimizer)
             for (name, _, _), dense in self._before:
                 _check_state(optimizer, name, dense)
+        for (name, _, _), dense in self._before:
+            held = any(_holds(optimizer, dense) for optimizer in self._optimizers)
+            if not held and dense.requires_grad:
+                raise ValueError(
+                    f"{name}: expected the optimizer that trains it, got one that does not hold "
+                    f"its parameter {tuple(dense.shape)}: hand over all optimizers of the model, "
+                    "in a list, or freeze what none of them trains"
+                )
 
     def map(self) -> None:
         """Compute the state of all factors, which are in the weights' places now.
@@ -84,6 +93,11 @@ class Carried:
                     with naming(name):
                         states = _mapped(optimizer, dense, held[0], factors)
                     self._moves.append((optimizer, dense, factors, states))
+            if dense.grad is not None and self._optimizers:
+                with naming(name):  # of a backward pass whose step is still to come
+                    self._pending += zip(
+                        factors, _linear(dense.grad, held[0], factors), strict=True
+                    )
 
     def commit(self, model: nn.Module) -> None:
         """Give the factors the weights' places in the param groups; nothing of this can fail.
@@ -103,6 +117,8 @@ class Carried:
             for factor, state in zip(factors, states, strict=True):
                 if state:
                     optimizer.state[factor] = state
+        for factor, gradient in self._pending:
+            factor.grad = gradient
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -120,6 +136,11 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _check_state(optimizer: Optimizer, name: str, dense: Tensor) -> None:
     """Refuse an optimizer that keeps of this weight what is not known."""
+    if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+        raise ValueError(
+            f"{name}: expected an optimizer that keeps something for each weight, got an LBFGS "
+            "that has stepped: its history is of all weights at once; build a new one afterwards"
+        )
     rules = _rules(optimizer)
     unknown = sorted(map(str, optimizer.state.get(dense, {}).keys() - rules.keys()))
     if unknown and _holds(optimizer, dense):

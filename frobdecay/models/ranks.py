@@ -55,8 +55,8 @@ def plan_ranks(
         model: any module.
         ratio: parameters to keep, between 0 and 1: of all of the model's, or, with ``include``, of
             those of the weights that it selects. The nearest that can be attained is. Without
-            ``include`` some weights stay dense, see ``budget/kept.py``: the first and the last and
-            embeddings, where they are a small part of what is kept, and the smallest others.
+            ``include`` some weights stay dense, see ``budget/kept.py``: the first and the last,
+            where they are a small part of what is kept, and the smallest others.
         rank: as for ``factorize``; obeyed also where it does not pay.
         energy: the smallest rank that keeps this share of each ‖W‖_F², above 0 and at most 1.
         tolerance: instead of ``ratio``, the smallest that raises the loss of the dense model by

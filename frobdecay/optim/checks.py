@@ -190,7 +190,8 @@ def plan_wrapping(
             "expected an optimizer without a learning-rate scheduler, got 'initial_lr' in a param "
             "group: wrapping divides groups, of which the scheduler would not know; wrap the "
             "optimizer first, then build the scheduler on the wrapper, or give factors a group of "
-            "their own when building the optimizer: frobdecay.split_param_groups"
+            "their own when building the optimizer: frobdecay.split_param_groups. In the middle of "
+            "a training remove 'initial_lr' from the groups, wrap, and build the scheduler anew"
         )
     if decay is None and not any(
         key in group

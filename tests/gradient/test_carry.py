@@ -242,6 +242,12 @@ def fails(matrix, rank, depth=0):
 
 
 BAD = {
+    "of another model": (
+        lambda m: torch.optim.SGD([nn.Parameter(torch.ones(2))], momentum=0.9),
+        {},
+        ValueError,
+    ),
+    "history of all": (lambda m: torch.optim.LBFGS(m.parameters()), {}, ValueError),
     "no optimizer": (lambda m: 3, {}, TypeError),
     "no optimizer in a list": (lambda m: [m], {}, TypeError),
     "unknown": (lambda m: torch.optim.Adamax(m.parameters()), {}, ValueError),
@@ -266,15 +272,51 @@ def test_what_cannot_be_carried_is_refused_before_anything_changes(case):
     weight, optimizer = model[0].weight, make(model)
     known = isinstance(optimizer, torch.optim.Optimizer)
     if known:
-        model(torch.randn(3, 8)).square().mean().backward()
-        optimizer.step()
+        x = torch.randn(3, 8)
+
+        def loss():
+            optimizer.zero_grad()
+            value = model(x).square().mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
         before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(error):
         frobdecay.factorize(model, rank=2, optimizer=optimizer, **options)
     assert model[0].weight is weight
     if known:
-        assert optimizer.param_groups[0]["params"][0] is weight
+        assert len(optimizer.param_groups[0]["params"]) == len(before["param_groups"][0]["params"])
         torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_pending_gradient_is_carried_over():
+    """Half of an accumulated gradient before, half after: the step has both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(3, 8).double()).square().sum().backward()
+    dense = model[0].weight.grad.clone()
+    frobdecay.factorize(model, rank=2, include="0", optimizer=optimizer)
+    U, V = model[0].parametrizations.weight.parameters()
+    torch.testing.assert_close(U.grad, dense @ V)
+    torch.testing.assert_close(V.grad, dense.T @ U)
+    frozen = nn.Sequential(nn.Linear(8, 6)).requires_grad_(False)
+    frobdecay.factorize(frozen, rank=2, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_factors_decay_as_their_weight_did_in_a_second_factorization():
+    """λ 0 in the group of a wrapped optimizer was of a group without factors."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    for layer in ("0", "1"):
+        frobdecay.factorize(model, rank=2, include=layer, optimizer=base)
+        wrapped = frobdecay.FrobeniusDecay(base, model)
+    decays = {
+        id(p): group["frobenius_decay"] for group in wrapped.param_groups for p in group["params"]
+    }
+    assert {decays[id(p)] for q in wrapped.products for p in q.params} == {0.5}
+    assert {decays[id(layer.bias)] for layer in model} == {0.0}
 
 
 def test_a_wrapper_is_refused_by_name():
