@@ -45,10 +45,10 @@ _DECOUPLED = {
         AdaNorm AdaPNM AdaTAM Adai Adalite AdamC AdamG AdamMini AdamP AdamWSN Adan AggMo Aida
         Alice Ano AvaGrad BCOS CAME Conda DASH DeMo DiffGrad DistributedMuon DualAdam EXAdam
         EmoFact EmoLynx EmoNavi Fira FlashAdamW GaLore Grams GrokFastAdamW Kate Kron LaProp Lamb
-        Lion Lookahead MADGRAD MARS Muon MuonClip NorMuon NovoGrad OrthoGrad PAdam PID PNM QHAdam
-        QHM RACS RAdam ROSE SCION SCIONLight SGDSaI SGDW SOAP SPAM SWATS SaRA ScalableShampoo Shampoo
-        SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere StableAdamW StableSPAM TAM Tiger VSGD
-        Yogi""",
+        Lion Lookahead MADGRAD MARS Muon MuonClip NorMuon NovoGrad OrthoGrad PAdam PID PNM
+        QHAdam QHM RACS RAdam ROSE SCION SCIONLight SGDSaI SGDW SOAP SPAM SWATS SaRA
+        ScalableShampoo Shampoo SignSGD SimplifiedAdEMAMix SophiaH SpectralSphere StableAdamW
+        StableSPAM TAM Tiger VSGD Yogi""",
     "timm": """
         AdaBelief AdafactorBigVision Adahessian AdamP AdamWLegacy LaProp Lion Mars Muon NAdamW
         NvNovoGrad RAdamLegacy RMSpropTF SGDW""",
