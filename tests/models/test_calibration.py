@@ -208,6 +208,52 @@ def test_a_tensor_that_was_written_to_is_another():
     torch.testing.assert_close(4 * q, v)
 
 
+@pytest.mark.parametrize("how", ["numpy", "data", "same"])
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_batches_in_one_tensor_are_counted_each(how, own_loop):
+    """Refilled where nobody counts it, or the same again; q, k and v still share."""
+    model, data = Attention(), correlated(5, 10, 16)
+    x = torch.empty(10, 16)
+    x = torch.from_numpy(x.numpy()) if how == "numpy" else x
+
+    def batches():
+        for one in data:
+            if how == "numpy":
+                x.numpy()[:] = one.numpy()
+            elif how == "data":
+                x.data.copy_(one)
+            yield data[0] if how == "same" else x
+
+    if own_loop:
+        with torch.no_grad(), calibrate(model) as stats:
+            for batch in batches():
+                model(batch)
+    else:
+        stats = calibrate(model, batches())
+    (moment,) = [m for (_, of), m in stats.sums.moments.items() if of == "inputs"]
+    rows = (data[:1].expand(5, -1, -1) if how == "same" else data).reshape(-1, 16).double()
+    assert moment.count == 50
+    torch.testing.assert_close(moment.full(), rows.mT @ rows, rtol=1e-4, atol=1e-4)
+    factorize(model, rank=2, init=stats)
+
+
+def test_masks_of_one_tensor_count_each():
+    """One after the other, and at once for two weights."""
+    model, x = Attention(), correlated(2, 3, 16)
+    one, two = torch.ones(2, 3).tril(), torch.ones(2, 3)
+    with torch.no_grad(), calibrate(model) as stats:
+        for stats.mask in (one, two):
+            model(x)
+    (moment,) = [m for (_, of), m in stats.sums.moments.items() if of == "inputs"]
+    assert moment.count == one.sum() + two.sum()
+    with torch.no_grad(), calibrate(model) as stats:
+        stats.mask = {"q.*": one, "*": two}
+        model(x)
+    counts = {name: m.count.item() for (name, of), m in stats.sums.moments.items()}
+    assert counts["q.weight"] == one.sum()
+    assert counts["v.weight"] == two.sum()
+
+
 def test_inference_mode_shares_nothing_and_sums_the_same():
     """There, nobody counts who writes to a tensor."""
     model, batches, _ = made("shared input")

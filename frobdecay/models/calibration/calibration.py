@@ -80,7 +80,7 @@ class Calibration:
     def mask(self, mask: Mask) -> None:
         if self._watch is None:
             raise RuntimeError("expected to set mask inside of `with stats:`, where a model runs")
-        self._watch.mask = mask
+        self._watch.count(mask)
 
     def __enter__(self) -> Calibration:
         if self._watch is not None:

@@ -3,9 +3,11 @@
 Note [shared inputs]. Queries, keys and values multiply one tensor, gate and up projections another:
 its moment is taken once, by the weight that meets it first, and the others note that they met it,
 too. A tensor is the same if it has the same memory, which is still alive, the same shape and
-strides, and was not written to since. Each weight counts how many calls of another's moment it
-shares; sharing all of them, the moment is its own. (Under ``inference_mode`` tensors do not count
-who writes to them, and every weight takes its own.)
+strides, was not written to since, and the same of its rows count. A weight that meets it a second
+time is in another call, whose tensor may have been filled anew where nobody counts it, as by numpy:
+all is summed again. Each weight counts how many calls of another's moment it shares; sharing all of
+them, the moment is its own. (Under ``inference_mode`` tensors do not count who writes to them, and
+every weight takes its own.)
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ _weakly: Any = reductions.StorageWeakRef
 
 @dataclass
 class _Seen:
-    """A tensor that was summed: as it was then, into which moment, and who met it."""
+    """A tensor that was met: as it was then, who met it, and which moment its inputs went into."""
 
     version: int
-    key: Key
+    mask: Tensor | None  # kept alive, for the place is told by its id
     names: set[str]
+    key: Key | None = None
 
 
 class Watch:
@@ -72,6 +75,11 @@ class Watch:
             else:
                 hook = self._hook(some)
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def count(self, mask: Mask) -> None:
+        """Say which rows count from now on; what was met until now was in another batch."""
+        self.mask = mask
+        self._live.clear()
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -111,36 +119,41 @@ class Watch:
         """Sum the inputs, or note that they were; whether either was done."""
         if inputs is None:
             return False
-        seen, place = self._seen(inputs)
-        known = seen.get(place)
-        if known is not None and known.version == _version(inputs):
-            if probe.name not in known.names:
-                known.names.add(probe.name)
-                self._sums.note(probe.name, known.key)
-            return True
-        if probe.of == "inputs":
-            key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
-            seen[place] = _Seen(_version(inputs), key, {probe.name})
-        return probe.of == "inputs"
+        mask = self._mask(probe)
+        seen, place = self._seen(inputs, mask)
+        known, version = seen.get(place), _version(inputs)
+        if known is None or known.version != version or probe.name in known.names:
+            known = seen[place] = _Seen(version, mask, set())
+        known.names.add(probe.name)
+        if known.key is not None:
+            self._sums.note(probe.name, known.key)
+        elif probe.of == "inputs":
+            known.key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
+        return known.key is not None
+
+    def _mask(self, probe: Probe) -> Tensor | None:
+        """Which rows of what a probe meets count."""
+        mask = self.mask
+        if isinstance(mask, Mapping):
+            return next((one for glob, one in mask.items() if fnmatchcase(probe.name, glob)), None)
+        return mask
 
     def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
         """(…, k) as rows that count."""
-        mask = self.mask
-        if isinstance(mask, Mapping):
-            fits = (one for glob, one in mask.items() if fnmatchcase(probe.name, glob))
-            mask = next(fits, None)
+        mask = self._mask(probe)
         if mask is not None and tensor.shape[: mask.ndim] == mask.shape and tensor.ndim > mask.ndim:
             tensor = tensor[mask.to(tensor.device, torch.bool)]
         return tensor.reshape(-1, tensor.shape[-1])
 
-    def _seen(self, tensor: Tensor) -> tuple[dict[Any, _Seen], Any]:
-        """What was summed in this memory, and where in it the tensor lies."""
+    def _seen(self, tensor: Tensor, mask: Tensor | None) -> tuple[dict[Any, _Seen], Any]:
+        """What was met in this memory, and where in it the tensor lies, with which mask."""
         if tensor.is_inference():
             return {}, None
         storage: Any = _weakly(tensor.untyped_storage())
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         _, seen = self._live.setdefault(storage.cdata, (storage, {}))
-        return seen, (tensor.storage_offset(), tensor.shape, tensor.stride())
+        masked = None if mask is None else (id(mask), _version(mask))
+        return seen, (tensor.storage_offset(), tensor.shape, tensor.stride(), masked)
 
 
 def _version(tensor: Tensor) -> int:
