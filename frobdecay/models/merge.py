@@ -174,8 +174,8 @@ def unroll(model: nn.Module) -> nn.Module:
                 compiled: Any = parent
                 compiled.__setstate__(compiled.__getstate__())
     for weight in chosen:
-        chain = chains[id(weight.module)]
-        remember(list(weight.module.parameters()), list(chain.parameters()))
+        module, chain = weight.module, chains[id(weight.module)]
+        remember({module: [*module.parameters()]}, {module: [*chain.parameters()]})
     return chains.get(id(model), model)
 
 

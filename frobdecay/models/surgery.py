@@ -6,7 +6,7 @@ parametrize or merge one would then break the other. ``own_class`` parts them fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -74,11 +74,14 @@ def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
         VERSION.bump()
 
 
-def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Those of the modules themselves, and of their parametrizations."""
-    own = [p for module in modules for p in module._parameters.values() if p is not None]
-    held = [one for module in modules for one in lists_of(module).values()]
-    return [*own, *(param for one in held for param in one.parameters())]
+def _parameters(modules: Iterable[nn.Module]) -> dict[Hashable, list[Tensor]]:
+    """Module and attribute -> its parameter, or those of its parametrization."""
+    found: dict[Hashable, list[Tensor]] = {}
+    for module in modules:
+        own = {name: [p] for name, p in module._parameters.items() if p is not None}
+        held = {name: [*one.parameters()] for name, one in lists_of(module).items()}
+        found |= {(id(module), name): params for name, params in {**own, **held}.items()}
+    return found
 
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], list[tuple[dict[str, Any], Any]]]:

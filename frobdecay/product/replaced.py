@@ -8,35 +8,42 @@ remembered, for as long as anybody has it, and steps of optimizers are looked at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
-
-_Successors = list[TensorWeakRef]
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 _replaced = WeakTensorKeyDictionary()  # -> what took its place
+_clear = WeakIdKeyDictionary()  # optimizers without any of these -> how many they held then
 _hook: Any = None
 
 
-def remember(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-    """Remember which parameters of some modules gave way to others.
+def remember(
+    before: Mapping[Hashable, Sequence[Tensor]], after: Mapping[Hashable, Sequence[Tensor]]
+) -> None:
+    """Remember which parameters gave way to others, weight by weight.
 
     Args:
-        before: all that the modules had.
-        after: all that they have now.
+        before: weight -> its parameters, of all that may have changed.
+        after: the same, as it is now.
     """
     global _hook
-    had, have = set(map(id, before)), set(map(id, after))
-    successors = [TensorWeakRef(param) for param in after if id(param) not in had]
-    for param in before if successors else ():
-        if id(param) not in have:
-            _replaced[param] = successors
-            _hook = _hook or register_optimizer_step_pre_hook(_look)
+    had, have = ({id(p) for params in side.values() for p in params} for side in (before, after))
+    found: dict[int, tuple[Tensor, list[TensorWeakRef]]] = {}
+    for weight, params in before.items():
+        successors = [TensorWeakRef(p) for p in after.get(weight, ()) if id(p) not in had]
+        for param in params if successors else ():
+            if id(param) not in have:
+                found.setdefault(id(param), (param, []))[1].extend(successors)  # tied ones: of all
+    for param, successors in found.values():
+        _replaced[param] = successors
+    if found:
+        _clear.clear()
+        _hook = _hook or register_optimizer_step_pre_hook(_look)
 
 
 def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -46,19 +53,24 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """
     if torch.compiler.is_compiling() or not len(_replaced):
         return
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _clear.get(optimizer) == count:  # type: ignore[no-untyped-call]
+        return
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    known: dict[int, list[Tensor]] = {}
-    stale = []
+    stale, waits = [], False
     for param, successors in [*_replaced.items()]:  # type: ignore[no-untyped-call]
-        if id(successors) not in known:
-            known[id(successors)] = [new for ref in successors if (new := ref()) is not None]
-        news = known[id(successors)]
+        news = [new for ref in successors if (new := ref()) is not None]
         if any(id(new) in held for new in news):
             del _replaced[param]  # this optimizer knows
-        elif id(param) in held and param.grad is None and any(map(_trained, news)):
-            stale.append(param)
+        elif id(param) in held:
+            if param.grad is None and any(map(_trained, news)):
+                stale.append(param)
+            else:
+                waits = True
     for param in stale:
         del _replaced[param]
+    if not waits:
+        _clear[optimizer] = count
     if stale:
         warnings.warn(
             f"{type(optimizer).__name__} holds {len(stale)} parameters that are in the model no "

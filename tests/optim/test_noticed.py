@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch import nn, optim
 
 import frobdecay
 from frobdecay import FrobeniusDecay, FrobeniusDecayFactory, Product
+from frobdecay.product import replaced
 
 NOTHING = "no product will decay: λ is taken over from the factors' weight_decay"
 STEPPED = "was stepped that a FrobeniusDecay was put around"
@@ -246,6 +248,52 @@ def test_an_optimizer_of_parameters_that_are_gone_is_told(change):
     optimizer.step()  # once
     fresh = optim.SGD(model.parameters(), lr=0.1)
     fresh.step()
+
+
+@pytest.mark.parametrize("stale_first", [True, False])
+@pytest.mark.parametrize("apart", [True, False], ids=["two models", "one layer"])
+def test_one_of_two_optimizers_that_was_not_rebuilt_is_told(stale_first, apart):
+    """Of every weight it is known what took its place: what the other holds does not excuse it."""
+    model = nn.ModuleDict({"G": _model(), "D": _model()}) if apart else nn.LSTM(6, 6)
+
+    def held(words):
+        word = words[0] if apart else words[1]
+        return [param for name, param in model.named_parameters() if word in name]
+
+    stale = optim.SGD(held(("D.", "hh")), lr=0.1)
+    frobdecay.factorize(model, rank=2)
+    fresh = optim.SGD(held(("G.", "ih")), lr=0.1)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for optimizer in ([stale, fresh] if stale_first else [fresh, stale]) * 2:
+            optimizer.step()
+    (told,) = said
+    assert re.search(f"holds {2 if apart else 1} parameters that are {REPLACED}", str(told.message))
+
+
+def test_optimizers_that_have_nothing_to_do_with_it_pay_next_to_nothing(monkeypatch):
+    """One look, linear in what is remembered; none afterwards, until more is replaced."""
+    calls = []
+    monkeypatch.setattr(replaced, "id", lambda one: calls.append(one) or id(one), raising=False)
+    count = 60
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+    dense = list(model.parameters())  # somebody keeps them
+    frobdecay.factorize(model, rank=1)
+    optimizer = optim.SGD([nn.Parameter(torch.ones(2)) for _ in range(3)], lr=0.1)
+    looks = []
+    for _ in range(3):
+        calls.clear()
+        optimizer.step()
+        looks.append(len(calls))
+    assert 0 < looks[0] < 10 * count
+    assert looks[1:] == [0, 0]
+    optimizer.add_param_group({"params": dense[0]})
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    with pytest.warns(UserWarning, match=f"holds 1 parameters that are {REPLACED}"):
+        optimizer.step()
 
 
 def _added(model):
