@@ -115,6 +115,21 @@ def test_what_has_no_gradient_stays_and_is_not_counted():
     torch.testing.assert_close(U.detach(), expected)
 
 
+def test_what_was_frozen_at_construction_trains_later():
+    """Its gradients are zeroed, and it is stepped once it has some."""
+    U, V = nn.Parameter(torch.ones(6, 1)), nn.Parameter(torch.ones(4, 1), requires_grad=False)
+    optimizer = Spectron(Product.of(U, V), lr=0.3)
+    U.grad = torch.ones_like(U)
+    optimizer.step()
+    assert torch.equal(V, torch.ones_like(V))
+    V.requires_grad_(True)
+    V.grad = torch.ones_like(V)
+    optimizer.step()
+    assert (V < 1).all()
+    optimizer.zero_grad()
+    assert V.grad is None
+
+
 def test_it_learns_and_is_wrapped_for_decay():
     """Decoupled, by its own group's rate; the weight decay of the factors is taken over."""
     torch.manual_seed(0)

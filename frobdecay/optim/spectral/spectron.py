@@ -126,7 +126,8 @@ class Spectron(Optimizer):
             "decoupled_weight_decay": True,
         }
         _check(defaults)
-        params = {id(p): p for product in found for p in product.params if p.requires_grad}
+        # Frozen ones too: they train once they have gradients.
+        params = {id(p): p for product in found for p in product.params}
         for product in found:
             for param in product.params:
                 if param.dtype in HALF:
