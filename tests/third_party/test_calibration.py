@@ -155,16 +155,41 @@ def test_queries_keys_and_values_are_counted_once():
     assert not [name for name in summed if "EncDecAttention.v" in name]
 
 
-def test_padding_is_left_out_of_encoder_and_decoder():
-    """Each has a mask of its own."""
-    model, batches = dense("T5")
-    ids = batches[0]["input_ids"]
-    mask = torch.ones_like(ids).tril(2)
-    batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": mask}
-    batch["decoder_attention_mask"] = mask.flip(0)
-    stats = calibrate(model, [batch], exclude="*relative_attention_bias")
-    counts = {name: moment.count.item() for (name, _), moment in stats.sums.moments.items()}
-    assert {round(count) for count in counts.values()} == {int(mask.sum())}
-    stats = calibrate(model, [{**batch, "decoder_attention_mask": None}])
-    block = "decoder.block.0.layer.0.SelfAttention"
-    assert stats.sums.moments[f"{block}.q.weight", "inputs"].count == ids.numel()
+@pytest.mark.parametrize("length", [None, 3])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("family", ["T5", "BART"])
+def test_padding_is_left_out_of_encoder_and_decoder(family, length, masked):
+    """Each has a mask of its own; keys and values of the encoder's states have the encoder's."""
+    if family == "BART":
+        config = transformers.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+        )
+        model, cross = transformers.BartModel(config), ".encoder_attn."
+        ids = torch.arange(3, 19).view(2, 8)
+    else:
+        model, batches = dense("T5")
+        ids, cross = batches[0]["input_ids"], ".EncDecAttention."
+    mask, own = torch.ones_like(ids).tril(2), torch.ones_like(ids).tril(1)[:, :length]
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :length], "attention_mask": mask}
+    if masked:
+        batch["decoder_attention_mask"] = own
+    exclude = None if family == "BART" else "*relative_attention_bias*"
+    blocks = "*coder.layers.*" if family == "BART" else "*coder.block.*"
+    stats = calibrate(model, [batch], include=blocks, exclude=exclude)
+    seen = set()
+    for (name, _), moment in stats.sums.moments.items():
+        part = name.partition(cross)[2]
+        seen.add(part)
+        encoder = "encoder." in name.partition("layer")[0] or part[:1] in ("k", "v")
+        expected = mask.sum() if encoder else own.sum() if masked else own.numel()
+        assert moment.count == expected, name
+    assert any(part.startswith("k") for part in seen)
+    assert any(part.startswith("q") for part in seen)
+    factorize(model, rank=2, init=stats, include=blocks, exclude=exclude)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from frobdecay.models.calibration.calibration import Calibration
@@ -17,6 +18,15 @@ from frobdecay.models.select import Walk, Weight, select
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.names import Selector
 from frobdecay.weights.layouts import is_kind
+
+CROSS = tuple(
+    f"*decoder.*{attention}.*"
+    for attention in (
+        *(f"{name}*.[kv]*" for name in ("EncDecAttention", "encoder_attn", "enc_attn", "cross")),
+        "cross*.c_attn",  # GPT-2's keys and values
+    )
+)
+"""Weights of decoders that multiply what the encoder puts out."""
 
 MaskOf = str | Callable[[Any], Mask] | None
 
@@ -53,7 +63,7 @@ def calibrate(
             or a tuple the first, and anything else as it is, on the model's device.
         mask: the batch's key for a mask of padding, or a function of the batch that returns what
             ``Calibration.mask`` takes; None to count padding. An encoder–decoder takes
-            "decoder_" and the key for its decoder.
+            "decoder_" and the key for its decoder, but for keys and values of the encoder's states.
         include: what to watch, as for ``factorize``; by default all that it would take.
         exclude: what not to.
         groups: passes over the batches, each for a part of the weights, then kept on the CPU.
@@ -162,5 +172,17 @@ def _mask(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
     if not isinstance(found, Tensor) or found.ndim != 2:
         return None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"*decoder.*": batch.get(f"decoder_{mask}"), "*": found}
+        own = _decoder_mask(batch, mask)
+        inside = None if own is None else (own, found)  # what has another length is the encoder's
+        return {**dict.fromkeys(CROSS, found), "*decoder.*": inside, "*lm_head.*": own, "*": found}
     return found
+
+
+def _decoder_mask(batch: Mapping[str, Any], mask: str) -> Tensor | None:
+    """Which rows of a decoder count: all that are known to be its own, if the batch has no mask."""
+    found = batch.get(f"decoder_{mask}")
+    if isinstance(found, Tensor):
+        return found
+    given = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    own = next((one for one in given if isinstance(one, Tensor) and one.ndim > 1), None)
+    return None if own is None else torch.ones(own.shape[:2], dtype=torch.bool)

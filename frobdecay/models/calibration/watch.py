@@ -27,9 +27,9 @@ from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.product.names import naming
 
-Mask = Tensor | Mapping[str, Tensor | None] | None
+Mask = Tensor | Mapping[str, Tensor | tuple[Tensor, ...] | None] | None
 """Rows that count, (batch, length) of booleans; or globs of weights' names, the first of which that
-fits says which; None for all."""
+fits says which, or which several, of which the first counts whose shape fits; None for all."""
 
 _weakly: Any = reductions.StorageWeakRef
 
@@ -119,7 +119,7 @@ class Watch:
         """Sum the inputs, or note that they were; whether either was done."""
         if inputs is None:
             return False
-        mask = self._mask(probe)
+        mask = self._mask(probe, inputs)
         seen, place = self._seen(inputs, mask)
         known, version = seen.get(place), _version(inputs)
         if known is None or known.version != version or probe.name in known.names:
@@ -131,17 +131,20 @@ class Watch:
             known.key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
         return known.key is not None
 
-    def _mask(self, probe: Probe) -> Tensor | None:
-        """Which rows of what a probe meets count."""
+    def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
+        """Which rows of a tensor that a probe meets count."""
         mask = self.mask
         if isinstance(mask, Mapping):
-            return next((one for glob, one in mask.items() if fnmatchcase(probe.name, glob)), None)
-        return mask
+            fits = (one for glob, one in mask.items() if fnmatchcase(probe.name, glob))
+            mask = next(fits, None)
+        several = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
+        shape = tensor.shape[:-1]
+        return next((one for one in several if shape[: one.ndim] == one.shape), None)
 
     def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
         """(…, k) as rows that count."""
-        mask = self._mask(probe)
-        if mask is not None and tensor.shape[: mask.ndim] == mask.shape and tensor.ndim > mask.ndim:
+        mask = self._mask(probe, tensor)
+        if mask is not None:
             tensor = tensor[mask.to(tensor.device, torch.bool)]
         return tensor.reshape(-1, tensor.shape[-1])
 
