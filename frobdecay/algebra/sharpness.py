@@ -67,7 +67,7 @@ def norms_above(grams: Tensor) -> Tensor:
         grams: (..., r, r), float32 or better.
 
     Returns:
-        (...); 0 of zeros, and NaN where an entry is not finite or its square overflows.
+        (...); 0 of zeros, infinity where the diagonal overflowed, and NaN where it has a NaN.
 
     Examples:
         >>> import torch
@@ -75,12 +75,16 @@ def norms_above(grams: Tensor) -> Tensor:
         tensor([1.0000, 2.0000], dtype=torch.float64)
     """
     info, r = torch.finfo(grams.dtype), grams.shape[-1]
-    size = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    unit = grams / size.clamp_min(info.tiny)
+    top = grams.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]  # no entry is larger
+    top = top.clamp_min(info.tiny)
+    unit = grams / top  # first, because the squares of large entries overflow
+    size = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+    unit = unit / size.clamp_min(info.tiny)
     fourth = torch.linalg.matrix_power(unit, 4)
     eighth = fourth @ fourth
     mean, square = (power.square().sum((-2, -1)) / r for power in (fourth, eighth))
     spread = (square - mean.square()).clamp_min(0) + 4 * info.eps * square
     largest = mean + ((r - 1) * spread).sqrt()
-    found: Tensor = size[..., 0, 0].sqrt() * largest.pow(1 / 16)
-    return found
+    found: Tensor = (top.sqrt() * size.sqrt())[..., 0, 0] * largest.pow(1 / 16)
+    # Of finite factors too large for a Gram, whose other entries may be infinity less infinity.
+    return torch.where(top[..., 0, 0].isinf(), torch.inf, found)

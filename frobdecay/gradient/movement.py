@@ -1,8 +1,7 @@
-"""How far factors move in a step, and taking a part of that back.
+"""How far factors move in a step, from a copy of them that is made before it.
 
-A copy of the factors is made before the step, one buffer for many of them. After it the copy
-becomes what they have lost, old − new, and a share of that is added to them again: where the
-share is zero, the step stays as it is, bit for bit.
+One buffer holds the copies of many. They stay as they are: of a step that is 10⁸ times a factor,
+new + (old − new) has nothing left of old.
 """
 
 from __future__ import annotations
@@ -47,14 +46,17 @@ class Movement:
         return [self._copies.get(k) for k in range(self._factors)]
 
     @torch.no_grad()
-    def lost(self, held: Sequence[Tensor]) -> list[Tensor | None]:
-        """Old − new of every factor, None of those that may not move; once, in the copies."""
+    def steps(self, held: Sequence[Tensor]) -> list[Tensor | None]:
+        """New − old of every factor, as the copies are; None of those that may not move."""
         alike: dict[object, list[int]] = defaultdict(list)
         for k, copy in self._copies.items():
             alike[copy.device, held[k].dtype].append(k)
+        found: list[Tensor | None] = [None] * self._factors
         for members in alike.values():
-            torch._foreach_sub_([self._copies[k] for k in members], [held[k] for k in members])
-        return self.copies()
+            now, then = [held[k] for k in members], [self._copies[k] for k in members]
+            for k, step in zip(members, torch._foreach_sub(now, then), strict=True):
+                found[k] = step
+        return found
 
 
 def norms_of(grams: Grams, wanted: Collection[int]) -> dict[int, Tensor]:

@@ -102,8 +102,9 @@ class FrobeniusDecay(OptimizerProxy):
     all factors of a product keep the same share, found from their norms; see
     ``optim/spectral/bound.py`` for the inequality. β is the option ``"step_bound"`` of the factors'
     groups. For chains of matrices, for each head by itself; costs a copy of the factors during
-    the step, and nothing is kept from one step to the next. Of half-precision parameters the
-    bound holds before they are rounded.
+    the step, at its end as much for what they moved by, and nothing is kept from one step to the
+    next. A step too large to be measured, of about 10¹⁹ in float32, is left out. Of half-precision
+    parameters the bound holds before they are rounded.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, built after the model was factorized.

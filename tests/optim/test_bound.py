@@ -195,6 +195,17 @@ def test_norms_are_never_below(r, dtype):
     assert (found <= exact * 1.05).all()
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1.0, 1e19, 1e30, 1e38])
+def test_norms_of_any_size(size):
+    """In float32; infinite where the Gram is, no number where a factor has none."""
+    found = norms_above(torch.eye(4) * size)
+    assert found.item() == pytest.approx(size**0.5, rel=1e-3)
+    large = 1e25 * torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    assert norms_above(large.mT @ large) == torch.inf
+    assert norms_above((large * torch.nan).mT @ large).isnan()
+    assert norms_above(torch.zeros(3, 3)) == 0
+
+
 def test_the_bound_is_near_along_a_training():
     """σ₁ of every factor to 2 %, at every step."""
     torch.manual_seed(0)
@@ -302,6 +313,50 @@ def test_half_precision_moves_in_expectation():
     after = [t.detach().double() for t in tensors]
     far = torch.linalg.matrix_norm(after[0] @ after[1].T - before[0] @ before[1].T, 2).item()
     assert 0.8 * 25 < far < 1.2 * 25  # of steps in one direction, with an inequality that is tight
+
+
+@pytest.mark.parametrize("size", [10.0**k for k in [*range(13), 18, 19, 20, 25, 37]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["pair", "deep", "adapter"])
+def test_a_step_that_explodes_is_bounded(kind, dtype, size):
+    """However large a finite gradient is, W is where it was but for the bound and rounding."""
+    generator = seeded(0)
+    shapes = [(32, 4), *[(4, 4)] * (kind == "deep"), (32, 4)]
+    tensors = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    if kind == "adapter":
+        nn.init.zeros_(tensors[0])
+    product = Product.of(*tensors)
+    optimizer = FrobeniusDecay(optim.SGD(tensors, lr=1.0), product, decay=0, bound=0.01)
+    before = [t.detach().double() for t in tensors]
+    for t in tensors:
+        t.grad = (size * torch.randn(t.shape, generator=generator)).to(dtype)
+    optimizer.step()
+    after = [t.detach().double() for t in tensors]
+    total = prod(torch.linalg.matrix_norm(t, 2).item() for t in before)
+    far = torch.linalg.matrix_norm(chained(after) - chained(before), 2).item()
+    slack = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    assert far <= 0.01 * (1 + 1e-4) + slack * total
+    if dtype == torch.float32 and size <= 1e12 and kind != "deep":  # whose products overflow
+        assert far > 1e-4
+
+
+def chained(factors):
+    """U M … Vᵀ."""
+    *left, last = factors
+    return torch.linalg.multi_dot([*left, last.T])
+
+
+def test_an_infinite_proposal_shows():
+    """A step that the base has made infinite is not hidden by leaving it out."""
+    net = Net()
+    optimizer = FrobeniusDecay(
+        optim.SGD(net.parameters(), lr=0.1), net.products(), bound=0.5, decay=0
+    )
+    net.loss().backward()
+    net.U.grad[0, 0] = torch.inf
+    optimizer.step()
+    assert not net.U.isfinite().all()
+    assert not any(p.isnan().any() for p in (net.P, net.Q, *net.others()))
 
 
 def test_nan_goes_where_the_base_would_have_put_it():

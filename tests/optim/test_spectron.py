@@ -174,6 +174,23 @@ def test_it_resumes_bit_for_bit(way):
     assert_identical(steps(net, optimizer), steps(again, resumed))
 
 
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e25, 1e37])
+def test_gradients_that_explode_leave_numbers(size):
+    """The direction of a momentum that is too large for its Gram is left out."""
+    generator = seeded(0)
+    U, V = (nn.Parameter(torch.randn(n, 3, generator=generator)) for n in (8, 7))
+    optimizer = Spectron(Product.of(U, V), lr=0.3)
+    before = (U @ V.T).detach()
+    for factor in (U, V):
+        factor.grad = size * torch.randn(factor.shape, generator=generator)
+    optimizer.step()
+    assert torch.linalg.matrix_norm((U @ V.T).detach() - before, 2) <= 1.2**3 * 0.3
+    U.grad = V.grad = None
+    U.grad = torch.full_like(U, torch.nan)
+    optimizer.step()
+    assert U.isnan().any()
+
+
 def test_refused():
     """What is no matrix, half precision, other groups, options out of their range."""
     product = PRODUCTS["pair"](torch.float64)

@@ -13,7 +13,8 @@ keeps it within b. One s scales all factors of a product: the direction of the s
 is, and a step that is small enough is not touched. Janson, Oyallon & Belilovsky (2026,
 arXiv:2602.12429) bound a pair's step so where both updates are orthogonal and equally long; here
 they are measured. The norms come from Grams and from above (``norms_above``), and b is in units
-of the learning rate.
+of the learning rate. What is written is C + sΔC, from the copy of C, however much longer ΔC is
+than C. Where a finite ΔC is too large for its Gram, s is 0: the step is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from frobdecay.product.product import Product
 class StepBound:
     """The bound of one step: made before it, applied after it.
 
-    It holds a copy of the factors, in float32 at least, as long as the step takes.
+    It holds a copy of the factors, in float32 at least, as long as the step takes; and after it,
+    as long as their Grams take, what they have moved by.
 
     Args:
         accumulator: of the products; refreshed.
@@ -80,25 +82,28 @@ class StepBound:
         accumulator = self._accumulator
         params = accumulator.refresh()  # the base may have put other memory in their place
         held = accumulator.held()
-        lost = self._movement.lost(held)
-        moves = [k for k, part in enumerate(lost) if part is not None]
-        moved = norms_of(accumulator.grams(lost), moves)
+        copies = self._movement.copies()
+        moves = [k for k, copy in enumerate(copies) if copy is not None]
+        moved = norms_of(accumulator.grams(self._movement.steps(held)), moves)
         norms, steps = (
-            accumulator.rows([known.get(k) for k in range(len(lost))])
+            accumulator.rows([known.get(k) for k in range(len(copies))])
             for known in (self._norms, moved)
         )
         found = shares(accumulator.products, norms, steps, self._limits)
         half: list[tuple[Tensor, Tensor]] = []
         for k in moves:
-            part, share = lost[k], found[self._product[k]]
-            assert part is not None
+            old, share = copies[k], found[self._product[k]]
+            assert old is not None
             assert share is not None
-            beyond = accumulator.spread(k, 1 - share)
-            beyond = beyond.reshape(*beyond.shape, *(1 for _ in range(part.ndim - beyond.ndim)))
-            if part.dtype == held[k].dtype:
-                held[k].addcmul_(part, beyond)
+            share = accumulator.spread(k, share).to(old.dtype)
+            share = share.reshape(*share.shape, *(1 for _ in range(old.ndim - share.ndim)))
+            cut = share < 1  # not where it is no number: what the base has made of it stays
+            if old.dtype == held[k].dtype:
+                held[k].copy_(torch.where(cut, old.lerp_(held[k], share), held[k]))
             else:
-                half.append((params[k] if is_sharded(params[k]) else held[k], part.mul_(beyond)))
+                part = torch.where(cut, (held[k] - old) * share, 0)
+                held[k].copy_(torch.where(cut, old, held[k]))
+                half.append((params[k] if is_sharded(params[k]) else held[k], part))
         rounder.add_([own for own, _ in half], [part for _, part in half])
 
 
@@ -117,7 +122,8 @@ def shares(
         limits: of ‖ΔW‖₂ with the scale in W.
 
     Returns:
-        (*batch) for every product, None where there is no limit or no factor moves.
+        (*batch) for every product, None where there is no limit or no factor moves; NaN where a
+        norm is, 0 where one is infinite.
     """
     alike: dict[object, list[int]] = defaultdict(list)
     for k, limit in enumerate(limits):
@@ -128,10 +134,11 @@ def shares(
     for members in alike.values():
         linear, rest = reach([norms[k] for k in members], [moved[k] for k in members])
         within = _limits([products[k] for k in members], [limits[k] for k in members], linear)
-        root = (linear.square() + 4 * rest * within).sqrt()
+        whole = linear + rest  # of no limit where a norm is no number: the share is none, too
+        root = torch.hypot(linear, 2 * rest.sqrt() * within**0.5)  # squares would overflow
         part = 2 * within / (linear + root).clamp_min(torch.finfo(linear.dtype).tiny)
-        fits = linear + rest <= within  # not where a norm is not a number: the share is none, too
-        each = torch.where(fits, 1.0, part)
+        part = torch.where(whole.isinf(), 0.0, part)
+        each = torch.where(whole <= within, 1.0, part)
         for k, share in zip(members, each.unbind(), strict=True):
             found[k] = share
     return found
@@ -148,10 +155,16 @@ def reach(
         c = torch.stack([size for size in sizes if size is not None])
         zero = torch.zeros_like(c[0])
         d = torch.stack([zero if step is None else step for step in steps])
-        rest = rest * (c + d) + linear * d
-        linear = linear * c + whole * d
-        whole = whole * c
+        rest = _times(rest, c + d) + _times(linear, d)
+        linear = _times(linear, c) + _times(whole, d)
+        whole = _times(whole, c)
     return linear, rest
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a·b of numbers of at least 0, and 0 of zero and infinity: what is not there moves nothing."""
+    found = a * b
+    return torch.where(found.isnan(), torch.minimum(a, b), found)  # which is NaN where one is
 
 
 def smallest(limits: Sequence[Coefficient | None]) -> Coefficient | None:

@@ -47,7 +47,7 @@ def orthogonalizers(grams: Tensor, steps: int = 5) -> Tensor:
         steps: of the iteration X ← X (a + b XᵀX + c (XᵀX)²), which begins with M / ‖M‖_F.
 
     Returns:
-        (..., r, r); of zeros finite.
+        (..., r, r); of zeros finite, and 0 where the Gram of a finite M overflowed.
 
     Examples:
         >>> import torch
@@ -60,7 +60,9 @@ def orthogonalizers(grams: Tensor, steps: int = 5) -> Tensor:
     eye = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
     square = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # ‖M‖_F²
     square = square.clamp_min(torch.finfo(grams.dtype).tiny ** 0.5)
-    gram, found = grams / square, square.rsqrt() * eye
+    # Infinite are squares of more than about 10¹⁹: such a step is left out, as 1/∞ is 0.
+    gram = torch.where(square.isinf(), 0.0, grams / square)
+    found = square.rsqrt() * eye
     for _ in range(steps):
         step = a * eye + b * gram + c * (gram @ gram)
         found = found @ step
