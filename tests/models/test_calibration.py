@@ -470,6 +470,34 @@ def test_moments_are_saved_loaded_and_added_to(name, file, tmp_path):
         assert a.error == (None if b.error is None else pytest.approx(b.error, rel=1e-4))
 
 
+@pytest.mark.parametrize("file", ["moments.safetensors", "moments.pt", None])
+@pytest.mark.parametrize("changed", ["weight", "bias"])
+def test_outputs_of_a_weight_that_changed_are_refused(changed, file, tmp_path):
+    """Those of inputs are as good as ever, and so is a rounded weight."""
+    torch.manual_seed(0)
+    model, wide = nn.Sequential(nn.Linear(16, 8)), nn.Sequential(nn.Linear(8, 16))
+    x = correlated(30, 16)
+    for one, data, refused in ((model, x, True), (wide, x[:, :8], False)):
+        stats = calibrate(one, [data])
+        if file is not None:
+            stats.save(tmp_path / file)
+            stats = Calibration.load(tmp_path / file)
+        factorize(copy.deepcopy(one).bfloat16(), rank=2, init=stats)
+        rounded = calibrate(copy.deepcopy(one).bfloat16(), [data.bfloat16()])
+        factorize(copy.deepcopy(one), rank=2, init=rounded)
+        with torch.no_grad():
+            getattr(one[0], changed).mul_(1.001)
+        before = copy.deepcopy(one.state_dict())
+        if refused:
+            with pytest.raises(ValueError, match=r"0\.weight: .*calibrate again"):
+                factorize(one, rank=2, init=stats)
+            with pytest.raises(ValueError, match="calibrate again"):
+                calibrate(one, [data], stats=stats)
+            assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+        else:
+            factorize(one, rank=2, init=stats)
+
+
 @pytest.mark.parametrize("file", ["moments.safetensors", "moments.pt"])
 def test_files_of_something_else_are_refused(file, tmp_path):
     """By name."""

@@ -10,6 +10,7 @@ import torch
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
 from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
+from frobdecay.models.calibration.prints import check_same, print_of
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.store import read, write
 from frobdecay.models.calibration.sums import Sums
@@ -45,6 +46,7 @@ class Calibration:
         shrink: λ; may be set at any time.
         sums: the moments.
         probes: how more are taken.
+        weights: of which.
         unwatched: name of a weight -> why it has no moment.
         parallel: whether processes see each its own share of the batches, so that a run is summed
             over all of them when it is closed; set where the model is data parallel.
@@ -60,6 +62,7 @@ class Calibration:
             raise ValueError(f"expected sums in float64 or float32, got {dtype}")
         self.sums, self.shrink = Sums(dtype, device), shrink
         self.probes: list[Probe] = []
+        self.weights: list[Weight] = []
         self.unwatched: dict[str, str] = {}
         self.parallel = False
         self._watch: Watch | None = None
@@ -89,7 +92,14 @@ class Calibration:
             raise RuntimeError(
                 "this calibration watches no model; continue it with calibrate(model, stats=stats)"
             )
-        self._run = Sums(self.sums.dtype, self.sums.device)
+        by_outputs = {p.name.partition("#")[0] for p in self.probes if p.of == "outputs"}
+        run = Sums(self.sums.dtype, self.sums.device)
+        for weight in self.weights:
+            if weight.name in by_outputs:
+                check_same(weight.name, self.sums.prints.get(weight.name), weight)
+                found = print_of(weight)
+                run.prints |= {} if found is None else {weight.name: found}
+        self._run = run
         self._watch = Watch(self.probes, self._run)
         return self
 
@@ -144,7 +154,7 @@ class Calibration:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model."""
-        return {**self.__dict__, "probes": [], "_watch": None, "_run": None}
+        return {**self.__dict__, "probes": [], "weights": [], "_watch": None, "_run": None}
 
     def save(self, path: FilePath) -> None:
         """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.

@@ -12,6 +12,7 @@ from torch import Tensor
 from frobdecay.algebra.calibrated.moment import Moment
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
+from frobdecay.models.calibration.prints import check_same
 from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.models.select import Weight, bias_of
 
@@ -115,7 +116,7 @@ def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
     """Say why there is no moment that fits a weight.
 
     Raises:
-        ValueError: moments of another shape, or of only some of the calls.
+        ValueError: moments of another shape, of some of the calls, or of a weight that changed.
     """
     sizes = {"inputs": view.columns, "outputs": prod(view.matrix_shape[:-1]), "rows": view.rows}
     parts = _parts(sums, weight)
@@ -128,6 +129,8 @@ def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
                 f"{weight.name} has {expected} {key[1]}, but {size} were summed for {key[0]}: the "
                 "moments are of another model; calibrate this one"
             )
+        if key[1] == "outputs":
+            check_same(weight.name, sums.prints.get(key[0].partition("#")[0]), weight)
         if calls != sums.calls[key]:
             raise ValueError(
                 f"{weight.name} met {calls} of the {sums.calls[key]} inputs that were summed for "

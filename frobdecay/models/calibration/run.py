@@ -75,8 +75,8 @@ def calibrate(
     """
     walk = Walk(model)
     found = Calibration() if stats is None else stats
-    found.probes, found.unwatched = _watchable(walk, select(walk, include, exclude))
-    found.parallel = _is_data_parallel(walk)
+    found.weights, found.parallel = select(walk, include, exclude), _is_data_parallel(walk)
+    found.probes, found.unwatched = _watchable(walk, found.weights)
     if batches is not None:
         _check_passes(batches, groups)
         with (

@@ -40,6 +40,7 @@ def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
             "dtype": str(sums.dtype).rpartition(".")[2],
             "moments": [[*key, sums.calls[key]] for key in keys],
             "shared": shared,
+            "prints": sums.prints,
             **said,
         }
     )
@@ -74,6 +75,7 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
         keys = [(name, of) for name, of, _ in said["moments"]]
         sums.calls = {key: said["moments"][k][2] for k, key in enumerate(keys)}
         sums.shared = {name: {keys[k]: n for k, n in met} for name, met in said["shared"].items()}
+        sums.prints = said.get("prints", {})  # which older files lack
         for k, key in enumerate(keys):
             parts = [tensors[f"{k}.{i}"] for i in range(2 if key[1] == "rows" else 3)]
             sums.moments[key] = sums.empty((key[1], (), 0), "cpu")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frobdecay.algebra.calibrated.moment import Frequencies, Moment
+from frobdecay.models.calibration.prints import Print
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.product.factor import is_sharded
 
@@ -31,12 +32,14 @@ class Sums:
         moments: whose, of what -> the moment.
         calls: the same -> how many calls it sums.
         shared: name of a probe -> whose moment -> how many of those calls were its own, too.
+        prints: name of a weight whose outputs were summed -> its fingerprint then.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.moments: dict[Key, Moment | Frequencies] = {}
         self.calls: dict[Key, int] = {}
         self.shared: dict[str, dict[Key, int]] = {}
+        self.prints: dict[str, Print] = {}
         self.dtype, self.device = dtype, device
 
     @property
@@ -84,6 +87,7 @@ class Sums:
             else:
                 for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
                     mine += theirs.to(mine.device)
+        self.prints = {**other.prints, **self.prints}
         self._count(other.calls, other.shared)
 
     def empty(self, shape: _Shape, device: torch.device | str) -> Moment | Frequencies:
