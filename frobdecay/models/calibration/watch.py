@@ -133,10 +133,12 @@ class Watch:
 
     def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
         """Which rows of a tensor that a probe meets count."""
-        mask = self.mask
-        if isinstance(mask, Mapping):
-            fits = (one for glob, one in mask.items() if fnmatchcase(probe.name, glob))
+        given = self.mask
+        if isinstance(given, Mapping):
+            fits = (one for glob, one in given.items() if fnmatchcase(probe.name, glob))
             mask = next(fits, None)
+        else:
+            mask = given
         several = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
         shape = tensor.shape[:-1]
         return next((one for one in several if shape[: one.ndim] == one.shape), None)
