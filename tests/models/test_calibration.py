@@ -314,6 +314,26 @@ def test_padding_is_left_out():
     assert calibrate(model, [batch], mask=None).sums.moments["0.weight", "inputs"].count == 24
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_encoders_make_no_nested_tensors_while_they_are_watched():
+    """Of padded batches in evaluation mode, as torch's fast path does."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), correlated(2, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([[3], [5]])
+
+    def forward(model, x):
+        return model(x, src_key_padding_mask=padding)
+
+    assert model.use_nested_tensor
+    stats = calibrate(model, [x], forward, mask=lambda _: ~padding)
+    assert model.use_nested_tensor
+    assert {m.count.item() for m in stats.sums.moments.values()} == {8}
+    with pytest.raises(TypeError), calibrate(model):
+        model()
+    assert model.use_nested_tensor
+
+
 def test_a_model_is_as_it_was():
     """No hooks, no gradients, no statistics, no mode changed."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.matricize import Matricization
@@ -47,6 +48,7 @@ class Calibration:
         sums: the moments.
         probes: how more are taken.
         weights: of which.
+        modules: all of the model that is watched.
         unwatched: name of a weight -> why it has no moment.
         parallel: whether processes see each its own share of the batches, so that a run is summed
             over all of them when it is closed; set where the model is data parallel.
@@ -63,6 +65,7 @@ class Calibration:
         self.sums, self.shrink = Sums(dtype, device), shrink
         self.probes: list[Probe] = []
         self.weights: list[Weight] = []
+        self.modules: list[nn.Module] = []
         self.unwatched: dict[str, str] = {}
         self.parallel = False
         self._watch: Watch | None = None
@@ -100,7 +103,7 @@ class Calibration:
                 found = print_of(weight)
                 run.prints |= {} if found is None else {weight.name: found}
         self._run = run
-        self._watch = Watch(self.probes, self._run)
+        self._watch = Watch(self.probes, self._run, self.modules)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -154,7 +157,14 @@ class Calibration:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model."""
-        return {**self.__dict__, "probes": [], "weights": [], "_watch": None, "_run": None}
+        return {
+            **self.__dict__,
+            "probes": [],
+            "weights": [],
+            "modules": [],
+            "_watch": None,
+            "_run": None,
+        }
 
     def save(self, path: FilePath) -> None:
         """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.

@@ -73,9 +73,9 @@ def calibrate(
     Raises:
         TypeError, ValueError: no batches, NaN or infinity, the meta device, or nothing to watch.
     """
-    walk = Walk(model)
-    found = Calibration() if stats is None else stats
-    found.weights, found.parallel = select(walk, include, exclude), _is_data_parallel(walk)
+    walk, found = Walk(model), Calibration() if stats is None else stats
+    found.parallel = _is_data_parallel(walk)
+    found.weights, found.modules = select(walk, include, exclude), [*model.modules()]
     found.probes, found.unwatched = _watchable(walk, found.weights)
     if batches is not None:
         _check_passes(batches, groups)

@@ -50,12 +50,15 @@ class Watch:
     Args:
         probes: whose moments are taken.
         sums: where to.
+        modules: all of the model: encoders among them make no nested tensors until ``remove``.
 
     Attributes:
         mask: which rows count, of the tensors whose shape begins so.
     """
 
-    def __init__(self, probes: Iterable[Probe], sums: Sums) -> None:
+    def __init__(
+        self, probes: Iterable[Probe], sums: Sums, modules: Iterable[nn.Module] = ()
+    ) -> None:
         self._sums = sums
         self.mask: Mask = None
         self._live: dict[int, tuple[Any, dict[Any, _Seen]]] = {}
@@ -63,6 +66,14 @@ class Watch:
         for probe in probes:
             by_module[id(probe.module)].append(probe)
         self._hooks: list[Any] = []
+        self._nesting: list[Any] = [
+            module
+            for module in modules
+            if isinstance(module, nn.TransformerEncoder)
+            and getattr(module, "use_nested_tensor", False)
+        ]
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = False
         for some in by_module.values():
             module = some[0].module
             stacks = [probe for probe in some if probe.attribute]
@@ -83,6 +94,8 @@ class Watch:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = True
         for hook in self._hooks:
             hook.remove()
 
