@@ -185,4 +185,4 @@ def _decoder_mask(batch: Mapping[str, Any], mask: str) -> Tensor | None:
         return found
     given = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
     own = next((one for one in given if isinstance(one, Tensor) and one.ndim > 1), None)
-    return None if own is None else torch.ones(own.shape[:2], dtype=torch.bool)
+    return None if own is None else torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)
