@@ -77,6 +77,11 @@ def beside(matrix: Tensor, view: Tensor) -> Tensor:
     return matrix.reshape(*batch, *(1 for _ in range(view.ndim - matrix.ndim)), *matrix.shape[-2:])
 
 
+def in_front(numbers: Tensor, view: Tensor) -> Tensor:
+    """(*batch) with axes of length 1 behind, to be multiplied with (*batch, …)."""
+    return numbers.reshape(*numbers.shape, *(1 for _ in range(view.ndim - numbers.ndim)))
+
+
 def check_coefficient(coef: Coefficient, what: str) -> None:
     """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
     if isinstance(coef, Tensor):

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from frobdecay.algebra.precision import Coefficient, beside, full_precision
+from frobdecay.algebra.precision import Coefficient, beside, full_precision, in_front
 from frobdecay.gradient.backends import BACKENDS, Choice, grams_of, select
 from frobdecay.gradient.bucketed import Grams, Job
 from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
-from frobdecay.gradient.sharded import Exchange, Sent, exchanges, localized
+from frobdecay.gradient.sharded import Exchange, exchanges, localized
 from frobdecay.product.factor import TABLE, is_sharded, place_of
 from frobdecay.product.product import (
     Product,
@@ -77,14 +77,7 @@ class Accumulator:
             (self._share(members), BACKENDS[name].prepare([jobs[k] for k in sorted(members)]))
             for (name, _), members in together.items()
         ]
-        self._exchanges = [
-            ([apart[i] for i in members], exchange)
-            for members, exchange in exchanges([self.products[k] for k in apart])
-        ]
-        self.choices += [
-            Choice(Exchange.name, tuple(members), exchange.reason)
-            for members, exchange in self._exchanges
-        ]
+        self._plan_exchanges(apart)
         self._devices = {factor.param.device.type for factor in factors}
         self._squared_scales = [p.scale**2 for p in self.products for _ in p.factors]
         self._plain = all(
@@ -109,6 +102,23 @@ class Accumulator:
             (factor, part_of(factor.param).data_ptr())
             for factor in factors
             if is_sharded(factor.param)
+        ]
+
+    def _plan_exchanges(self, apart: Sequence[int]) -> None:
+        """Of products that no process has whole."""
+        self._exchanges = [
+            ([apart[i] for i in members], exchange)
+            for members, exchange in exchanges([self.products[k] for k in apart])
+        ]
+        self._sent = {  # factor -> what sends it, where it is exchanged, and its number there
+            k: (sent, j)
+            for members, exchange in self._exchanges
+            for at, sent in zip(members, exchange.sent, strict=True)
+            for j, k in enumerate(range(self._rows[at].start, self._rows[at].stop))
+        }
+        self.choices += [
+            Choice(Exchange.name, tuple(members), exchange.reason)
+            for members, exchange in self._exchanges
         ]
 
     def refresh(self) -> list[Tensor]:
@@ -269,28 +279,19 @@ class Accumulator:
             found.update(zip(left, grams_of([*left.values()]), strict=True))
         return found
 
-    def spread(self, k: int, numbers: Tensor) -> Tensor:
-        """A number for each entry of the batch, over what ``held`` has of factor k."""
-        sent, j = self._sent_of(k)
-        return numbers if sent is None else sent.spread(j, numbers)
+    def spread(self, k: int, numbers: Tensor, like: Tensor) -> Tensor:
+        """A number for each entry of the batch, to be multiplied with what ``held`` has of k."""
+        apart = self._sent.get(k)
+        return in_front(numbers if apart is None else apart[0].spread(apart[1], numbers), like)
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
         """What ``held`` would have of a tensor like factor k, times (*batch, r, r)."""
-        sent, j = self._sent_of(k)
         viewer = self._viewers[k]
-        if sent is not None or viewer is None:
-            assert sent is not None
+        if viewer is None:
+            sent, j = self._sent[k]
             return sent.times(j, tensor, matrix)
         view = viewer.view(part_of(tensor))
         return view @ beside(matrix, view)
-
-    def _sent_of(self, k: int) -> tuple[Sent | None, int]:
-        """What sends factor k, if it is exchanged, and its number there."""
-        for members, exchange in self._exchanges:
-            for at, sent in zip(members, exchange.sent, strict=True):
-                if self._rows[at].start <= k < self._rows[at].stop:
-                    return sent, k - self._rows[at].start
-        return None, 0
 
     def _numbered(
         self, members: Sequence[int], nested: Sequence[Sequence[Tensor]]

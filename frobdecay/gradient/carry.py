@@ -14,7 +14,7 @@ so that momentum is that of an optimizer that has had these factors from the beg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,18 @@ class Carried:
         self._moves: list[tuple[Optimizer, Tensor, list[Tensor], list[dict[str, Any]]]] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
         # The parameters as they were: modules hold the factors by the time that these are mapped.
-        self._before = [(place, getattr(place[1], place[2])) for place in places if several]
+        before = [(place, getattr(place[1], place[2])) for place in places if several]
         for optimizer in self._optimizers:
             _check_optimizer(optimizer)
-            for (name, _, _), dense in self._before:
-                _check_state(optimizer, name, dense)
-        for (name, _, _), dense in self._before:
-            held = any(_holds(optimizer, dense) for optimizer in self._optimizers)
-            if not held and dense.requires_grad:
+        held = [(one, _held(one)) for one in self._optimizers]
+        self._before = [
+            (place, dense, [one for one, params in held if id(dense) in params])
+            for place, dense in before
+        ]
+        for (name, _, _), dense, holders in self._before:
+            for optimizer in self._optimizers:
+                _check_state(optimizer, name, dense, optimizer in holders)
+            if not holders and dense.requires_grad:
                 raise ValueError(
                     f"{name}: expected the optimizer that trains it, got one that does not hold "
                     f"its parameter {tuple(dense.shape)}: hand over all optimizers of the model, "
@@ -85,19 +89,16 @@ class Carried:
         Raises:
             RuntimeError: it cannot be computed; no optimizer was changed.
         """
-        for (name, module, attribute), dense in self._before:
+        for (name, module, attribute), dense, holders in self._before:
             held = lists_of(module)[attribute]
             factors = list(held.parameters())
-            for optimizer in self._optimizers:
-                if _holds(optimizer, dense):
-                    with naming(name):
-                        states = _mapped(optimizer, dense, held[0], factors)
+            with naming(name):
+                for optimizer in holders:
+                    states = _mapped(optimizer, dense, held[0], factors)
                     self._moves.append((optimizer, dense, factors, states))
-            if dense.grad is not None and self._optimizers:
-                with naming(name):  # of a backward pass whose step is still to come
-                    self._pending += zip(
-                        factors, _linear(dense.grad, held[0], factors), strict=True
-                    )
+                if dense.grad is not None:  # of a backward pass whose step is still to come
+                    waiting = _linear(dense.grad, held[0], factors)
+                    self._pending += zip(factors, waiting, strict=True)
 
     def commit(self, model: nn.Module) -> None:
         """Give the factors the weights' places in the param groups; nothing of this can fail.
@@ -109,9 +110,11 @@ class Carried:
             return
         kept = {id(param) for param in model.parameters()}
         names = {id(param): name for name, param in model.named_parameters()}
-        for optimizer, dense, factors, states in self._moves:
+        for optimizer in self._optimizers:
+            new = {id(dense): factors for one, dense, factors, _ in self._moves if one is optimizer}
             for group in optimizer.param_groups:
-                _replace(group, dense, factors, names, keep=id(dense) in kept)
+                _replace(group, new, names, kept)
+        for optimizer, dense, factors, states in self._moves:
             if id(dense) not in kept:
                 optimizer.state.pop(dense, None)
             for factor, state in zip(factors, states, strict=True):
@@ -134,7 +137,7 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
-def _check_state(optimizer: Optimizer, name: str, dense: Tensor) -> None:
+def _check_state(optimizer: Optimizer, name: str, dense: Tensor, holds: bool) -> None:
     """Refuse an optimizer that keeps of this weight what is not known."""
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
         raise ValueError(
@@ -143,7 +146,7 @@ def _check_state(optimizer: Optimizer, name: str, dense: Tensor) -> None:
         )
     rules = _rules(optimizer)
     unknown = sorted(map(str, optimizer.state.get(dense, {}).keys() - rules.keys()))
-    if unknown and _holds(optimizer, dense):
+    if unknown and holds:
         raise ValueError(
             f"{name}: expected an optimizer whose state can be carried over to factors "
             f"({', '.join(RULES)}), got a {type(optimizer).__name__} that keeps "
@@ -159,8 +162,8 @@ def _rules(optimizer: Optimizer) -> Mapping[str, str]:
     return RULES.get(kind.__name__, {}) if own else {}
 
 
-def _holds(optimizer: Optimizer, dense: Tensor) -> bool:
-    return any(param is dense for group in optimizer.param_groups for param in group["params"])
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
 def _mapped(
@@ -210,19 +213,23 @@ _RULES: Mapping[str, Callable[..., Iterator[Any]]] = {
 
 def _replace(
     group: dict[str, Any],
-    dense: Tensor,
-    factors: Sequence[Tensor],
+    new: Mapping[int, Sequence[Tensor]],
     names: Mapping[int, str],
-    *,
-    keep: bool,
+    kept: Collection[int],
 ) -> None:
-    """Put the factors where a weight is in a group, behind it if that stays."""
-    places = [k for k, param in enumerate(group["params"]) if param is dense]
-    if places and not group.get("frobenius_decay", 1.0):
+    """Put factors where their weights are in a group, behind those that stay."""
+    if new.keys().isdisjoint(map(id, group["params"])):
+        return
+    if not group.get("frobenius_decay", 1.0):
         # What a wrapper gave a group that held no factors: these decay as their weight did.
         del group["frobenius_decay"]
-    for k in places:
-        span = slice(k + 1 if keep else k, k + 1)
-        group["params"][span] = factors
-        if "param_names" in group:
-            group["param_names"][span] = [names[id(factor)] for factor in factors]
+    named = group.get("param_names", [None] * len(group["params"]))
+    found: list[tuple[Tensor, str | None]] = []
+    for param, name in zip(group["params"], named, strict=True):
+        factors = new.get(id(param), ())
+        if not factors or id(param) in kept:
+            found.append((param, name))
+        found += [(factor, names[id(factor)]) for factor in factors]
+    group["params"][:] = [param for param, _ in found]
+    if "param_names" in group:
+        group["param_names"][:] = [name for _, name in found]

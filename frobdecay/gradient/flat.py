@@ -8,7 +8,7 @@ shape are made together, so that the number of calls is that of shapes and batch
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -34,6 +34,27 @@ def batches(tensors: Sequence[Tensor]) -> list[list[int]]:
         found[kind][-1].append(k)
         entries[kind] += size
     return [batch for alike in found.values() for batch in alike]
+
+
+def stacked(
+    function: Callable[[Tensor], Tensor], tensors: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """A function of one tensor, called with a stack of all that are of one shape and kind.
+
+    Args:
+        function: (stack, …) -> (stack, …), of each entry what it would be of that alone.
+        tensors: what it is called with, by any number.
+    """
+    alike: defaultdict[object, list[int]] = defaultdict(list)
+    for k, tensor in tensors.items():
+        alike[tensor.shape, tensor.dtype, tensor.device].append(k)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        for batch in batches([tensors[k] for k in members]):
+            chosen = [members[i] for i in batch]
+            made = function(torch.stack([tensors[k] for k in chosen]))
+            found.update(zip(chosen, made.unbind(), strict=True))
+    return found
 
 
 class Layout:

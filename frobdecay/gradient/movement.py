@@ -15,7 +15,7 @@ from torch import Tensor
 from frobdecay.algebra.precision import HALF
 from frobdecay.algebra.sharpness import norms_above
 from frobdecay.gradient.bucketed import Grams
-from frobdecay.gradient.flat import Layout, batches
+from frobdecay.gradient.flat import Layout, batches, stacked
 
 
 class Movement:
@@ -61,13 +61,4 @@ class Movement:
 
 def norms_of(grams: Grams, wanted: Collection[int]) -> dict[int, Tensor]:
     """Spectral norms from above, (*batch) for each factor that is wanted, from their Grams."""
-    alike: dict[object, list[int]] = defaultdict(list)
-    for k in wanted:
-        alike[grams[k].shape, grams[k].dtype, grams[k].device].append(k)
-    found: dict[int, Tensor] = {}
-    for members in alike.values():
-        for chunk in batches([grams[k] for k in members]):
-            chosen = [members[i] for i in chunk]
-            norms = norms_above(torch.stack([grams[k] for k in chosen]))
-            found.update(zip(chosen, norms.unbind(), strict=True))
-    return found
+    return stacked(norms_above, {k: grams[k] for k in wanted})

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, beside, common_dtype, matrix_gram
+from frobdecay.algebra.precision import Coefficient, beside, common_dtype, in_front, matrix_gram
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded, whole
 from frobdecay.product.product import Product, as_products
@@ -170,7 +170,7 @@ class Sent:
         placed = self.placed[k]
         full = numbers.new_empty(placed.factor.param.shape)
         view = placed.factor.view(full)
-        view.copy_(numbers.reshape(*numbers.shape, *(1 for _ in view.shape[numbers.ndim :])))
+        view.copy_(in_front(numbers, view))
         return full[placed.box]
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ refuses. Scaling, masks, position biases, softmax and dropout act on the scores:
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -70,7 +71,8 @@ def linear(path: str, part: str = "", order: str = "", inputs_first: bool = Fals
     return Projection(weight, bias, inputs_first)
 
 
-def projections(layout: str) -> list[Projection]:
+@functools.cache
+def projections(layout: str) -> tuple[Projection, ...]:
     """Read the submodules that project, those of queries, keys and values first.
 
     Args:
@@ -78,13 +80,13 @@ def projections(layout: str) -> list[Projection]:
             brackets where it is repeated for every key head, "query_key_value:(qkv) dense"; ".T"
             at the end of weights stored inputs×outputs, "c_attn.T:qkv c_proj.T".
     """
-    found = []
+    found: list[Projection] = []
     for word in layout.split():
         path, _, order = word.partition(":")
         parts = [part for part in "qkv" if part in order] or [""]
         transposed = path.endswith(".T")
         found += [linear(path.removesuffix(".T"), part, order, transposed) for part in parts]
-    return found
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -329,9 +331,9 @@ _OUTPUTS = "attn_sub_norm inner_attn_ln v_norm gate_proj clip_qkv rotary_value"
 
 def _known(layout: str, scores: str, outputs: str) -> Callable[[nn.Module], Attention]:
     """Read a type whose layout is written down; numbers and sizes of heads are the module's."""
-    layouts = [projections(one) for one in layout.split("|")]
 
     def read(module: nn.Module) -> Attention:
+        layouts = [projections(one) for one in layout.split("|")]
         there = {f"{path}.weight" for path, _ in module.named_modules()}
         fit = (one for one in layouts if there.issuperset(part.weight.path for part in one))
         parts = next(fit, layouts[-1])
@@ -377,17 +379,15 @@ _REASONS = {
     "biases": "biases of its own between the factors",
     "": "",
 }
-_TABLE = files(__package__).joinpath("families.csv")
 TRANSFORMERS: dict[str, tuple[str, str, str]] = {
     f"transformers.models.{row['type']}": (
         row["layout"], _REASONS[row["scores"]], _REASONS[row["outputs"]]
     )
-    for row in csv.DictReader(_TABLE.read_text("utf-8").splitlines())
+    for row in csv.DictReader((files(__package__) / "families.csv").read_text("utf-8").splitlines())
 }  # fmt: skip
 """Full name of a type of transformers -> its layout, and what is between the factors.
 
-A type is in the table because a test read the same products off its own forward. "|" stands
-between layouts, for modules of one type where the first is not there.
+A test read the same products off its own forward. Of layouts, "|", the first that is there holds.
 """
 _READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     nn.MultiheadAttention: _multihead,

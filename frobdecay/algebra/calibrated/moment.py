@@ -115,10 +115,6 @@ class Frequencies(_Sums):
         self.second += found.to(self.second.device)
         self.count += rows.numel()
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """The sums."""
-        return self.count, self.second
-
     def finite(self) -> bool:
         """Always: indices are."""
         return True

@@ -95,8 +95,7 @@ class StepBound:
             old, share = copies[k], found[self._product[k]]
             assert old is not None
             assert share is not None
-            share = accumulator.spread(k, share).to(old.dtype)
-            share = share.reshape(*share.shape, *(1 for _ in range(old.ndim - share.ndim)))
+            share = accumulator.spread(k, share, old).to(old.dtype)
             cut = share < 1  # not where it is no number: what the base has made of it stays
             if old.dtype == held[k].dtype:
                 held[k].copy_(torch.where(cut, old.lerp_(held[k], share), held[k]))

@@ -18,8 +18,8 @@ factors of one rank at once, and of sharded factors sends their Grams alone.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import HALF, Coefficient, check_coefficient, full_precision
 from frobdecay.gradient.accumulate import Accumulator
-from frobdecay.gradient.flat import batches
+from frobdecay.gradient.flat import stacked
 from frobdecay.gradient.movement import norms_of
 from frobdecay.gradient.placement import part_of
 from frobdecay.optim.checks import find_products
@@ -182,21 +182,20 @@ class Spectron(Optimizer):
         momenta = self._momenta(group)
         like = [momenta.get(id(param), param) for param in params]
         held, seen = engine.held(), engine.seen(like)
-        moving = [k for k, param in enumerate(params) if id(param) in momenta]
-        directions = [
-            part if id(p) in momenta else None for p, part in zip(params, seen, strict=True)
-        ]
+        moves = [id(param) in momenta for param in params]
+        moving = [k for k, has in enumerate(moves) if has]
+        directions = [part if has else None for part, has in zip(seen, moves, strict=True)]
         norms = norms_of(engine.grams(held), range(len(params)))
-        rates = self._rates(norms, [k in {*moving} for k in range(len(params))], group)
+        rates = self._rates(norms, moves, group)
         grams = engine.grams(directions)
         with full_precision(params[0].device.type):
-            polynomials = _polynomials({k: grams[k] for k in moving}, group["ns_steps"])
+            polynomials = stacked(
+                partial(orthogonalizers, steps=group["ns_steps"]), {k: grams[k] for k in moving}
+            )
             updates = {k: engine.times(k, like[k], polynomials[k]) for k in moving}
         keep = 1 - known_value(group["lr"]) * known_value(group["weight_decay"])
         for k, update in updates.items():
-            rate = engine.spread(k, rates[k])
-            rate = rate.reshape(*rate.shape, *(1 for _ in range(update.ndim - rate.ndim)))
-            held[k].mul_(keep).sub_(update.mul_(rate))
+            held[k].mul_(keep).sub_(update.mul_(engine.spread(k, rates[k], update)))
         return loss
 
     def _momenta(self, group: Group) -> dict[int, Tensor]:
@@ -239,20 +238,6 @@ class Spectron(Optimizer):
         super().__setstate__(state)
         if products is not None:
             self._engine = Accumulator(products, self._backend)
-
-
-def _polynomials(grams: dict[int, Tensor], steps: int) -> dict[int, Tensor]:
-    """``orthogonalizers``, of all Grams of one shape at once."""
-    alike: dict[object, list[int]] = defaultdict(list)
-    for k, gram in grams.items():
-        alike[gram.shape, gram.dtype, gram.device].append(k)
-    found: dict[int, Tensor] = {}
-    for members in alike.values():
-        for chunk in batches([grams[k] for k in members]):
-            chosen = [members[i] for i in chunk]
-            stack = torch.stack([grams[k] for k in chosen])
-            found.update(zip(chosen, orthogonalizers(stack, steps).unbind(), strict=True))
-    return found
 
 
 def _check(group: Group) -> None:
