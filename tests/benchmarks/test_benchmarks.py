@@ -2,11 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import forward, init, layers, measure, penalty, step, tensors
+from benchmarks import defaults, forward, init, layers, measure, penalty, step, tensors
 from benchmarks.cases import CASES, choose, stack
 from benchmarks.measure import Report, Target, interleave, memory
 
@@ -21,6 +22,7 @@ SCRIPTS = {
     "init": (init, ["--case", "tiny", "--rounds", "1"]),
     "step": (step, ["--case", "resnet", "--depth", "8", "--batch", "2", "--rounds", "1"]),
     "layers": (layers, ["--sizes", "2,4", "--rounds", "1"]),
+    "defaults": (defaults, ["--families", "mlp", "--seeds", "1", "--ratios", "0.25"]),
     "tensors": (tensors, ["--case", "tiny", "--convs", "ResNet-32 stage 3"]),
 }
 PLOTS = ["scaling", "forward"]
@@ -50,10 +52,10 @@ def test_every_script_runs_and_writes_json(name, tmp_path, tiny_scales, capsys):
     assert record["verdict"] in lines
 
 
-@pytest.mark.parametrize("module", [penalty, init, step, forward, tensors])
+@pytest.mark.parametrize("module", [penalty, init, step, forward, tensors, defaults])
 def test_unknown_cases_are_refused(module, capsys):
     """The message lists those there are."""
-    option = "--layers" if module is forward else "--case"
+    option = {forward: "--layers", defaults: "--families"}.get(module, "--case")
     with pytest.raises(SystemExit):
         module.main([option, "no such"])
     assert "got no such" in capsys.readouterr().err
@@ -132,3 +134,31 @@ def test_functions_out_of_proportion_are_timed_once():
     slow = interleave({"slow": lambda: time.sleep(0.02), "fast": int}, CPU, seconds=0.01, rounds=2)
     assert slow["slow"].samples == 1
     assert slow["fast"].samples >= 2
+
+
+@pytest.mark.parametrize("name", defaults.FAMILIES)
+def test_every_family_of_the_defaults_learns_from_what_is_there(name, tmp_path, monkeypatch):
+    """One step of each, dense and by the default budget; texts are files of the user's."""
+    (tmp_path / "multi30k").mkdir()
+    words = ["dog", "cat", "bird", "tree", "house", "river", "man", "woman", "child", "street"]
+    lines = [f"a {words[k % 10]} near the {words[k // 10 % 10]} in {k}" for k in range(1100)]
+    (tmp_path / "multi30k/train.en").write_text("\n".join(lines))
+    (tmp_path / "tinyshakespeare.txt").write_text(" ".join(lines))
+    monkeypatch.setenv("FROBDECAY_DATA", str(tmp_path))
+    for cached in (defaults._captions, defaults._characters):
+        cached.cache_clear()
+    family = replace(defaults.FAMILIES[name], steps=1)
+    dense, kept = defaults._run(family, 0)
+    assert kept == 1
+    assert 0 <= dense <= 100
+    _, kept = defaults._run(family, 0, ratio=0.5)
+    assert kept < 0.51
+    for cached in (defaults._captions, defaults._characters):
+        cached.cache_clear()
+
+
+def test_the_default_is_judged_by_the_larger_spread():
+    """One run has none: there any difference decides."""
+    assert defaults._better([10.0, 20.0], [18.0, 20.0]) == "undecided"
+    assert defaults._better([10.0, 12.0], [18.0, 20.0]) == "default"
+    assert defaults._better([19.0], [18.0]) == "all"
