@@ -17,7 +17,7 @@ Note [spectrum].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf, isfinite, log, nan, prod
@@ -31,6 +31,7 @@ from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.scaling import work_dtype
 from frobdecay.algebra.sharpness import sharpness as sharpness_of
+from frobdecay.models.tables.table import Column, figure, screen, table, times
 from frobdecay.optim.rates import DECAY
 from frobdecay.product.product import Product, as_products, product_norm
 
@@ -108,6 +109,21 @@ class ProductMeasurement:
         return {prefix + key: float(value) for key, value in found.items() if value is not None}
 
 
+_Row = tuple[str, str, Mapping[str, float]]
+_NAME = Column[_Row]("product", lambda row: row[0])
+_COLUMNS = (
+    Column[_Row]("shape", lambda row: row[1]),
+    *(
+        Column[_Row](
+            quantity,
+            lambda row, quantity=quantity: row[2].get(quantity),  # type: ignore[misc]
+            lambda value: "-" if value != value else figure(value),
+        )
+        for quantity in _TOTALS
+    ),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """The numbers of all products and of the model. Prints as a table.
@@ -167,16 +183,10 @@ class Measurement:
         return out
 
     def __str__(self) -> str:
-        shown = QUANTITIES
-        if any(product.decay_step is not None for product in self):
-            shown = (*QUANTITIES, "decay_step")
-        rows = [["product", "shape", *shown]]
-        for product in self:
-            cells = [product.as_dict().get(quantity, nan) for quantity in shown]
-            rows.append([product.name, "×".join(map(str, product.shape)), *map(_cell, cells)])
-        rows.append([f"all {len(self)}", "", *(_cell(self.total(q)) for q in shown)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(_line(row, widths) for row in rows)
+        rows: list[_Row] = [(p.name, times(p.shape), p.as_dict()) for p in self]
+        known = dict.fromkeys(quantity for _, _, numbers in rows for quantity in numbers)
+        rows.append((f"all {len(self)}", "", {name: self.total(name) for name in known}))
+        return table(rows, _NAME, _COLUMNS, lambda row: None, width=screen())
 
 
 def measure(products: Product | Iterable[Product], lr: LearningRate | None = None) -> Measurement:
@@ -188,7 +198,7 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
         >>> V = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> print(measure(Product.of(U, V, name="fc.weight"), lr=0.13))
         product    shape  norm  nuclear  bound  imbalance  stable_rank  rank  effective_step
-        fc.weight    3×2  3.61        5    7.5      0.759         1.44     2            0.01
+        fc.weight  3×2    3.61        5    7.5      0.759         1.44     2            0.01
         all 1             3.61        5    7.5      0.759         1.44     2            0.01
 
     Args:
@@ -382,16 +392,3 @@ def _rank(product: Product, spectrum: Tensor) -> int:
     eps = min(torch.finfo(view.dtype).eps for view in views)
     floor = spectrum[..., :1] * size * min(eps, torch.finfo(torch.float32).eps)
     return int((spectrum > floor).sum())
-
-
-# --- text ---------------------------------------------------------------------------------------
-
-
-def _cell(value: float) -> str:
-    return "-" if value != value else f"{value:.3g}"
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    first = row[0].ljust(widths[0])
-    rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-    return "  ".join((first, *rest))

@@ -254,6 +254,19 @@ def test_prints_as_a_table(two):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_deep_model_is_a_short_table():
+    """Layers that repeat share a line, which says where one of them has diverged."""
+    products = [
+        Product.of(torch.ones(4, 2) * k, torch.ones(3, 2), name=f"layers.{k}.weight")
+        for k in range(1, 15)
+    ]
+    lines = str(measure(products)).splitlines()
+    assert lines[1].split()[:4] == ["layers.{1..14}.weight", "×14", "4×3", "6.93–97"]
+    assert len(lines) == 3
+    products[3].params[0].data.fill_(torch.nan)
+    assert "–-" in str(measure(products)).splitlines()[1]
+
+
 def test_a_product_listed_twice_is_measured_once(two):
     """Under another name, too: the model's totals are those of the model."""
     again = [dataclasses.replace(product, name=f"part.{product.name}") for product in two]

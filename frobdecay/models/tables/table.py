@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, Generic, TypeVar
 
 from frobdecay.models.tables.fold import Group, fold, pattern, ranged, unfolded
@@ -48,7 +49,10 @@ class Column(Generic[Row]):
         numbers = [value for value in values if not isinstance(value, str) and value is not None]
         if not numbers:
             return printable(values[0]) if isinstance(values[0], str) else ""
-        ends = [sum(numbers)] if self.adds else [min(numbers), max(numbers)]
+        known = [number for number in numbers if number == number]
+        range_ = [min(known), max(known)] if known else []
+        lost = [] if len(known) == len(numbers) else [nan]  # is said beside the range of the others
+        ends = [sum(numbers)] if self.adds else range_ + lost
         return "–".join(dict.fromkeys(map(self.form, ends)))
 
     def common(self, row: Row) -> str | bool:
