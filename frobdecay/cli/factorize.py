@@ -1,4 +1,4 @@
-"""``factorize``: a dense checkpoint -> a factorized one, weight by weight."""
+"""``factorize``: a checkpoint -> one with more of it factorized, weight by weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.cli.read import Checkpoint, check_known, read, why_unread
+from frobdecay.cli.read import Checkpoint, check_factors, read, why_unread
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.write import check_target, write
 from frobdecay.models.checkpoints.records import factor_key
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     target = check_target(options.out, options.checkpoint, (".safetensors",), options.force)
     checkpoint = read(options.checkpoint, options.key)
     try:
-        check_known(checkpoint)
+        check_factors(checkpoint)
         _factorize(checkpoint, target, options)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
@@ -43,8 +43,7 @@ def _factorize(checkpoint: Checkpoint, target: Path, options: argparse.Namespace
     dense = {
         name: tensor for name, tensor in checkpoint.dense.items() if why_unread(tensor) is None
     }
-    rest = checkpoint.total - sum(tensor.numel() for tensor in dense.values())
-    made = skeleton(options.checkpoint, dense, rest)
+    made = skeleton(checkpoint, dense)
     rules = {name: getattr(options, name) for name in ("ratio", "rank", "energy", "allocate")}
     plan = made.plan(options.include, options.exclude, **rules)
     chosen = {row.name: row for row in plan.rows if row.made is not None}

@@ -102,17 +102,16 @@ def _dense(name: str, tensor: Tensor) -> Row:
 
 
 def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
-    """Plan for a model of the file's weights, dense, and note in the rows what is planned."""
-    known = {row.name: row for row in rows if row.matrix}
-    rest = checkpoint.total - sum(row.parameters for row in known.values())
+    """Plan for a model of the file's weights, and note in the rows what is planned."""
+    known = {row.name: row for row in rows if row.matrix and row.rank is None}
     shapes = {
         name: torch.empty(row.shape, dtype=torch.float32, device="meta")
         for name, row in known.items()
     }
-    made = skeleton(checkpoint.path, shapes, rest)
-    plan = made.plan(None, None, ratio=ratio)
+    plan = skeleton(checkpoint, shapes).plan(None, None, ratio=ratio)
     for entry in plan.rows:
-        if isinstance(entry.rank, int):  # LowRank's
+        if entry.made is not None:
+            assert isinstance(entry.rank, int)  # LowRank's
             row = known[entry.name]
             row.planned_rank, row.planned_parameters = entry.rank, entry.after
     return plan

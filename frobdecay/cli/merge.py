@@ -8,13 +8,12 @@ from math import prod
 
 from torch import Tensor
 
-from frobdecay.cli.read import Checkpoint, check_known, check_memory, read
+from frobdecay.cli.read import Checkpoint, check_factors, check_memory, read
 from frobdecay.cli.write import TORCH, check_target, write
 from frobdecay.models.checkpoints.records import (
     dense_weight,
     factor_key,
     factors_of,
-    rebuild,
     weight_of,
 )
 from frobdecay.models.checkpoints.streams import Part
@@ -56,23 +55,15 @@ def _checked(checkpoint: Checkpoint) -> dict[str, int]:
     """The bytes of each dense weight.
 
     Raises:
-        ValueError: factors that are missing, twice, or that nobody knows how to read.
+        ValueError: there are none, or as ``check_factors``.
     """
-    tensors, records = checkpoint.tensors, checkpoint.records
-    check_known(checkpoint)
-    if not records:
+    check_factors(checkpoint)
+    if not checkpoint.records:
         raise ValueError("nothing to merge: it has no factorized weights")
-    for name, record in records.items():
-        rebuild(name, record)
-    places = {factor_key(name, 0): name for name in records}
-    lost = [name for key, name in places.items() if key not in tensors]
-    if lost:
-        raise ValueError(f"the factors of {lost[:8]} are missing")
-    both = [name for name in records if name in tensors]
-    if both:
-        raise ValueError(f"it has both the factors of {both[:8]} and the dense weights")
-    shapes = {name: prod(record["shape"]) for name, record in records.items()}
-    return {name: shapes[name] * tensors[key].itemsize for key, name in places.items()}
+    return {
+        name: prod(record["shape"]) * checkpoint.tensors[factor_key(name, 0)].itemsize
+        for name, record in checkpoint.records.items()
+    }
 
 
 def _parts(

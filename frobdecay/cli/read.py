@@ -25,7 +25,14 @@ from frobdecay.models.checkpoints.configs import config_records
 from frobdecay.models.checkpoints.files import read_safetensors, readable
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of, weight_files
 from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
-from frobdecay.models.checkpoints.records import HEADER, parse_records, weight_of
+from frobdecay.models.checkpoints.records import (
+    HEADER,
+    factor_key,
+    factors_of,
+    parse_records,
+    rebuild,
+    weight_of,
+)
 
 _DEPTH = 4
 
@@ -59,6 +66,11 @@ class Checkpoint:
         return {name: tensor for name, tensor in found if weight_of(name) not in self.records}
 
     @property
+    def factorized(self) -> dict[str, tuple[Any, list[Tensor]]]:
+        """Weight -> its parametrization and its factors; as ``factors_of``."""
+        return {name: factors_of(name, one, self.tensors) for name, one in self.records.items()}
+
+    @property
     def total(self) -> int:
         """How many numbers there are in it, weights or not."""
         return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
@@ -70,17 +82,24 @@ class Checkpoint:
         return [name for name in names if name not in self.records]
 
 
-def check_known(checkpoint: Checkpoint) -> None:
-    """Refuse factors that nobody knows how to read.
+def check_factors(checkpoint: Checkpoint) -> None:
+    """Refuse factors that are missing, beside the dense weight, or that nobody knows how to read.
 
     Raises:
         ValueError: naming them.
     """
+    tensors, records = checkpoint.tensors, checkpoint.records
     if checkpoint.unknown:
         raise ValueError(
             f"it has factors of {checkpoint.unknown[:8]}, but not how they are to be read; load it "
             "into the factorized model, and save that with save_factorized"
         )
+    for name, record in records.items():
+        rebuild(name, record)
+    if lost := [name for name in records if factor_key(name, 0) not in tensors]:
+        raise ValueError(f"the factors of {lost[:8]} are missing")
+    if both := [name for name in records if name in tensors]:
+        raise ValueError(f"it has both the factors of {both[:8]} and the dense weights")
 
 
 def why_unread(tensor: Tensor) -> str | None:

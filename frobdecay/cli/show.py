@@ -27,7 +27,7 @@ class Row:
         product: whether it is a chain of factors, whose spectrum needs no dense weight.
         norm, stable_rank: ‖W‖_F and ‖W‖_F² / σ₁².
         energy_rank: the rank that keeps the share --energy of ‖W‖_F².
-        planned_rank, planned_parameters: under --ratio; None where it stays dense.
+        planned_rank, planned_parameters: under --ratio; None where it stays as it is.
         planned_energy: the share of ‖W‖_F² that the planned rank keeps.
         remark: why numbers are missing.
         singular_values: largest first, of all matrices of a batch.
@@ -74,7 +74,10 @@ def report(
     ]
     if plan:
         columns += [
-            Column("planned", lambda row: row.planned_rank or "dense"),
+            Column(
+                "planned",
+                lambda row: row.planned_rank or ("dense" if row.rank is None else "as is"),
+            ),
             Column("kept", lambda row: row.planned_energy, "{:.3f}".format),
         ]
     read = [row for row in rows if row.matrix]
@@ -88,9 +91,7 @@ def report(
         lines.append(printable(f"{group.name}: {group.key}"))
     lines.append(f"{whole:,} floating-point numbers")
     if plan:
-        lines[-1] += (
-            f"; planned {plan.after:,} of {plan.before:,} when dense, ratio {plan.ratio:.3g}"
-        )
+        lines[-1] += f"; planned {plan.after:,} of {plan.before:,}, ratio {plan.ratio:.3g}"
     return "\n".join(lines)
 
 

@@ -2,8 +2,9 @@
 
 A folder of transformers says which model it is, and where transformers is installed it is made of
 that class. Of any other checkpoint there is a layer for every weight, under the weight's name and
-of the type that has weights of such a shape. So ``plan_ranks`` and its selectors treat it as any
-model. Its layers hold the tensors of the file themselves: nothing is copied.
+of the type that has weights of such a shape. Weights that are factorized in the file are so in the
+model. So ``plan_ranks`` and its selectors treat it as any model. Its layers hold the dense tensors
+of the file themselves, and factors without numbers: nothing is copied.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.cli.read import Checkpoint
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
+from frobdecay.models.checkpoints.records import weight_of
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
+from frobdecay.weights.registration import put_factors
 
 _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -50,31 +54,39 @@ class Skeleton:
         return replace(plan, rows=tuple(rows))
 
 
-def skeleton(path: str, weights: Mapping[str, Tensor], rest: int) -> Skeleton:
+def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
     """The model of a checkpoint.
 
     Args:
-        path: of the checkpoint.
-        weights: of two to five dimensions; others are not factorized.
-        rest: how many further parameters there are.
+        checkpoint: with the factors, and all that is no weight.
+        weights: the dense ones, of two to five dimensions; others are not factorized.
+
+    Raises:
+        ValueError: factors that do not fit their records.
     """
-    folder = folder_of(path)
+    factorized, folder = checkpoint.factorized, folder_of(checkpoint.path)
     if folder is not None and (folder / CONFIG).exists():
         if (known := _architecture(folder)) is not None:
-            return _filled(*known, weights)
+            return _filled(*known, weights, factorized)
         print(
             f"frobdecay: {folder}: not a model of the transformers that is installed, if one is; "
             "layers are told apart by the shapes of their weights",
             file=sys.stderr,
         )
     model, names = nn.Module(), {}
-    for name, tensor in weights.items():
-        layer = name.removesuffix(".weight") or name
-        names[f"{layer}.weight"] = name
-        _put(model, layer.split("."), _layer(tensor))
-    model.register_parameter(
-        "rest", nn.Parameter(torch.empty(rest, dtype=torch.float32, device="meta"))
-    )
+    for name in dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors):
+        if name in factorized:
+            _factorize(layer := nn.Module(), "weight", factorized[name][0])
+        elif name in weights:
+            layer = _layer(weights[name])
+        else:
+            continue
+        path = name.removesuffix(".weight") or name
+        names[f"{path}.weight"] = name
+        _put(model, path.split("."), layer)
+    there = sum(tensor.numel() for tensor in weights.values())
+    there += sum(factor.numel() for _, factors in factorized.values() for factor in factors)
+    model.register_parameter("rest", nn.Parameter(_empty((checkpoint.total - there,))))
     return Skeleton(model, names, [])
 
 
@@ -92,6 +104,16 @@ def _layer(tensor: Tensor) -> nn.Module:
     layer: nn.Module = kind(*[1] * min(tensor.ndim, 3), bias=False, device="meta")
     layer.weight = nn.Parameter(tensor, requires_grad=False)
     return layer
+
+
+def _factorize(module: nn.Module, attribute: str, made: Any) -> None:
+    """Factors without numbers in the place of a weight."""
+    module.register_parameter(attribute, nn.Parameter(_empty(made.shape), requires_grad=False))
+    put_factors(module, attribute, made, [*map(_empty, made.factor_shapes(made.shape))])
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
 
 
 def _architecture(folder: Path) -> tuple[Any, Callable[[str], str]] | None:
@@ -112,7 +134,12 @@ def _architecture(folder: Path) -> tuple[Any, Callable[[str], str]] | None:
         return None
 
 
-def _filled(model: Any, renamed: Callable[[str], str], weights: Mapping[str, Tensor]) -> Skeleton:
+def _filled(
+    model: Any,
+    renamed: Callable[[str], str],
+    weights: Mapping[str, Tensor],
+    factorized: Mapping[str, tuple[Any, Any]],
+) -> Skeleton:
     """The model with the file's tensors, tied ones in all their places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -120,15 +147,27 @@ def _filled(model: Any, renamed: Callable[[str], str], weights: Mapping[str, Ten
             places.setdefault(id(parameter), []).append((module, attribute))
     known = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."  # some files have the names of the body alone
-    names = {}
-    for name, tensor in weights.items():
+    names, filled = {}, set()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes |= {name: tuple(made.shape) for name, (made, _) in factorized.items()}
+    for name, shape in shapes.items():
         for here in (name, renamed(name), prefix + name, name.removeprefix(prefix)):
-            if here in known and known[here].shape == tensor.shape:
+            if here in known and tuple(known[here].shape) == shape:
                 names[here] = name
+                if name in factorized:  # after the dense ones: what was tied is untied
+                    path, _, attribute = here.rpartition(".")
+                    _factorize(model.get_submodule(path), attribute, factorized[name][0])
+                    break
+                filled.add(id(known[here]))
+                parameter = nn.Parameter(weights[name], requires_grad=False)
                 for module, attribute in places[id(known[here])]:
-                    module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[attribute] = parameter
                 break
-    absent = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in names]
+    absent = [
+        name
+        for name, parameter in known.items()
+        if parameter.ndim > 1 and name not in names and id(parameter) not in filled
+    ]
     return Skeleton(model, names, absent)
 
 

@@ -138,7 +138,7 @@ def _not_a_parameter(weight: Weight) -> str | None:
     if held := lists_of(module).get(attribute):
         kinds = [type(p).__name__ for p in held]
         if hasattr(held[0], "product"):
-            return "already factorized; merge it first to change its rank"
+            return "already factorized, and left as it is; merge it first to change its rank"
         return f"already parametrized by {', '.join(kinds)}; remove that parametrization first"
     if weight.tensor is not None:
         return _normed(weight)

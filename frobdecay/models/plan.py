@@ -22,11 +22,11 @@ class PlanRow:
         shape: its shape.
         matrix: how it is read, (*batch, m, n), or the modes of a tensor; None where it stays dense.
         rank: r, or one for each mode or bond of a tensor; None where it stays dense.
-        before, after: numbers of parameters.
+        before, after: numbers of parameters; alike where it stays as it is, dense or factorized.
         error: ‖W − UVᵀ‖_F / ‖W‖_F of the initialization; None in a dry run.
-        reason: why it stays dense; what it was untied from.
+        reason: why it stays as it is; what it was untied from.
         tensor: whether it is read as a tensor.
-        made: the parametrization that it has or is to have.
+        made: the parametrization that it gets; None where it stays as it is.
     """
 
     name: str
@@ -134,11 +134,13 @@ class RankPlan:
 
     @property
     def ranks(self) -> dict[str, int | tuple[int, ...]]:
-        """Weight name -> rank of everything factorized: plain numbers, fit for JSON.
+        """Weight name -> rank of everything that it factorizes: plain numbers, fit for JSON.
 
         ``factorize(model, rank=plan.ranks)`` repeats the plan on another copy of the model.
         """
-        return {row.name: row.rank for row in self.rows if row.rank is not None}
+        return {
+            row.name: row.rank for row in self.rows if row.made is not None and row.rank is not None
+        }
 
     def table(self, *, folds: bool = True) -> str:
         """The plan as it is printed, as wide as the terminal.

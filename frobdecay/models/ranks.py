@@ -149,7 +149,11 @@ def _within_budget(walk: Walk, found: list[Entry], goal: Goal, before: int, incl
 def _selected(found: list[Entry]) -> int:
     """Parameters of the weights that a selection took, once each; the copies of untied ones too."""
     taken = [entry for entry in found if not entry.weight.met and not entry.weight.excluded]
-    fixed = {id(entry.weight.tensor): entry.dense for entry in taken if not entry.open}
+    fixed = {
+        id(entry.weight.tensor if entry.there is None else entry.there): entry.dense
+        for entry in taken
+        if not entry.open
+    }
     return sum(fixed.values()) + sum(entry.dense for entry in taken if entry.open)
 
 

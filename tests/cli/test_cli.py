@@ -124,7 +124,7 @@ def test_factors_are_read_as_their_product(tmp_path, capsys, suffix):
     model = _net()
     factorize(model, rank=2)
     _saved(tmp_path / f"model{suffix}", model)
-    report = _report(capsys, tmp_path / f"model{suffix}", "--ratio", "0.9")
+    report = _report(capsys, tmp_path / f"model{suffix}")
     rows = {row["name"]: row for row in report["weights"]}
     assert set(rows) == {"0.weight", "3.weight", "4.weight"}
     for name, row in rows.items():
@@ -132,9 +132,24 @@ def test_factors_are_read_as_their_product(tmp_path, capsys, suffix):
         assert (row["kind"], row["rank"], row["shape"]) == ("LowRank", 2, list(weight.shape))
         assert row["norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
         assert len(row["singular_values"]) == 2
-    assert report["planned"]["before"] == sum(
-        t.numel() for t in _net().state_dict().values() if t.is_floating_point()
-    )
+    error = _refused(capsys, "inspect", tmp_path / f"model{suffix}", "--ratio", "0.9")
+    assert "0.weight: already factorized, and left as it is; merge it first" in error
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_factorized_counts_as_it_is(tmp_path, capsys, suffix):
+    """A plan is for the weights that are dense, and the last of them is the last in the model."""
+    model = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(4)))
+    factorize(model, rank=3, include="[13]")
+    _saved(tmp_path / f"model{suffix}", model)
+    report = _report(capsys, tmp_path / f"model{suffix}", "--ratio", "0.6")
+    plan = plan_ranks(model, ratio=0.6)
+    planned = {row["name"]: row["planned_rank"] for row in report["weights"]}
+    assert planned == {f"{k}.weight": plan.ranks.get(f"{k}.weight") for k in range(4)}
+    assert report["planned"] == {"before": plan.before, "after": plan.after}
+    assert plan.before == report["parameters"] == 2 * 40 * 40 + 2 * 3 * 80
+    assert _run("inspect", tmp_path / f"model{suffix}", "--ratio", "0.6", "--all") == 0
+    assert capsys.readouterr().out.count("as is") == 2
 
 
 @pytest.mark.parametrize("kind", [Tucker, TensorTrain, CP])
@@ -146,13 +161,12 @@ def test_tensors_are_read_as_the_dense_weight_is(tmp_path, capsys, kind):
     assert _run("merge", tmp_path / "factors.pt", tmp_path / "dense.pt") == 0
     capsys.readouterr()
     ours, dense = (
-        _report(capsys, tmp_path / f"{name}.pt", "--ratio", "0.5")["weights"]
-        for name in ("factors", "dense")
+        _report(capsys, tmp_path / f"{name}.pt")["weights"] for name in ("factors", "dense")
     )
     rows = {row["name"]: row for row in dense}
     assert {row["kind"] for row in ours} == {kind.__name__, "dense"}
     for row in ours:
-        same = ("shape", "matrix", "norm", "energy_rank", "planned_rank", "planned_energy")
+        same = ("shape", "matrix", "norm", "energy_rank")
         assert {key: row[key] for key in same} == {key: rows[row["name"]][key] for key in same}
 
 
@@ -174,7 +188,7 @@ def test_the_table_has_a_line_for_every_weight(tmp_path, capsys, monkeypatch, te
     assert "24×9" in lines["0"]
     assert "has NaN or infinity" in lines["3"]
     assert "zero" in lines["4"]
-    assert "329 of 640 when dense, ratio 0.514" in out
+    assert "329 of 640, ratio 0.514" in out
 
 
 def test_what_is_no_matrix_of_numbers_is_listed(tmp_path, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import frobdecay
-from frobdecay import factorize, load_factorized, merge
+from frobdecay import factorize, load_factorized, merge, plan_ranks
 from frobdecay.cli.main import main
 from frobdecay.models.checkpoints.streams import Part, write_stream
 
@@ -227,8 +227,15 @@ def test_factors_are_carried_along(tmp_path, capsys):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     given = tmp_path / "in.safetensors"
     assert _run("factorize", given, one, "--rank", "2", "--include", "3") == 0
-    assert _run("factorize", one, two, "--rank", "3", "--include", "4") == 0
     capsys.readouterr()
+    assert _run("factorize", one, two, "--rank", "3", "--include", "[34]") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"3\.weight +24×32 +2 +112 +112 .*(?s:.)*already factorized, and left", printed)
+    model = _net()
+    factorize(model, rank=2, include="3")
+    counts = plan_ranks(model, rank=3, include="[34]")
+    buffers = sum(b.numel() for b in model.buffers() if b.is_floating_point())
+    assert f"{counts.before + buffers:,} → {counts.after + buffers:,}" in printed
     found = {p.name: p.rank for p in frobdecay.products(load_factorized(_net(), two))}
     assert found == {"3.weight": 2, "4.weight": 3}
 

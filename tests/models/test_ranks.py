@@ -360,9 +360,13 @@ def test_already_factorized_weights_are_listed():
     """A second call leaves the first one's work alone."""
     model = _small()
     factorize(model, rank=2, include="0")
+    with pytest.raises(ValueError, match=r"the 2,448 parameters of the weights that include"):
+        plan_ranks(model, ratio=0.001, include="[02]")  # 144 of them in factors
     plan = factorize(model, rank=3)
     assert plan.ranks == {"2.weight": 3, "3.weight": 3}
-    assert "already factorized" in plan.rows[0].reason
+    row = plan.rows[0]
+    assert "already factorized" in row.reason
+    assert (row.shape, row.rank, row.before, row.after) == ((16, 8, 3, 3), 2, 144, 144)
     merge(model)
     assert list(model.state_dict()) == list(_small().state_dict())
 

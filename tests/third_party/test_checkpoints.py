@@ -351,3 +351,22 @@ def test_folders_are_factorized_by_the_command(tmp_path, family, capsys):
     dense = type(model).from_pretrained(tmp_path / "dense")
     assert not [*Walk(dense).factorized]
     torch.testing.assert_close(logits(dense, inputs), logits(loaded, inputs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", families())
+def test_what_is_factorized_in_a_folder_stays_as_it_is(tmp_path, family, capsys, monkeypatch):
+    """The command plans for the rest of the model, as Python does, and says what it leaves."""
+    monkeypatch.setenv("COLUMNS", "200")
+    model, _ = MODELS[family]()
+    name = next(iter(frobdecay.plan_ranks(model, rank=4).ranks))
+    factorize(model, rank=5, include=name)
+    model.save_pretrained(tmp_path / "in", max_shard_size="40KB")
+    rest = frobdecay.plan_ranks(model, rank=4)
+    assert main(["factorize", str(tmp_path / "in"), str(tmp_path / "out"), "--rank", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "already factorized, and left as it is" in printed
+    assert f"all parameters: {rest.before:,} → " in printed
+    if not any(".experts." in one for one in rest.ranks):  # which are in the files one by one
+        assert f" → {rest.after:,}, " in printed
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert {p.name: p.rank for p in frobdecay.products(loaded)}[name] == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ from frobdecay.models.budget.spectra import first_reaching, shares, singular_val
 from frobdecay.models.plan import PlanRow, parameters
 from frobdecay.models.progress import decomposition
 from frobdecay.models.select import Weight
+from frobdecay.product.holding import factorized
 from frobdecay.product.names import naming
 
 
@@ -51,7 +52,8 @@ class Entry:
         note: what is remarkable about it.
         shift: what to add to its bias.
         floor: the lowest rank, in numbers of columns, that a budget may give it.
-        shape, dense: the weight's shape and number of parameters.
+        shape, dense: the weight's shape and number of parameters; of a product, of its factors.
+        there: the parametrization of a weight that is a product already, which stays as it is.
     """
 
     weight: Weight
@@ -68,11 +70,16 @@ class Entry:
     floor: int = 1
     shape: tuple[int, ...] = ()
     dense: int = 0
+    there: Any = None
 
     def __post_init__(self) -> None:
         # Noted now: the weight itself is gone once it is factorized.
         if self.weight.tensor is not None:
             self.shape, self.dense = tuple(self.weight.tensor.shape), self.weight.tensor.numel()
+            return
+        held = factorized(self.weight.module).get(self.weight.attribute, [None])[0]
+        if shape := getattr(held, "shape", None):
+            self.there, self.shape, self.dense = held, shape, parameters(held, shape)
 
     @property
     def open(self) -> bool:
@@ -170,6 +177,9 @@ class Entry:
         name, shape, dense = self.weight.name, self.shape, self.dense
         remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
         remark = "; ".join([*remarks, *filter(None, [self.reason, self.note])]) or None
+        if self.there is not None:
+            row = PlanRow.of(name, shape, self.there, reason=remark)
+            return replace(row, before=dense, made=None)
         if self.made is None:
             return PlanRow(name, shape, before=dense, after=dense, reason=remark)
         return PlanRow.of(name, shape, self.made, self.error, remark)

@@ -170,7 +170,7 @@ class Search:
             ""
             if largest is None
             else (
-                f"; the largest that stays dense is {largest.weight.name} ({largest.dense:,}: "
+                f"; the largest that is left as it is: {largest.weight.name} ({largest.dense:,}: "
                 f"{largest.reason})"
             )
         )
