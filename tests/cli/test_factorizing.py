@@ -230,7 +230,9 @@ def test_factors_are_carried_along(tmp_path, capsys):
     capsys.readouterr()
     assert _run("factorize", one, two, "--rank", "3", "--include", "[34]") == 0
     printed = capsys.readouterr().out
-    assert re.search(r"3\.weight +24×32 +2 +112 +112 .*(?s:.)*already factorized, and left", printed)
+    assert re.search(
+        r"3\.weight +24×32 +2 +112 +112 .*(?s:.)*already factorized, and left", printed
+    )
     model = _net()
     factorize(model, rank=2, include="3")
     counts = plan_ranks(model, rank=3, include="[34]")

@@ -120,7 +120,9 @@ def test_a_ratio_with_include_is_of_what_it_selects():
     assert sum(row.after for row in plan.rows if row.rank) == pytest.approx(5000, abs=200)
     with pytest.raises(ValueError, match=r"the 10,000 parameters of the weights that include"):
         plan_ranks(model, ratio=0.001, include="encoder")
-    with pytest.raises(ValueError, match=r"of the model.*the largest that is left as it is: table.w"):
+    with pytest.raises(
+        ValueError, match=r"of the model.*the largest that is left as it is: table.w"
+    ):
         plan_ranks(model, ratio=0.1, exclude="table")
 
 
