@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frobdecay
-from frobdecay import FrobeniusDecay, Product
+from frobdecay import FrobeniusDecay, Product, Spectron
 from frobdecay.algebra.sharpness import norms_above
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.backends import BACKENDS
@@ -157,16 +157,24 @@ def test_of_an_adapter_the_weight_beside_it_counts_for_nothing():
     assert 0.01 < max(sizes) <= 0.05 * (1 + 1e-6)
 
 
-def test_a_turn_of_balanced_factors_changes_nothing():
-    """U Q, V Q are the same product: so it stays under a base that turns with them."""
+BALANCED = {
+    "bound": lambda product: FrobeniusDecay(
+        optim.SGD(product.params, lr=0.3, momentum=0.9), product, decay=0.1, bound=0.5
+    ),
+    "Spectron": lambda product: Spectron(product, lr=0.3),
+}
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_a_turn_of_balanced_factors_changes_nothing(name):
+    """U Q, V Q are the same product: so it stays under an optimizer that turns with them."""
     generator = seeded(0)
     U, V = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (9, 7))
     turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
     goal, found = torch.randn(9, 7, generator=generator, dtype=torch.float64), []
     for pair in ((U, V), (U @ turn, V @ turn)):
         product = Product.of(*map(nn.Parameter, pair))
-        base = optim.SGD(product.params, lr=0.3, momentum=0.9)
-        optimizer = FrobeniusDecay(base, product, decay=0.1, bound=0.5)
+        optimizer = BALANCED[name](product)
         for _ in range(10):
             optimizer.zero_grad()
             (product.materialize() - goal).square().sum().backward()

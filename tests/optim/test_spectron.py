@@ -86,23 +86,6 @@ def test_a_step_is_about_as_long_as_lr_and_no_longer_where_it_is_bounded(name):
             assert 0.02 < step.item() <= most
 
 
-def test_a_turn_of_balanced_factors_changes_nothing():
-    """U Q, V Q are the same product, and stay it."""
-    generator = seeded(0)
-    U, V = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (9, 7))
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
-    goal, found = torch.randn(9, 7, generator=generator, dtype=torch.float64), []
-    for pair in ((U, V), (U @ turn, V @ turn)):
-        product = Product.of(*map(nn.Parameter, pair))
-        optimizer = Spectron(product, lr=0.3)
-        for _ in range(10):
-            optimizer.zero_grad()
-            (product.materialize() - goal).square().sum().backward()
-            optimizer.step()
-        found.append(product.materialize())
-    torch.testing.assert_close(*found)
-
-
 def test_what_has_no_gradient_stays_and_is_not_counted():
     """A frozen factor, or one that the loss did not reach: ρ is then η over the other's norm."""
     U = nn.Parameter(torch.ones(6, 1, dtype=torch.float64))

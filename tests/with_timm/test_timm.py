@@ -1,11 +1,12 @@
-"""factorize, merge and unroll on image models of timm."""
+"""factorize, calibrate, merge and unroll on image models of timm."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
-from frobdecay import factorize, merge, unroll
+from frobdecay import LowRank, calibrate, factorize, merge, unroll
 
 pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -178,3 +179,33 @@ def test_unrolled_models_are_exported_to_onnx(family, tmp_path):
     session = reference.ReferenceEvaluator(str(file))
     (found,) = session.run(None, {session.input_names[0]: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-4)
+
+
+@column("calibrate")
+@pytest.mark.parametrize("family", families("timm ResNet", "timm ConvNeXt", "timm ViT"))
+def test_every_layers_outputs_are_nearer_than_the_plain_ones(family):
+    """On the calibration data, each layer on the dense model's inputs, read by channels."""
+    torch.manual_seed(0)
+    model, _ = made(family, torch.float32)
+    x = torch.randn(6, 3, 32, 32).cumsum(-1) / 4
+    stats = calibrate(model, [(x[:3], None), (x[3:], None)])
+    calls = {}
+    for path, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _, args, out, path=path: calls.update({path: (args, out)})
+        )
+    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        model(x)
+    channel = functools.partial(LowRank, pattern="channel")
+    factorize(plain, rank=3, parametrization=channel)
+    plan = factorize(ours, rank=3, parametrization=channel, init=stats)
+    taken = [row for row in plan.rows if row.rank is not None]
+    assert len(taken) > 8
+    for row in taken:
+        assert row.reason is None, row
+        path = row.name.removesuffix(".weight")
+        args, out = calls[path]
+        with torch.no_grad():
+            here, there = ((m.get_submodule(path)(*args) - out).norm() for m in (ours, plain))
+        assert here <= there * (1 + 1e-4) + 1e-6, path
