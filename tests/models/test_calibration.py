@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 
 import pytest
 import torch
@@ -373,6 +374,22 @@ def partly(model, batch):
     model.q(batch)
     if len(batch) > 2:
         model.v(batch)
+
+
+def test_kernels_read_spatially_are_plain_and_told_what_to_read_them_by():
+    """The reading that the note names is calibrated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 8))
+    stats = calibrate(model, [correlated(8, 3, 16).reshape(8, 3, 4, 4)])
+    plain = factorize(copy.deepcopy(model), rank=3)
+    plan = factorize(copy.deepcopy(model), rank=3, init=stats)
+    assert plan.rows[0].error == plain.rows[0].error
+    advice = r"init='spectral': the rows of .*parametrization=(functools\.partial\(.*\)) makes them"
+    told = re.search(advice, plan.rows[0].reason)[1]
+    reading = eval(told, {"functools": functools, "LowRank": LowRank})
+    with pytest.raises(ValueError, match=r"no chosen weight was calibrated: 0\.weight: init='spec"):
+        factorize(copy.deepcopy(model), rank=3, init=stats, include="0")
+    assert not factorize(model, rank=3, init=stats, parametrization=reading).rows[0].reason
 
 
 def test_layers_with_a_forward_of_their_own_are_listed():

@@ -41,7 +41,8 @@ def why_not_read(weight: Weight, view: Matricization) -> str | None:
     if {dim for dim, _ in rows} <= expected and rows == sorted(rows) and columns == sorted(columns):
         return None
     what = "the rows of {!r} are not its module's outputs"
-    hint = "; pattern='channel' makes them so" if len(view.shape) > 2 else ""
+    how = "; parametrization=functools.partial(LowRank, pattern='channel') makes them so"
+    hint = how if len(view.shape) > 2 else ""
     return what.format(view.pattern) + hint
 
 
