@@ -10,6 +10,8 @@ Every row is a whole step (forward, backward, zero_grad, the optimizer) of one f
     Frobenius decay    the same optimizer in frobdecay.FrobeniusDecay
     penalty            no decay, λ/2·‖W‖² of all products added to the loss by frobdecay.penalty
     … step() alone     the optimizer's part of the first two
+    bound, toward …    that of Frobenius decay with a bound on what moves, and of decay toward the
+                       factors as they are at the beginning
 
 in turns. What the decay adds is the difference of the first two rows or, where it has to be so
 small that it drowns in their noise, of the last two. ResNet-32 has its first convolution and
@@ -44,10 +46,13 @@ __all__ = ["CASES", "Layer", "main", "whole_step"]
 DECAY = 1e-4
 PLAIN, OURS, LOSS = "weight decay", "Frobenius decay", "penalty"
 PLAIN_ALONE, OURS_ALONE = f"{PLAIN}, step() alone", f"{OURS}, step() alone"
+BOUND_ALONE, TOWARD_ALONE = f"{OURS} and a bound, step() alone", "toward the start, step() alone"
 NOISE = 5
 """Percent of a whole step, below which differences of whole steps are not looked at."""
 ADDED, SHARE = 0.01, 1.3
 """What is promised: of the ResNet's step; times the flops of the BERT layers'."""
+BOUNDED = 1.5
+"""What is promised of the BERT layers' step() with a bound, beside that with decay alone."""
 
 
 class Layer(nn.Module):
@@ -139,19 +144,25 @@ def whole_step(
     return run
 
 
-def _measure(name: str, options: Any, device: torch.device) -> tuple[list[dict[str, Any]], Target]:
+def _measure(name: str, options: Any, device: torch.device) -> tuple[list[Any], list[Target]]:
     model, loss, make = CASES[name](options, device)
     plain, ours, added = model, copy.deepcopy(model), copy.deepcopy(model)
     wrapped = FrobeniusDecay(make(ours.parameters(), DECAY), ours)
     found = products(added)
     optimizer = make(plain.parameters(), DECAY)
+    bounded, toward = copy.deepcopy(model), copy.deepcopy(model)
+    start = products(toward, toward="initial")
     runs = {
         PLAIN: whole_step(plain, loss, optimizer),
         OURS: whole_step(ours, loss, wrapped),
         LOSS: whole_step(added, loss, make(added.parameters(), 0.0), lambda: penalty(found, DECAY)),
         PLAIN_ALONE: optimizer.step,
         OURS_ALONE: wrapped.step,
+        BOUND_ALONE: FrobeniusDecay(make(bounded.parameters(), DECAY), bounded, bound=1.0).step,
+        TOWARD_ALONE: FrobeniusDecay(make(toward.parameters(), DECAY), start).step,
     }
+    for each in (bounded, toward):
+        loss(each).backward()  # steps of gradients, which are not cleared
     timings = measure.interleave(runs, device, seconds=options.seconds, rounds=options.rounds)
     ms = {key: timing.ms for key, timing in timings.items()}
     rows = [
@@ -169,7 +180,11 @@ def _measure(name: str, options: Any, device: torch.device) -> tuple[list[dict[s
         limit = 100 * SHARE * 2 * (options.width // 4) / (3 * TOKENS[name])
     first, second = (OURS, PLAIN) if limit > NOISE else (OURS_ALONE, PLAIN_ALONE)
     gain = 100 * (ms[first] - ms[second]) / ms[PLAIN]
-    return rows, Target(f"{name}, added by Frobenius decay", gain, limit, unit="%")
+    targets = [Target(f"{name}, added by Frobenius decay", gain, limit, unit="%")]
+    if name in TOKENS:
+        times = ms[BOUND_ALONE] / ms[OURS_ALONE]
+        targets.append(Target(f"{name}, step() with a bound ÷ without", times, BOUNDED))
+    return rows, targets
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,9 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     measure.check_names(parser, names, CASES)
     report = Report((__doc__ or "").partition("\n")[0], device)
     for name in names:
-        rows, target = _measure(name, options, device)
+        rows, targets = _measure(name, options, device)
         report.table(name, rows)
-        report.targets.append(target)
+        report.targets += targets
     return report.close(options)
 
 
