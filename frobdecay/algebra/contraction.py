@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from frobdecay.algebra.lowering import Pair, aligned, lowered
-from frobdecay.algebra.precision import Coefficient
+from frobdecay.algebra.precision import Coefficient, scaled
 
 Tree = Any  # the number of a leaf, or two trees
 Node = tuple[int, str]  # the number of a tensor that is held, and its letters
@@ -63,24 +63,17 @@ class End:
     def __call__(self, held: Sequence[Tensor], coef: Coefficient) -> Tensor:
         """What is around the leaf, times the coefficient."""
         if self.step is None:
-            found = _scaled(aligned(self.node[1], self.letters)(held[self.node[0]]), coef)
+            found = scaled(aligned(self.node[1], self.letters)(held[self.node[0]]), coef)
         else:
             left, right = held[self.step.left], held[self.step.right]
             if self.scaled:
-                right = _scaled(right, coef)
+                right = scaled(right, coef)
             else:
-                left = _scaled(left, coef)
+                left = scaled(left, coef)
             found = self.step.run(left, right)
         for axis, size in self.spread.items():
             found = found.unsqueeze(axis).expand(*found.shape[:axis], size, *found.shape[axis:])
         return found
-
-
-def _scaled(tensor: Tensor, coef: Coefficient) -> Tensor:
-    """Multiply by a number, or by one for each entry of the first axis."""
-    if isinstance(coef, Tensor) and coef.ndim:
-        coef = coef.reshape(-1, *(1 for _ in range(tensor.ndim - 1)))
-    return tensor * coef
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ def in_front(numbers: Tensor, view: Tensor) -> Tensor:
     return numbers.reshape(*numbers.shape, *(1 for _ in range(view.ndim - numbers.ndim)))
 
 
+def scaled(tensor: Tensor, coef: Coefficient) -> Tensor:
+    """Multiply by a number, or by one for each entry of the first axis."""
+    return tensor * (in_front(coef, tensor) if isinstance(coef, Tensor) and coef.ndim else coef)
+
+
 def check_coefficient(coef: Coefficient, what: str) -> None:
     """Refuse a λ that is no finite number of at least 0; tensors are trusted (no host sync)."""
     if isinstance(coef, Tensor):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.algebra.precision import Coefficient, Views, common_dtype, times_rows
+from frobdecay.algebra.precision import Coefficient, Views, common_dtype, scaled, times_rows
 from frobdecay.algebra.scaling import shortened
 
 BLOCK = 1 << 22
@@ -96,7 +96,7 @@ class Shifted:
         """W V for U, Wᵀ U for V, and W for W₀ where it is wanted."""
         base, u, v = self._joined(views)
         ranks = [view.shape[-1] for view in views[1::2]]
-        found = [None if coefs[0] is None else (base + u @ v.mT) * coefs[0]]
+        found = [None if coefs[0] is None else scaled(base + u @ v.mT, coefs[0])]
         lefts: Sequence[Tensor] = ()
         rights: Sequence[Tensor] = ()
         if any(coef is not None for coef in coefs[1::2]):
@@ -105,8 +105,8 @@ class Shifted:
             rights = torch.split(_times(base.mT, u) + v @ times_rows(u, u), ranks, dim=-1)
         for k, scale in enumerate(self.scales):
             left, right = coefs[1 + 2 * k], coefs[2 + 2 * k]
-            found.append(None if left is None else lefts[k] * scale * left)
-            found.append(None if right is None else rights[k] * right)
+            found.append(None if left is None else scaled(lefts[k] * scale, left))
+            found.append(None if right is None else scaled(rights[k], right))
         return found
 
     def materialize(self, views: Views, batch: int) -> Tensor:

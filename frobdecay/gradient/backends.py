@@ -24,7 +24,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, matrix_gram, times_rows
 from frobdecay.gradient.bucketed import (
     Coefs,
@@ -77,25 +76,17 @@ def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coef
 
 
 class _General:
-    """Runs every einsum."""
-
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: what holds for every backend, and sums of products."""
-        return _why_not(products) + [
-            f"{product.name}: {product.structure.name}, not one einsum of its factors"
-            for product in products
-            if not isinstance(product.structure, Network)
-        ]
-
-
-class Reference:
-    """A plain loop; every gradient is formed, then added."""
-
-    name = "reference"
+    """Runs every structure."""
 
     def why_not(self, products: Sequence[Product]) -> list[str]:
         """Say why not: only what holds for every backend."""
         return _why_not(products)
+
+
+class Reference(_General):
+    """A plain loop; every gradient is formed, then added."""
+
+    name = "reference"
 
     def prepare(self, jobs: Sequence[Job]) -> Runner:
         """Plan nothing."""
@@ -299,8 +290,6 @@ def _cheapest(products: Sequence[Product], shared: bool) -> tuple[str, str]:
     size = sum(param.numel() * param.element_size() for param in params)
     device, refused = params[0].device.type, ""
     structure = products[0].structure
-    if not isinstance(structure, Network):
-        return "reference", f"{len(products)}, {structure.name}"
     if device == "cuda":
         gram = structure.route(views, products[0].batch) == "gram"
         reasons = BACKENDS["triton"].why_not(products) if gram else ["nearly full rank"]

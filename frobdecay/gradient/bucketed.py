@@ -95,7 +95,7 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
             others[job.dtype, shapes, job.batch, job.structure].append(k)
     runners: list[Callable[[Targets, Coefs, Grams | None], None]] = []
     runners += [_Pairs(jobs, members) for members in pairs.values()]
-    runners += [_Networks(jobs, members) for members in others.values()]
+    runners += [_Alike(jobs, members) for members in others.values()]
 
     def run(
         targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
@@ -149,9 +149,9 @@ def rows_of(jobs: Sequence[Job]) -> list[slice]:
 
 
 class _Stack:
-    """Factors of one shape, gathered into one buffer, and a buffer for their updates.
+    """Factors of one shape, gathered into one buffer.
 
-    Both have more columns than the factors where that is faster: zeros, which multiply to zeros.
+    They have more columns than the factors where that is faster: zeros, which multiply to zeros.
     """
 
     def __init__(
@@ -165,9 +165,7 @@ class _Stack:
         *rows, r = len(views), *views[0].shape  # of factors without axes, the stack is one row
         shape = (*rows, columns or r)
         self.stack = torch.zeros(shape, dtype=dtype, device=views[0].device)
-        self.update = torch.zeros_like(self.stack)
         self.gathered = list(self.stack[..., :r].unbind())
-        self.parts = list(self.update[..., :r].unbind())
         self.groups = overlapping(views)
         self.alike = columns in (None, r) and all(view.dtype == dtype for view in views)
 
@@ -179,13 +177,13 @@ class _Stack:
             torch._foreach_copy_(self.gathered, self.views)
         return self.stack
 
-    def scatter(self, targets: Targets) -> None:
-        """Add the updates to their targets.
+    def scatter(self, updates: Sequence[Tensor], targets: Targets) -> None:
+        """Add updates, one a factor, to their targets.
 
         On a GPU one call is one kernel, in which two sums into the same number would be a race.
         """
         into, parts, groups = [], [], []
-        for slot, part, group in zip(self.slots, self.parts, self.groups, strict=True):
+        for slot, part, group in zip(self.slots, updates, self.groups, strict=True):
             if (target := targets[slot]) is not None:
                 into.append(target)
                 parts.append(part)
@@ -210,6 +208,9 @@ class _Pairs:
             _Stack(found, [views[slot] for slot in found], dtype, columns)
             for found in slots.values()
         ]
+        self.updates = [torch.zeros_like(stack.stack) for stack in self.stacks]
+        r = jobs[members[0]].views[0].shape[-1]
+        self.parts = [update[..., :r].unbind() for update in self.updates]
         self.order = [slot for stack in self.stacks for slot in stack.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
         pairs = [(rows[k].start, rows[k].start + 1) for k in members]
@@ -238,9 +239,10 @@ class _Pairs:
             grams.update(zip(self.order, self.grams[..., :r, :r].unbind(), strict=True))
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
         self.partners.mul_(together([coefs[slot] for slot in self.order], self.partners))
-        for stack, gram in zip(self.stacks, self.partner_parts, strict=True):
-            self.multiply(stack.stack, gram, out=stack.update)
-            stack.scatter(targets)
+        each = zip(self.stacks, self.partner_parts, self.updates, self.parts, strict=True)
+        for stack, gram, update, parts in each:
+            self.multiply(stack.stack, gram, out=update)
+            stack.scatter(parts, targets)
 
 
 def _columns(view: Tensor) -> int:
@@ -253,13 +255,12 @@ def _columns(view: Tensor) -> int:
     return 16 if view.device.type == "cpu" and 8 < r < 16 else r
 
 
-class _Networks:
-    """Products of equal shapes of any other kind, contracted as one, a batch axis more."""
+class _Alike:
+    """Products of equal shapes of any other structure, computed as one, a batch axis more."""
 
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
         first = jobs[members[0]]
-        assert isinstance(first.structure, Network)
-        self.network, self.batch, rows = first.structure, first.batch + 1, rows_of(jobs)
+        self.structure, self.batch, rows = first.structure, first.batch + 1, rows_of(jobs)
         self.stacks = [
             _Stack(
                 [rows[k].start + j for k in members],
@@ -277,11 +278,10 @@ class _Networks:
             for stack in self.stacks
         ]
         gathered = [stack.gather() for stack in self.stacks]
-        found = self.network.gradients(gathered, self.batch, wanted)
+        found = self.structure.gradients(gathered, self.batch, wanted)
         for stack, gradient in zip(self.stacks, found, strict=True):
             if gradient is not None:
-                stack.update.copy_(gradient)
-                stack.scatter(targets)
+                stack.scatter(gradient.contiguous().unbind(), targets)
 
 
 def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:

@@ -382,16 +382,17 @@ def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
     """Squared norms that add up to that of all products, small ones of one shape together."""
     norms, alike = [], defaultdict(list)
     for product in products:
-        params = product.params
-        large = sum(param.nbytes for param in params) > BUCKET_BYTES
-        if large or not isinstance(product.structure, Network):
-            norms.append(squared_norm(product))
+        large = sum(param.nbytes for param in product.params) > BUCKET_BYTES
+        outlines = product.outlines()
+        about = tuple((view.shape, view.dtype, view.device) for view in outlines)
+        alone = id(product) if large else None
+        alike[about, product.structure, product.batch, product.scale, alone].append(product)
+    for (_, structure, batch, scale, _), members in alike.items():
+        if len(members) == 1:
+            norms.append(squared_norm(members[0]))
             continue
-        views = product.views()
-        about = tuple((view.shape, view.dtype, view.device) for view in views)
-        alike[about, product.structure, product.batch, product.scale].append(views)
-    for (_, structure, batch, scale), members in alike.items():
-        stacks = [torch.stack(views) for views in zip(*members, strict=True)]
+        every = [product.views() for product in members]
+        stacks = [torch.stack(views) for views in zip(*every, strict=True)]
         with full_precision(stacks[0].device.type):
             norms.append(structure.squared_norm(stacks, batch + 1) * scale**2)
     return norms

@@ -269,12 +269,12 @@ def test_it_is_measured():
     assert measured.rank == 5
 
 
-def test_backends_leave_it_to_the_reference():
-    """``explain`` says which backend runs it; the others refuse."""
-    product = shifted_product()
-    assert "reference" in frobdecay.explain(product)
-    with pytest.raises(ValueError, match="shifted"):
-        frobdecay.explain(product, backend="per_product")
+def test_backends_say_how_they_run_it():
+    """Several of one shape together, one alone by itself."""
+    assert frobdecay.explain(shifted_product()).startswith("per_product")
+    text = frobdecay.explain([shifted_product() for _ in range(3)])
+    assert text.startswith("bucketed")
+    assert "3 of shifted" in text
 
 
 def test_it_cannot_be_balanced():

@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 from optim_cases import Net
 from torch import nn
 
+from frobdecay.algebra.network import Network
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import likeness
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
+from frobdecay.models.factorize import factorize
+from frobdecay.product import find
+from frobdecay.product.departure import Departure
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty
 
@@ -45,15 +49,14 @@ def test_the_table_has_general_backends():
     assert {"reference", "per_product", "bucketed"} <= set(GENERAL)
 
 
-def test_sums_of_products_run_on_the_reference():
-    """Only the reference runs what is not one einsum; the others say why not."""
+def test_sums_of_products_run_where_einsums_do():
+    """Kernels of pairs say why not."""
     tensors = [torch.ones(shape) for shape in ((4, 3), (4, 2), (3, 2))]
     product = Product.of(*tensors, structure=Shifted((0.5,)))
     able = {name for name, backend in BACKENDS.items() if not backend.why_not([product])}
-    assert able == {"reference"}
-    assert explain(product).startswith("reference")
-    with pytest.raises(ValueError, match="not one einsum"):
-        Accumulator(product, "bucketed")
+    assert able == set(GENERAL)
+    with pytest.raises(ValueError, match="shifted, not a chain"):
+        Accumulator(product, "triton")
 
 
 def with_gradients(make, dtype, count=3):
@@ -88,6 +91,8 @@ STRUCTURES = {
     "tucker": ("rr mr nr", {"equation": "xy,ax,by->ab"}),
     "cp": ("mr nr mr", {"equation": "ar,br,cr->abc"}),
     "shifted": ("mn mr nr", {"structure": Shifted((0.5,))}),
+    "two shifts": ("mn mr nr mr nr", {"structure": Shifted((0.5, 2.0))}),
+    "departure": ("mr nr mr nr", {"structure": Departure(Network.of("mr,nr->mn"))}),
 }
 
 
@@ -129,10 +134,6 @@ def mixtures(draw):
 @given(products=mixtures())
 def test_any_mixture_is_exact_to_the_precision_of_each(backend, products):
     """Every factor of every product, to the digits of its own gradient, whatever is beside it."""
-    if backend not in ("reference", None):
-        products = [p for p in products if not isinstance(p.structure, Shifted)]
-    if not products:
-        return
     add_penalty_grad_(products, 0.5, backend=backend)
     wanted, sizes = {}, Counter()
     for product in products:
@@ -538,7 +539,7 @@ def test_small_products_share_calls_and_large_ones_do_not():
 
 
 @pytest.mark.cpu("the choice between its backends")
-def test_small_products_of_any_equation_share_calls():
+def test_small_products_of_any_structure_share_calls():
     """Several of one shape do; one alone, or factors that products share, do not."""
 
     def kronecker(count):
@@ -548,6 +549,11 @@ def test_small_products_of_any_equation_share_calls():
     def chosen(products):
         return [choice.backend for choice in Accumulator(products).choices]
 
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)))
+    dense = copy.deepcopy(model)
+    factorize(model, rank=2)
+    for aim in ("initial", dense):
+        assert chosen(find.products(model, toward=aim)) == ["bucketed"]
     assert chosen(kronecker(3)) == ["bucketed"]
     assert chosen(kronecker(1)) == ["per_product"]
     A = torch.randn(3, 2)

@@ -11,6 +11,7 @@ from torch import nn
 import frobdecay
 from frobdecay import FrobeniusDecay, LowRank, Product, factorize, penalty, products
 from frobdecay.algebra.shifted import Shifted
+from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import gradients, squared_norm
 from frobdecay.product.toward import toward
 
@@ -48,6 +49,54 @@ def test_the_departure_is_that_of_the_dense_products(name):
         torch.testing.assert_close(found[id(parameter)], expected)
         torch.testing.assert_close(other, expected)
     assert departure.shape == product.shape
+
+
+def added(found, backend):
+    """What an accumulator adds, product by product a coefficient of its own: parameter -> sum."""
+    sums = {id(p): torch.zeros_like(p) for q in found for p in q.params}
+    targets = [[sums[id(p)] if p.requires_grad else None for p in q.params] for q in found]
+    coefs = [[1.0 + k] * len(q.params) for k, q in enumerate(found)]
+    Accumulator(found, backend).accumulate(targets, coefs)
+    return sums
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["bucketed", "per_product", "reference", None])
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_many_depart_at_once(name, backend):
+    """Together as one by one: autograd's, through each of the dense differences."""
+    some = [PRODUCTS[name](torch.float64) for _ in range(3)]
+    found, before = toward(some, "initial"), [p.materialize().detach() for p in some]
+    moved([p for q in some for p in q.params])
+    params = list({id(p): p for q in some for p in q.params}.values())
+    squares = [(q.materialize() - w).square().sum() for q, w in zip(some, before, strict=True)]
+    weighted = sum((1 + k) * square for k, square in enumerate(squares))
+    sums = added(found, backend)
+    for p, expected in zip(params, torch.autograd.grad(weighted / 2, params), strict=True):
+        torch.testing.assert_close(sums[id(p)], expected)
+    torch.testing.assert_close(penalty(found, 2.0), sum(squares))
+
+
+@BACKENDS
+@pytest.mark.parametrize("base", [torch.float64, torch.bfloat16], ids=["same", "in half"])
+def test_many_depart_from_dense_weights_at_once(base, backend):
+    """Those of one shape."""
+    model = nn.Sequential(*(nn.Linear(7, 9) for _ in range(3))).double()
+    dense = [layer.weight.detach().to(base).double() for layer in model]
+    aim = copy.deepcopy(model).to(base)
+    factorize(model, rank=2)
+    found = products(model, toward=aim)
+    moved(model.parameters())
+    params = [p for q in products(model) for p in q.params]
+    pairs = zip(model, dense, strict=True)
+    squares = [(layer.weight + 0 - w).square().sum() for layer, w in pairs]
+    weighted = sum((1 + k) * square for k, square in enumerate(squares))
+    sums = added(found, backend)
+    for p, expected in zip(params, torch.autograd.grad(weighted / 2, params), strict=True):
+        torch.testing.assert_close(sums[id(p)], expected)
+    torch.testing.assert_close(penalty(found, 2.0), sum(squares))
 
 
 def test_the_factors_before_have_gradients_of_their_own():
