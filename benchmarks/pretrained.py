@@ -328,7 +328,7 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
     """Quality against parameters: a line for each way, a panel for each text."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(4.5 * len(task.texts), 3.9), layout="constrained")
+    drawn = Figure(figsize=(4.2 * len(task.texts) + 2.2, 3.7), layout="constrained")
     score = task.scores[0]
     lines: dict[tuple[str, str], list[Any]] = {}
     for key, cell in cells.starting("compress").items():
@@ -355,7 +355,8 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize="x-small", framealpha=0.9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside right center", fontsize="x-small")
     drawn.suptitle(title, fontsize="medium")
     return drawn
 
@@ -381,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     claim = (__doc__ or "").partition("\n")[0]
     options.out.mkdir(parents=True, exist_ok=True)
     about = {**environment(device), **provenance(), "claim": claim, **_UNJUDGED}
-    for word in (options.folder, *(text.split("=", 1)[1] for text in options.text)):
+    places = (text.split("=", 1)[1] for text in options.text)
+    for word in (options.folder, str(options.out), *places):
         about["command"] = about["command"].replace(word, Path(word).name)
     cells = Cells(options.out / f"pretrained-{name}.json", about, protocol)
     held: dict[str, Any] = {}
@@ -399,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             act(task, cells, options, moments)
     record = cells.record
     record["tables"] = tables(task, cells)
-    record["notes"] = {"command": [f"`{record['command']}`", f"{protocol}"]}
+    commits = ", ".join(dict.fromkeys(str(cell["commit"]) for cell in record["cells"].values()))
+    record["notes"] = {"command": [f"`{record['command']}`", f"{protocol}", f"run at {commits}"]}
     cells.write()
     cells.path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     if cells.starting("compress"):
