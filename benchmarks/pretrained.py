@@ -356,7 +356,7 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right center", fontsize="x-small")
+    drawn.legend(handles, labels, loc="outside right center", fontsize="x-small", handlelength=3)
     drawn.suptitle(title, fontsize="medium")
     return drawn
 
