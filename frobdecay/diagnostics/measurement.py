@@ -3,6 +3,7 @@
 For a product W = U M Vᵀ with singular values σ:
 
     norm            ‖W‖_F  = (Σσ²)^½     what Frobenius decay acts on
+    departure       ‖W − W₀‖_F           what it acts on if it decays toward W₀
     nuclear         ‖W‖_*  = Σσ          what weight decay on each of two factors acts on
     bound           (‖U‖² + ‖V‖²) / 2    ≥ nuclear, equal exactly where the factors are balanced
     imbalance       ‖UᵀU − VᵀV‖_F relative to ‖UᵀU‖_F + ‖VᵀV‖_F, from 0 to 1
@@ -12,15 +13,14 @@ For a product W = U M Vᵀ with singular values σ:
     decay_step      lr·λ·max‖G‖₂         of the factors' Grams G; lr·λ·σ₁ where they are balanced
 
 (Khodak et al., ICLR 2021, arXiv:2105.01029, section 3.) W itself is never formed, see
-Note [spectrum].
+``spectrum.py``. Whatever a product decays toward, its other numbers are those of W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from math import exp, inf, isfinite, log, nan, prod
+from dataclasses import dataclass, replace
+from math import exp, inf, isfinite, log, nan
 from statistics import fmean
 
 import torch
@@ -31,9 +31,11 @@ from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.scaling import work_dtype
 from frobdecay.algebra.sharpness import sharpness as sharpness_of
+from frobdecay.diagnostics.spectrum import imbalance_of, rank_of, spectrum_of, triangles
 from frobdecay.models.tables.table import Column, figure, screen, table, times
 from frobdecay.optim.rates import DECAY
 from frobdecay.product.product import Product, as_products, product_norm
+from frobdecay.product.toward import itself
 
 LearningRate = float | Tensor | Optimizer
 
@@ -52,6 +54,7 @@ def _geometric_mean(values: Sequence[float]) -> float:
 # Name of each quantity, in the order of tables, and what it is over a whole model.
 _TOTALS: dict[str, Callable[[Sequence[float]], float]] = {
     "norm": lambda values: sum(value**2 for value in values) ** 0.5,
+    "departure": lambda values: sum(value**2 for value in values) ** 0.5,
     "nuclear": sum,
     "bound": sum,
     "imbalance": _largest,
@@ -60,7 +63,7 @@ _TOTALS: dict[str, Callable[[Sequence[float]], float]] = {
     "effective_step": _geometric_mean,  # the products' differ by orders of magnitude
 }
 
-QUANTITIES = tuple(_TOTALS)
+QUANTITIES = tuple(quantity for quantity in _TOTALS if quantity != "departure")
 _TOTALS["decay_step"] = _largest  # of an optimizer that decays products only
 
 
@@ -85,6 +88,7 @@ class ProductMeasurement:
         effective_step: lr / ‖W‖_F², None where no lr was given.
         decay_step: what a step of decay multiplies a factor by, at most; from 2 it grows (with
             decoupled decay, or SGD). None unless the optimizer that was given has a λ.
+        departure: ‖W − W₀‖_F, None where the product decays to zero.
     """
 
     name: str
@@ -98,9 +102,10 @@ class ProductMeasurement:
     rank: int
     effective_step: float | None
     decay_step: float | None = None
+    departure: float | None = None
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
-        """Return the numbers as ``{prefix + quantity: value}``, the effective step if known.
+        """Return the numbers as ``{prefix + quantity: value}``, those that are known.
 
         Args:
             prefix: put before every key as it is.
@@ -149,19 +154,21 @@ class Measurement:
     def total(self, quantity: str) -> float:
         """Return one quantity over the model.
 
-        The norm is (Σ‖W‖_F²)^½, nuclear norm and bound are sums, the imbalance is the largest,
-        stable rank and rank are means, the effective step is the geometric mean.
+        The norm is (Σ‖W‖_F²)^½, and the departure likewise; nuclear norm and bound are sums, the
+        imbalance is the largest, stable rank and rank are means, the effective step is the
+        geometric mean.
 
         Args:
-            quantity: one of ``QUANTITIES``.
+            quantity: one of ``QUANTITIES``, or "departure".
 
         Returns:
-            The number; NaN for the effective step where no lr was given.
+            The number, of the products that have it; NaN if none has (no lr was given).
 
         Raises:
             ValueError: there is no such quantity.
         """
-        return total(quantity, [product.as_dict().get(quantity, nan) for product in self])
+        every = [product.as_dict() for product in self]
+        return total(quantity, [numbers[quantity] for numbers in every if quantity in numbers])
 
     def as_dict(self, prefix: str = "frobdecay") -> dict[str, float]:
         """Return plain floats for a logger: ``{"prefix/norm": …, "prefix/fc.weight/norm": …}``.
@@ -176,17 +183,19 @@ class Measurement:
             >>> round(numbers["train/norm"], 6), round(numbers["train/fc/effective_step"], 6)
             (4.0, 0.00625)
         """
-        known = self.products[0].as_dict()
-        out = {f"{prefix}/{quantity}": self.total(quantity) for quantity in known}
+        out = {f"{prefix}/{quantity}": self.total(quantity) for quantity in self._known()}
         for product in self:
             out.update(product.as_dict(f"{prefix}/{product.name}/"))
         return out
 
     def __str__(self) -> str:
         rows: list[_Row] = [(p.name, times(p.shape), p.as_dict()) for p in self]
-        known = dict.fromkeys(quantity for _, _, numbers in rows for quantity in numbers)
-        rows.append((f"all {len(self)}", "", {name: self.total(name) for name in known}))
+        rows.append((f"all {len(self)}", "", {name: self.total(name) for name in self._known()}))
         return table(rows, _NAME, _COLUMNS, lambda row: None, width=screen())
+
+    def _known(self) -> dict[str, None]:
+        """The quantities that some product has."""
+        return dict.fromkeys(quantity for product in self for quantity in product.as_dict())
 
 
 def measure(products: Product | Iterable[Product], lr: LearningRate | None = None) -> Measurement:
@@ -208,7 +217,8 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
 
     Returns:
         A record that prints as a table. Numbers are computed in float64 (those of sums
-        W₀ + s·BA in float32 at least) and are NaN where a factor has a NaN or an infinity.
+        W₀ + s·BA, and departures, in float32 at least) and are NaN where a factor has a NaN or an
+        infinity.
 
     Raises:
         ValueError: no products, two of one name, or factors that the optimizer does not hold.
@@ -229,8 +239,8 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
 def total(quantity: str, values: Sequence[float]) -> float:
     """Combine one quantity of several products, as ``Measurement.total`` says."""
     if quantity not in _TOTALS:
-        raise ValueError(f"expected a quantity of {QUANTITIES}, got {quantity!r}")
-    return _TOTALS[quantity](values)
+        raise ValueError(f"expected a quantity of {tuple(_TOTALS)}, got {quantity!r}")
+    return _TOTALS[quantity](values) if values else nan
 
 
 # --- one product --------------------------------------------------------------------------------
@@ -267,68 +277,14 @@ def _decays(products: Sequence[Product], lr: LearningRate | None) -> list[float 
     return [max((held[id(p)] for p in q.params if id(p) in held), default=None) for q in products]
 
 
-# Note [spectrum]
-# With U = Q_U R_U and V = Q_V R_V (thin QR) the singular values of U M Vᵀ are those of the r×r
-# matrix R_U M R_Vᵀ. The other way to r×r, the eigenvalues of Lᵀ(VᵀV)L with UᵀU = L Lᵀ, squares
-# the condition number: against a float64 SVD of the dense 768×3072 product, r = 192, condition
-# 1e8, the smallest singular values were off by 8e-2 relative in float64, after QR by 8e-10, and
-# QR took less time (13 ms against 15). Factors that are float32 are exact in float64, so ranks
-# near rounding are counted right. Only triangles leave the device, and norms and Grams of the
-# factors are those of their triangles: everything else is small and happens on the CPU.
-
-
-def _triangles(product: Product) -> list[Tensor]:
-    """The factors with both ends shrunk to R of their QR: float64, on the CPU."""
-    views, batch = product.views(), product.batch
-    if views[0].device.type == "mps":  # has no float64
-        views = tuple(view.cpu() for view in views)
-    ends = (0, len(views) - 1)
-    return [
-        (_triangle(view.double(), batch) if k in ends else view.double()).cpu()
-        for k, view in enumerate(views)
-    ]
-
-
-def _triangle(view: Tensor, batch: int) -> Tensor:
-    """R (*batch, ≤r, r) of the factor with all its axes but the last as rows."""
-    r: Tensor = torch.linalg.qr(view.flatten(batch, -2), mode="r").R
-    return r
-
-
-def _spectrum(factors: Sequence[Tensor], batch: int) -> Tensor:
-    """Singular values; an inner factor with further axes has them on V's side."""
-    right = factors[-1]
-    for inner in reversed(factors[1:-1]):
-        summed = inner.ndim - batch - 2
-        lifted = right[(..., *(None for _ in range(summed)), slice(None), slice(None))]
-        right = _triangle(lifted @ inner.mT, batch)
-    spectrum: Tensor = torch.linalg.svdvals(factors[0] @ right.mT)
-    return spectrum
-
-
-def _imbalance(factors: Sequence[Tensor], batch: int) -> float:
-    """The largest relative difference of neighbours' Grams at the bond between them."""
-    worst = 0.0
-    for k, (left, right) in enumerate(pairwise(factors)):
-        ours = left.mT @ left
-        theirs = right.mT @ right if k == len(factors) - 2 else right @ right.mT
-        ours, theirs = (
-            gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
-            for gram in (ours, theirs)
-        )
-        scale = float(ours.norm() + theirs.norm())
-        worst = max(worst, float((ours - theirs).norm()) / scale if scale else 0.0)
-    return worst
-
-
 def _effective_step(rate: float | None, square: float) -> float | None:
     return None if rate is None else rate / square if square else rate * inf
 
 
 def _measure(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    if product.structure.is_chain:
-        return _measure_chain(product, rate, decay)
-    return _measure_other(product, rate, decay)
+    own = itself(product)
+    found = (_measure_chain if own.structure.is_chain else _measure_other)(own, rate, decay)
+    return found if own is product else replace(found, departure=float(product_norm(product)))
 
 
 def _measure_other(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
@@ -360,10 +316,10 @@ def _measure_other(product: Product, rate: float | None, decay: float | None) ->
 
 
 def _measure_chain(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    factors, batch, scale = _triangles(product), product.batch, abs(product.scale)
+    factors, batch, scale = triangles(product), product.batch, abs(product.scale)
     if all(bool(factor.isfinite().all()) for factor in factors):
-        spectrum = scale * _spectrum(factors, batch)
-        imbalance = _imbalance(factors, batch)
+        spectrum = scale * spectrum_of(factors, batch)
+        imbalance = imbalance_of(factors, batch)
         network = chain(tuple(factor.ndim - batch for factor in factors))
         sharpness = scale**2 * float(sharpness_of(network, factors, batch))
     else:  # LAPACK raises on NaN; a record of a run that diverged should not
@@ -379,16 +335,7 @@ def _measure_chain(product: Product, rate: float | None, decay: float | None) ->
         bound=scale * 0.5 * float(sum(factor.square().sum() for factor in factors)),
         imbalance=imbalance,
         stable_rank=square / top**2 if top else 0.0,
-        rank=_rank(product, spectrum),
+        rank=rank_of(product, spectrum),
         effective_step=_effective_step(rate, square),
         decay_step=None if decay is None else decay * sharpness,
     )
-
-
-def _rank(product: Product, spectrum: Tensor) -> int:
-    """Singular values above the rounding of the factors, for each matrix of the batch."""
-    views = product.views()
-    size = max(prod(view.shape[product.batch : -1]) for view in views)
-    eps = min(torch.finfo(view.dtype).eps for view in views)
-    floor = spectrum[..., :1] * size * min(eps, torch.finfo(torch.float32).eps)
-    return int((spectrum > floor).sum())

@@ -26,6 +26,7 @@ import torch
 from frobdecay.diagnostics.measurement import QUANTITIES, LearningRate, Measurement, measure, total
 from frobdecay.models.checkpoints.files import FilePath, replacing, write_figure
 from frobdecay.product.product import Product, as_products, product_norm
+from frobdecay.product.toward import itself
 
 
 class Recorder:
@@ -46,7 +47,8 @@ class Recorder:
     Args:
         products: whose numbers to record.
         every: measure at one step out of this many.
-        quantities: which of ``QUANTITIES`` to keep. Only ["norm"] is cheap enough for every step:
+        quantities: what to keep: some of ``QUANTITIES``, and "departure" of products that decay
+            toward a weight; all of these by default. Only ["norm"] is cheap enough for every step:
             it needs no decomposition.
 
     Attributes:
@@ -63,13 +65,16 @@ class Recorder:
         products: Product | Iterable[Product],
         *,
         every: int = 1,
-        quantities: Sequence[str] = QUANTITIES,
+        quantities: Sequence[str] | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"expected every to be an int of at least 1, got {every!r}")
-        if not quantities or isinstance(quantities, str) or set(quantities) - set(QUANTITIES):
-            raise ValueError(f"expected quantities to be some of {QUANTITIES}, got {quantities!r}")
         self.products = as_products(products)
+        departs = any(itself(product) is not product for product in self.products)
+        known = (*QUANTITIES, "departure") if departs else QUANTITIES
+        quantities = known if quantities is None else quantities
+        if not quantities or isinstance(quantities, str) or set(quantities) - set(known):
+            raise ValueError(f"expected quantities to be some of {known}, got {quantities!r}")
         self.every, self.quantities = every, tuple(quantities)
         self.steps: list[int] = []
         self.history: dict[str, dict[str, list[float]]] = {
@@ -133,10 +138,11 @@ class Recorder:
                 f"expected a step whose norms were recorded, got {step} with {len(self.steps)} "
                 f"steps of {self.quantities} recorded; record with every=1"
             )
-        _check_scalable(self.products)
+        products = [itself(product) for product in self.products]
+        _check_scalable(products)
         row = self.steps.index(step)
         factors: list[float] = []
-        for product, present in zip(self.products, _norms(self.products), strict=True):
+        for product, present in zip(products, _norms(products), strict=True):
             recorded = self.history[product.name]["norm"][row]
             if not (0.0 not in (present, recorded) and isfinite(present) and isfinite(recorded)):
                 raise ValueError(
@@ -144,7 +150,7 @@ class Recorder:
                     f"{step} and {present} now"
                 )
             factors.append((recorded / present) ** (1 / len(product.factors)))
-        for product, factor in zip(self.products, factors, strict=True):
+        for product, factor in zip(products, factors, strict=True):
             for view in product.views():
                 view.mul_(factor)
 
@@ -152,7 +158,7 @@ class Recorder:
         """Return one quantity of the whole model over the recorded steps.
 
         Args:
-            quantity: one of ``QUANTITIES``.
+            quantity: one that is recorded.
 
         Raises:
             ValueError: there is no such quantity, or it was not recorded.
@@ -220,6 +226,8 @@ class Recorder:
     def plot(self, path: FilePath | None = None) -> Any:
         """Draw product norm, nuclear norm with its bound, effective step and stable rank.
 
+        The norm's panel has the departure too, dashed, where it was recorded.
+
         Args:
             path: file to write; its ending decides the format.
 
@@ -249,7 +257,11 @@ class Recorder:
     def _panel(self, axes: Any, quantity: str) -> None:
         few = len(self.history) <= _LEGEND
         for name, table in self.history.items():
-            axes.plot(self.steps, table[quantity], lw=1, alpha=0.8, label=name if few else None)
+            label = name if few else None
+            (line,) = axes.plot(self.steps, table[quantity], lw=1, alpha=0.8, label=label)
+            if quantity == "norm" and "departure" in table:
+                style = {"lw": 1, "ls": "--", "color": line.get_color()}
+                axes.plot(self.steps, table["departure"], label=label and f"{name}, moved", **style)
         if quantity == "nuclear":
             axes.plot(self.steps, self.total("bound"), "k:", label="half-sum of squares, all")
         if quantity in ("nuclear", "norm") and len(self.history) > 1:
@@ -265,7 +277,7 @@ class Recorder:
 def _norms(products: Sequence[Product]) -> list[float]:
     """‖W‖_F of all products, with one transfer from each device."""
     by_device: dict[torch.device, list[int]] = {}
-    norms = [product_norm(product).detach() for product in products]
+    norms = [product_norm(itself(product)).detach() for product in products]
     for k, norm in enumerate(norms):
         by_device.setdefault(norm.device, []).append(k)
     found = [nan] * len(norms)

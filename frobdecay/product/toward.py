@@ -11,19 +11,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from frobdecay.algebra.network import Network
+from frobdecay.algebra.network import Network, chain
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.departure import Departure
 from frobdecay.product.factor import Bare, Factor, is_sharded
 from frobdecay.product.product import Product
 
 Toward = Literal["initial"] | nn.Module | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FromDense(Shifted):
+    """W₀ − U Vᵀ: norm and gradients of U and V are those of U Vᵀ − W₀."""
+
+    scales: tuple[float, ...] = (-1.0,)
+    name: str = "departure"
+
+
+def itself(product: Product) -> Product:
+    """The product that decays toward something, without that; the same where it is zero."""
+    structure, factors = product.structure, product.factors
+    if isinstance(structure, Departure):
+        now, _ = structure.halves(factors)
+        return replace(product, factors=tuple(now), structure=structure.network)
+    if isinstance(structure, FromDense):
+        return replace(product, factors=factors[1:], structure=chain((2, 2)))
+    return product
 
 
 def toward(found: Sequence[Product], what: Toward) -> list[Product]:
@@ -100,8 +119,7 @@ def _toward_weight(product: Product, weight: Any) -> Product:
         )
     device = product.params[0].device
     matrix = Factor(Bare(view.matrix(weight.detach()).to(device)), "tensor")
-    # W₀ − U Vᵀ: the norm is the same, and so are the gradients of U and V.
-    return replace(product, factors=(matrix, *product.factors), structure=Shifted((-1.0,)))
+    return replace(product, factors=(matrix, *product.factors), structure=FromDense())
 
 
 def _parametrization(product: Product) -> Any:

@@ -1,6 +1,7 @@
 """Diagnostics: every number against the dense product in float64, the record, the recorder."""
 
 import builtins
+import copy
 import dataclasses
 import json
 import math
@@ -11,9 +12,12 @@ import torch
 from cases import seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from frobdecay import FrobeniusDecay, Tucker, factorize, products
 from frobdecay.diagnostics import QUANTITIES, Measurement, Recorder, measure
-from frobdecay.product.product import Product
+from frobdecay.product.product import Product, product_norm
+from frobdecay.product.toward import toward
 
 # batch, m, n, ranks along the chain
 CHAINS = {
@@ -267,6 +271,64 @@ def test_a_deep_model_is_a_short_table():
     assert "–-" in str(measure(products)).splitlines()[1]
 
 
+AIMS = {
+    "initial": (nn.Linear(7, 6), None),
+    "its dense weight": (nn.Linear(7, 6), "dense"),
+    "of Tucker": (nn.Conv2d(4, 5, 3), Tucker),
+}
+
+
+@pytest.mark.parametrize("case", AIMS)
+def test_what_decays_toward_a_weight_is_measured_as_what_it_is(case):
+    """Norm, spectrum and steps are those of W; how far it is from there is a number more."""
+    layer, how = AIMS[case]
+    layer, dense = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
+    factorize(layer, rank=2, **({"parametrization": how} if how is Tucker else {}))
+    aim = dense if how == "dense" else "initial"
+    found, plain = (products(layer, toward=aim), products(layer))
+    before = dense.weight if how == "dense" else layer.weight.materialize().detach()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    distance = float((layer.weight.materialize() - before).detach().norm())
+    base = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = FrobeniusDecay(base, found)
+    ours, theirs = measure(found, optimizer), measure(plain, optimizer)
+    numbers = ours.as_dict()
+    assert numbers.pop("frobdecay/departure") == pytest.approx(distance)
+    assert numbers.pop("frobdecay/weight/departure") == pytest.approx(distance)
+    assert numbers == pytest.approx(theirs.as_dict(), nan_ok=True)
+    assert "decay_step" in theirs["weight"].as_dict()
+    assert "departure" in str(ours).splitlines()[0]
+    assert "departure" not in str(theirs)
+    mixed = measure([*found, Product.of(torch.ones(2, 1), torch.ones(3, 1), name="other")])
+    assert mixed.total("departure") == pytest.approx(distance)
+
+
+def test_what_decays_toward_a_weight_is_recorded_and_replayed_as_what_it_is(two):
+    """Its departure beside its norm; only the present factors are scaled."""
+    found = toward(two, "initial")
+    full, norms = Recorder(found), Recorder(found, quantities=["norm"])
+    for by in (2.0, 3.0):
+        for product in two:
+            product.params[0].data.mul_(by)
+        full.step()
+        norms.step()
+    for product in two:
+        table = full.history[product.name]
+        assert table["norm"] == pytest.approx(norms.history[product.name]["norm"])
+        start = table["norm"][0] / 2
+        assert table["departure"] == pytest.approx([start, 5 * start])
+    kept = [p.clone() for q in found for p in q.structure.halves(q.params)[1]]
+    norms.replay_(0)
+    for product in two:
+        assert product_norm(product).item() == pytest.approx(full.history[product.name]["norm"][0])
+    held = [p for q in found for p in q.structure.halves(q.params)[1]]
+    assert all(torch.equal(p, q) for p, q in zip(held, kept, strict=True))
+    with pytest.raises(ValueError, match="expected quantities to be some of"):
+        Recorder(two, quantities=["departure"])
+
+
 def test_a_product_listed_twice_is_measured_once(two):
     """Under another name, too: the model's totals are those of the model."""
     again = [dataclasses.replace(product, name=f"part.{product.name}") for product in two]
@@ -383,6 +445,11 @@ def test_plot_writes_four_panels(two, tmp_path):
     assert len(figure.axes) == 4
     assert all(tick == round(tick) for axes in figure.axes for tick in axes.get_xticks())
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+    moving = Recorder(toward(two, "initial"))
+    shrink(moving, 3)
+    norms, before = (drawn.axes[0].get_lines() for drawn in (moving.plot(), figure))
+    assert {line.get_label() for line in norms} == {
+        *(line.get_label() for line in before), "a, moved", "b, moved"}  # fmt: skip
 
 
 def test_plot_without_matplotlib_says_what_to_install(two, monkeypatch):
