@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +163,13 @@ def test_the_default_is_judged_by_the_larger_spread():
     assert defaults._better([10.0, 20.0], [18.0, 20.0]) == "undecided"
     assert defaults._better([10.0, 12.0], [18.0, 20.0]) == "default"
     assert defaults._better([19.0], [18.0]) == "all"
+
+
+def test_the_page_shows_what_was_measured():
+    """The table of the default budget is that of its committed result."""
+    root = Path(__file__).parents[2]
+    (rows,) = json.loads((root / "benchmarks/results/defaults.json").read_text())["tables"].values()
+    page = (root / "docs/choosing.md").read_text(encoding="utf-8").replace("**", "")
+    for row in rows:
+        shown = [value for key, value in row.items() if "better" not in key]
+        assert f"| {' | '.join(shown)} |" in page
