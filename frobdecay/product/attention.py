@@ -26,11 +26,9 @@ refuses. Scaling, masks, position biases, softmax and dropout act on the scores:
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from math import prod
 from types import NoneType
 from typing import Any, NamedTuple
@@ -39,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.families import LEFT, TRANSFORMERS
 from frobdecay.product.product import Product
 
 
@@ -372,29 +371,20 @@ def _number(names: Sequence[str], *owners: Any) -> int:
     return next((number for number in found if isinstance(number, int) and number), 0)
 
 
-_REASONS = {
-    "rotary": "rotary embeddings between the factors turn queries and keys",
-    "positions": "positions between the factors meet queries or keys alone",
-    "cosine": "queries and keys are normalized between the factors",
-    "biases": "biases of its own between the factors",
-    "": "",
-}
-TRANSFORMERS: dict[str, tuple[str, str, str]] = {
-    f"transformers.models.{row['type']}": (
-        row["layout"], _REASONS[row["scores"]], _REASONS[row["outputs"]]
-    )
-    for row in csv.DictReader((files(__package__) / "families.csv").read_text("utf-8").splitlines())
-}  # fmt: skip
-"""Full name of a type of transformers -> its layout, and what is between the factors.
-
-A test read the same products off its own forward. Of layouts, "|", the first that is there holds.
-"""
 _READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     nn.MultiheadAttention: _multihead,
     "timm.layers.attention.Attention": _timm,
     **{name: _known(*row) for name, row in TRANSFORMERS.items()},
 }
+
+
+def _leave(reason: str) -> Callable[[nn.Module, str], list[Product | LeftAlone]]:
+    """A provider of no product, but of the reason."""
+    return lambda module, name: [LeftAlone(name, f"{type(module).__name__}: {reason}")]
+
+
 ATTENTION: dict[type | str, Callable[[nn.Module, str], list[Product | LeftAlone]]] = {
-    kind: provider(read, kind) for kind, read in _READERS.items()
+    **{kind: provider(read, kind) for kind, read in _READERS.items()},
+    **{name: _leave(reason) for name, reason in LEFT.items()},
 }
 """Type or qualified name -> its provider."""

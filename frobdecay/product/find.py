@@ -149,13 +149,14 @@ _UNKNOWN = (
 )
 
 
+NAMED = re.compile(r"att(entio)?n(?!.*(Output|Loss|Cell)$)", re.IGNORECASE)
+"""What types of attention are called."""
+
+
 def _is_attention(module: nn.Module) -> bool:
     """By its type's name, if it holds a matrix in itself or in a layer of its own."""
-    named = re.search(
-        r"att(entio)?n(?!.*(Output|Loss|Cell)$)", type(module).__name__, re.IGNORECASE
-    )
     owners = (module, *module.children())
-    return bool(named) and any(
+    return bool(NAMED.search(type(module).__name__)) and any(
         p.ndim > 1 for owner in owners for p in owner._parameters.values() if p is not None
     )
 

@@ -21,9 +21,10 @@ from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product import find
-from frobdecay.product.attention import TRANSFORMERS, Attention, linear, provider
+from frobdecay.product.attention import Attention, linear, provider
 from frobdecay.product.balance import balance_
 from frobdecay.product.factor import Factor
+from frobdecay.product.families import LEFT, TRANSFORMERS
 from frobdecay.product.find import left_alone, products, register_products
 from frobdecay.product.product import Product, penalty, product_norm, squared_norm
 
@@ -390,6 +391,19 @@ def test_the_list_in_the_docs_is_the_table():
         models.setdefault(layout.replace("|", "or"), set()).add(name.split(".")[2])
     listed = re.findall(r"^\| `(.+)` \| (.+) \|$", page, re.MULTILINE)
     assert {layout: set(names.split(", ")) for layout, names in listed} == models
+    left: dict[str, set[str]] = {}
+    for name, reason in LEFT.items():
+        left.setdefault(reason, set()).add(name.rpartition(".")[2])
+    listed = re.findall(r"^\| (.+) \| `(.+)` \|$", page, re.MULTILINE)
+    assert {reason: set(names.split("`, `")) for reason, names in listed} == left
+
+
+def test_a_type_that_is_left_alone_says_why():
+    """By its name, with no module of transformers."""
+    path, _, name = next(iter(LEFT)).rpartition(".")
+    model = nn.Sequential(type(name, (LatentAttention,), {"__module__": path})())
+    assert products(model) == []
+    assert left_alone(model) == [("0", f"{name}: {LEFT[f'{path}.{name}']}")]
 
 
 def test_types_known_by_name_are_left_alone_where_they_are_not_as_they_were():

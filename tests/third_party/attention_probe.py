@@ -14,10 +14,13 @@ heads, of key heads, of tokens, and other sizes of heads.
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import inspect
 import itertools
 import pathlib
+import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -463,3 +466,56 @@ def multiple(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found[there], centred(wanted.masked_fill(~there, torch.nan))[there]
     c = float((found @ wanted) / (wanted @ wanted))
     return c if c > 0 and (found - c * wanted).norm() <= 1e-5 * found.norm() else float("nan")
+
+
+# --- what types there are -----------------------------------------------------------------------
+
+
+class Code(typing.NamedTuple):
+    """Of a class: its code and that of its bases, their names, what it names, what it owns."""
+
+    code: str
+    bases: set[str]
+    names: set[str]
+    owns: bool
+
+
+@functools.cache
+def classes() -> dict[str, Code]:
+    """Every class of the models of transformers by its full name; none is imported."""
+    found = {}
+    for path in pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        prefix = f"transformers.models.{path.parent.name}.{path.stem}."
+        body = ast.parse(path.read_text("utf-8")).body
+        own = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+        tables = {  # such as of a class for each implementation
+            target.id: _names(node)
+            for node in body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)
+        }  # fmt: skip
+        for name, node in own.items():
+            line = [node]
+            for one in line:
+                line += [own[base] for base in _names(*one.bases) if base in own]
+            code = "\n".join(ast.unparse(part) for one in line for part in one.body)
+            names = _names(node)
+            names = names.union(*(tables.get(one, set()) for one in names)) & set(own) - {name}
+            found[prefix + name] = Code(
+                code, {prefix + one.name for one in line}, {prefix + one for one in names},
+                bool(re.search(r"(Linear|Conv\d?d?|Parameter|Embedding)\(", code)),
+            )  # fmt: skip
+    return found
+
+
+def _names(*nodes: ast.AST) -> set[str]:
+    return {one.id for node in nodes for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
+def parts(types: dict[str, Code], name: str) -> set[str]:
+    """What a class names, and what that does, as parts of it are."""
+    found: set[str] = set()
+    todo = [name]
+    for one in todo:
+        todo += types[one].names - found
+        found |= types[one].names
+    return found - {name}

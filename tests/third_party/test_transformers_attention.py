@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import zoo  # noqa: E402
 from torch import nn  # noqa: E402
 
 from frobdecay import FrobeniusDecay, balance_, diagnostics, products  # noqa: E402
-from frobdecay.product.attention import TRANSFORMERS  # noqa: E402
+from frobdecay.product import find  # noqa: E402
+from frobdecay.product.families import LEFT, REASONS, TRANSFORMERS  # noqa: E402
 from frobdecay.product.product import product_norm  # noqa: E402
 
 
@@ -251,6 +253,11 @@ def between(angles):
     return 0.3 * torch.randn(probe.TOKENS, probe.TOKENS, probe.SIZE, dtype=torch.float64)
 
 
+EACH = [({"num_key_value_heads": probe.HEADS}, None)]  # no grouped queries
+MEMORY = [({"memory_attention_num_attention_heads": probe.HEADS,
+            "memory_attention_hidden_size": probe.WIDTH}, None)]  # fmt: skip
+FEW = [({"num_attention_heads": probe.HEADS}, None)]
+WIDE = [({"hidden_size": probe.WIDTH, "num_attention_heads": probe.HEADS}, None)]
 VARIANTS = {  # options of a configuration -> arguments of the forward's own, from angles
     "clvp.ClvpSelfAttention": [({}, lambda angles: {
         "rotary_pos_emb": torch.cat([angles, angles], -1)[None],
@@ -260,6 +267,9 @@ VARIANTS = {  # options of a configuration -> arguments of the forward's own, fr
         ({"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": share},
          lambda angles: {"rel_embeddings": torch.ones(2 * probe.TOKENS, probe.WIDTH).double()})
         for share in (True, False)] + [({}, None)],
+    "dots3_note.Dots3NoteAudioAttention": EACH,
+    "edgetam_video.EdgeTamVideoRoPESelfAttention": MEMORY,
+    "esmc.EsmcAttention": EACH,
     "esm.EsmAttention": [({"position_embedding_type": "rotary"}, None)],
     "falcon.FalconAttention": [
         (options, lambda angles: {"alibi": None}) for options in (
@@ -268,6 +278,20 @@ VARIANTS = {  # options of a configuration -> arguments of the forward's own, fr
     "gpt2.GPT2Attention": [({}, None), ({"is_cross_attention": True}, lambda angles: {
         "encoder_hidden_states": probe.tokens_of(probe.WIDTH)[None]})],
     "gpt_bigcode.GPTBigCodeAttention": [({"multi_query": many}, None) for many in (True, False)],
+    "grounding_dino.GroundingDinoMultiheadAttention": FEW,
+    "mm_grounding_dino.MMGroundingDinoMultiheadAttention": FEW,
+    "moonshine.MoonshineAttention": EACH,
+    "moonshine_streaming.MoonshineStreamingAttention": EACH,
+    "nemotron3_5_transcribe.Nemotron3_5TranscribeAttention": EACH,
+    "nemotron3_diarization.Nemotron3DiarizationAttention": EACH,
+    "pix2struct.Pix2StructTextAttention": WIDE,
+    "sam2_video.Sam2VideoRoPEAttention": MEMORY,
+    "sam3_tracker_video.Sam3TrackerVideoRoPEAttention": MEMORY,
+    "stablelm.StableLmAttention": [
+        ({"num_key_value_heads": probe.HEADS, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None)],
+    "t5gemma.T5GemmaCrossAttention": [({"cross_attention_hidden_size": probe.WIDTH}, None)],
+    "unlimited_ocr.UnlimitedOcrTextAttention": EACH,
     "mimo_v2_flash.MiMoV2FlashAttention": [({"v_head_dim": 4}, None)],
     "phi.PhiAttention": [({}, None), ({"qk_layernorm": True}, None)],
     "roformer.RoFormerAttention": [({"rotary_value": turn}, lambda angles: {
@@ -350,6 +374,47 @@ def test_what_is_between_values_and_outputs_is_said(name, options, said):
     (full,) = (known for known in TRANSFORMERS if short(known) == name)
     _, outputs = products(probe.build(full, **options))
     assert outputs.fixed == said
+
+
+SEEN = {  # reason -> what the code of a type says; "!" for what it does not
+    "latent": "kv_b_proj", "shared": "shared_kv|kv_shared|kv_proj|v_norm", "gate": r"\bchunk\(",
+    "linear": r"chunk_|recurrent|time_decay|slope|context_scores|query_weight|w_g",
+    "deformable": "sampling_offsets", "convolution": r"[Cc]onv|MLPLayerWithBN",
+    "reduction": "reduction", "sparse": "[Bb]lock|window|chunk|hash|kernel|sample|ngram|unit",
+    "other": "fft|lambda_|hard_softmax|text_proj|points|dt_proj|groups",
+    "several": "pos|rel|layout_key|w2e|structure|torch.cat", "experts": "experts",
+    "open": r"!self\.(o_proj|out_proj)\b", "map": "!v_proj|context_layer",
+    "pooling": "cls_token|pooling|attn_proj", "none": "!(key|k_proj) =", "unproved": "",
+}  # fmt: skip
+
+
+@pytest.mark.covers("C6")
+def test_every_attention_of_transformers_is_known_or_left_alone_with_a_reason():
+    """Or is a part of such, or is around it: there is no third kind in this version."""
+    types = probe.classes()
+    told = {name for name, one in types.items() if one.bases & {*TRANSFORMERS, *LEFT}}
+    inside = {part for name in told for part in probe.parts(types, name)}
+    named = {n for n, one in types.items() if find.NAMED.search(n.rpartition(".")[2]) and one.owns}
+    untold = {
+        name
+        for name in named - told - inside
+        if not (
+            probe.parts(types, name) & (named | told)
+            or "nn.MultiheadAttention(" in types[name].code
+        )
+    }
+    assert not untold
+    assert not set(LEFT) & (inside | set(TRANSFORMERS))
+    if transformers.__version__.startswith("5.23"):
+        assert set(LEFT) <= set(types)
+
+
+@pytest.mark.parametrize("name", LEFT, ids=short)
+def test_the_reason_is_in_the_code(name):
+    """Of the type or of those that it is made from."""
+    (key,) = (key for key, reason in REASONS.items() if reason == LEFT[name])
+    absent, pattern = SEEN[key].startswith("!"), SEEN[key].removeprefix("!")
+    assert bool(re.search(pattern, probe.classes()[name].code)) != absent
 
 
 def test_variants_are_of_types_that_are_known():
