@@ -256,6 +256,9 @@ def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float |
     rates: list[float | None] = []
     for product in products:
         found = [float(held[id(p)]) for p in product.params if id(p) in held]
+        if not found and not any(param.requires_grad for param in product.params):
+            rates.append(None)  # frozen
+            continue
         if not found:
             raise ValueError(
                 f"{product.name}: expected an optimizer that holds its factors, got one that "

@@ -165,7 +165,12 @@ class Recorder:
         """
         if quantity not in self.quantities:
             raise ValueError(f"expected a quantity of {self.quantities}, got {quantity!r}")
-        columns = zip(*(table[quantity] for table in self.history.values()), strict=True)
+        tables = [
+            table[quantity]
+            for product, table in zip(self.products, self.history.values(), strict=True)
+            if quantity != "departure" or itself(product) is not product
+        ]
+        columns = zip(*tables, strict=True)
         return [total(quantity, column) for column in columns]
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,9 +7,12 @@ derivative of f at factor k. What an optimizer keeps is therefore mapped by what
     square      a mean of squared gradients: (Jₖ∘Jₖ)ᵀ·v, as if the entries of the gradient were
                 uncorrelated; of a pair v·(V∘V) and vᵀ·(U∘U)
     copy        a number that does not depend on the gradients, as the count of steps
-    forget      zeros of the factor's shape: an average of updates, which are no gradients
+    forget      zeros of the factor's shape: an average of updates, which are no gradients; the mean
+                that a centered RMSprop subtracts, which the square above need not be beyond
 
-so that momentum is that of an optimizer that has had these factors from the beginning.
+so that momentum is that of an optimizer that has had these factors from the beginning. Where the
+entries were correlated, a square would be too small, and the next step too long: that of Adam's
+kin is never below the square of the mean. A copy of a weight that was shared remembers the same.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ RULES: Mapping[str, Mapping[str, str]] = {
     "RMSprop": {
         "step": "copy",
         "square_avg": "square",
-        "grad_avg": "linear",
+        "grad_avg": "forget",
         "momentum_buffer": "forget",
     },
 }
@@ -45,6 +48,8 @@ RULES: Mapping[str, Mapping[str, str]] = {
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 Place = tuple[str, nn.Module, str]
+Made = Callable[..., Tensor]
+"""Factors -> the weight: a parametrization."""
 
 
 class Carried:
@@ -90,14 +95,16 @@ class Carried:
             RuntimeError: it cannot be computed; no optimizer was changed.
         """
         for (name, module, attribute), dense, holders in self._before:
-            held = lists_of(module)[attribute]
-            factors = list(held.parameters())
+            held = lists_of(module).get(attribute)
+            made = _same if held is None else held[0]  # a copy of a weight that was shared
+            factors = [getattr(module, attribute)] if held is None else list(held.parameters())
             with naming(name):
                 for optimizer in holders:
-                    states = _mapped(optimizer, dense, held[0], factors)
+                    _check_factors(optimizer, factors)
+                    states = _mapped(optimizer, dense, made, factors)
                     self._moves.append((optimizer, dense, factors, states))
                 if dense.grad is not None:  # of a backward pass whose step is still to come
-                    waiting = _linear(dense.grad, held[0], factors)
+                    waiting = _linear(dense.grad, made, factors)
                     self._pending += zip(factors, waiting, strict=True)
 
     def commit(self, model: nn.Module) -> None:
@@ -111,7 +118,10 @@ class Carried:
         kept = {id(param) for param in model.parameters()}
         names = {id(param): name for name, param in model.named_parameters()}
         for optimizer in self._optimizers:
-            new = {id(dense): factors for one, dense, factors, _ in self._moves if one is optimizer}
+            new: dict[int, list[Tensor]] = {}
+            for one, dense, factors, _ in self._moves:
+                if one is optimizer:  # of a weight that was shared, in all its places
+                    new.setdefault(id(dense), []).extend(factors)
             for group in optimizer.param_groups:
                 _replace(group, new, names, kept)
         for optimizer, dense, factors, states in self._moves:
@@ -155,6 +165,20 @@ def _check_state(optimizer: Optimizer, name: str, dense: Tensor, holds: bool) ->
         )
 
 
+def _check_factors(optimizer: Optimizer, factors: Sequence[Tensor]) -> None:
+    """Refuse factors that the optimizer's next step would fail on."""
+    worst = max(factors, key=lambda factor: factor.ndim)
+    if isinstance(optimizer, torch.optim.Muon) and worst.ndim != 2:
+        raise ValueError(
+            f"expected matrices, which alone a Muon takes, got factors of shape "
+            f"{tuple(worst.shape)}: give this weight to another optimizer, or leave it out"
+        )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _rules(optimizer: Optimizer) -> Mapping[str, str]:
     """Of torch's own classes: others may keep something else by the same name."""
     kind = type(optimizer)
@@ -167,7 +191,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _mapped(
-    optimizer: Optimizer, dense: Tensor, made: nn.Module, factors: Sequence[Tensor]
+    optimizer: Optimizer, dense: Tensor, made: Made, factors: Sequence[Tensor]
 ) -> list[dict[str, Any]]:
     """The state of every factor, from that of the dense weight."""
     states: list[dict[str, Any]] = [{} for _ in factors]
@@ -175,10 +199,13 @@ def _mapped(
         parts = _RULES[_rules(optimizer)[key]](value, made, factors)
         for state, part in zip(states, parts, strict=True):
             state[key] = part
+    for state in states:
+        for key in state.keys() & {"exp_avg_sq", "max_exp_avg_sq"}:
+            state[key] = torch.maximum(state[key], state["exp_avg"].square().to(state[key].dtype))
     return states
 
 
-def _linear(value: Tensor | None, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+def _linear(value: Tensor | None, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     if value is None:  # a momentum before its first step
         yield from (None for _ in factors)
         return
@@ -191,15 +218,15 @@ def _linear(value: Tensor | None, made: nn.Module, factors: Sequence[Tensor]) ->
         yield torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(part)
 
 
-def _square(value: Tensor, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+def _square(value: Tensor, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     return _linear(value, made, [factor.detach().square() for factor in factors])
 
 
-def _copy(value: Any, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+def _copy(value: Any, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     yield from (value.clone() if isinstance(value, Tensor) else value for _ in factors)
 
 
-def _forget(value: Any, made: nn.Module, factors: Sequence[Tensor]) -> Iterator[Any]:
+def _forget(value: Any, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     yield from (torch.zeros_like(factor, requires_grad=False) for factor in factors)
 
 

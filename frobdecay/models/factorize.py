@@ -113,7 +113,8 @@ def _execute(
         if entry.weight.tensor is not None and entry.weight.tensor.is_meta:
             check_values(entry.weight)
     weights = [entry.weight for entry in chosen]
-    carried = Carried(optimizer, [(w.name, w.module, w.attribute) for w in weights])
+    places = [(w.name, w.module, w.attribute) for w in (*weights, *dense)]
+    carried = Carried(optimizer, places)
     others = other_ties(walk, untied)
     inside = [weight.module for weight in weights]
     touched = [*inside, *(weight.module for weight in dense)]

@@ -115,6 +115,8 @@ def plan_entries(
         chosen = list(rule) if include is None else include
     found = candidates(walk, chosen, exclude, parametrization, options, on_tied)
     before += sum(entry.copied for entry in found)
+    if isinstance(goal.rank, RankPlan):
+        _check_plan(found, goal.rank)
     if rule is not None:
         _explicit(walk, found, rule)
     elif goal.energy is not None:
@@ -165,6 +167,25 @@ def _checked(walk: Walk, rule: Mapping[Any, Any]) -> dict[Any, Any]:
         with naming(f"rank[{key!r}]"):
             plain_ranks(value)
     return rule
+
+
+def _check_plan(found: list[Entry], plan: RankPlan) -> None:
+    """Refuse a plan of other parametrizations than those that the weights are to get."""
+    rows = {row.name: row for row in plan.rows if row.made is not None}
+    for entry in found:
+        row = next((rows[name] for name in entry.weight.names if name in rows), None)
+        if not entry.open or row is None:
+            continue
+        assert entry.make is not None
+        own = entry.make(1)
+        same = type(own) is type(row.made) and row.shape == entry.shape
+        if not same or entry.size(row.rank) != row.after:  # type: ignore[arg-type]
+            raise ValueError(
+                f"{entry.weight.name}: expected what the plan is of, a weight of shape {row.shape} "
+                f"in {row.after:,} numbers of a {type(row.made).__name__}, got a "
+                f"{type(own).__name__} of shape {entry.shape} that is read otherwise; give "
+                "parametrization= as it was given to the plan"
+            )
 
 
 def _explicit(walk: Walk, found: list[Entry], rule: Any) -> None:

@@ -112,6 +112,11 @@ def _toward_weight(product: Product, weight: Any) -> Product:
             "product; exclude= leaves it out"
         )
     view = parametrization.matricization
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}: expected a dense weight with numbers, got one on the meta device; load it "
+            'first; toward="initial" needs none'
+        )
     if tuple(weight.shape) != tuple(parametrization.shape):
         raise ValueError(
             f"{name}: expected a dense weight of shape {tuple(parametrization.shape)}, got "

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import frobdecay
 from frobdecay import FrobeniusDecay, Tucker, factorize, products
 from frobdecay.diagnostics import QUANTITIES, Measurement, Recorder, measure
 from frobdecay.product.product import Product, product_norm
@@ -256,6 +257,19 @@ def test_prints_as_a_table(two):
     lines = str(measure(two)).splitlines()
     assert [line.split()[0] for line in lines] == ["product", "a", "b", "all"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_what_is_frozen_has_no_step():
+    """An optimizer need not hold it; the others are measured with theirs."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    frobdecay.factorize(model, rank=2)
+    model[0].requires_grad_(False)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = frobdecay.FrobeniusDecay(torch.optim.SGD(trained, lr=0.1), model, decay=0.1)
+    found = measure(frobdecay.products(model), optimizer)
+    assert found["0.weight"].effective_step is None
+    assert found["1.weight"].effective_step > 0
+    Recorder(frobdecay.products(model)).step(optimizer)
 
 
 def test_a_deep_model_is_a_short_table():

@@ -125,6 +125,9 @@ def test_every_key_is_mapped_by_what_it_is(kind, reading):
             "copy": lambda v=value: [v] * len(factors),
             "forget": lambda: [torch.zeros_like(f) for f in factors],
         }[rule]()
+        if key in ("exp_avg_sq", "max_exp_avg_sq"):
+            least = backward(before["exp_avg"])
+            expected = [torch.maximum(e, m.square()) for e, m in zip(expected, least, strict=True)]
         for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(wanted).detach())
         if all(isinstance(each, torch.Tensor) for each in found):
@@ -328,3 +331,52 @@ def test_a_wrapper_is_refused_by_name():
     )
     with pytest.raises(ValueError, match="the optimizer behind it"):
         frobdecay.factorize(model, rank=2, include="1", optimizer=optimizer)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "RMSprop"])
+def test_the_first_step_after_it_is_no_longer_than_others(kind):
+    """Also of entries that were correlated, as those of a mean over few inputs are."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(8, 64)
+    options = {"Adam": {}, "RMSprop": {"centered": True}}[kind]
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3, **options)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).sigmoid().mean().backward()
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer.step()
+        after = model.parameters()
+        return max(float((p.detach() - b).abs().max()) for p, b in zip(after, before, strict=True))
+
+    usual = max([step() for _ in range(30)][1:])
+    frobdecay.factorize(model, rank=16, optimizer=optimizer)
+    assert all(step() <= 2 * usual for _ in range(3))
+
+
+@pytest.mark.parametrize("rank", [4, {"1": 4}])
+def test_copies_of_a_shared_weight_are_all_trained(rank):
+    """Factorized or dense: each is in the optimizer once, with what the shared one remembered."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    frobdecay.factorize(model, rank=rank, on_tied="untie", optimizer=optimizer)
+    held = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+    assert {id(param) for param in optimizer.state} == set(held)
+    assert all("exp_avg" in state for state in optimizer.state.values())
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_muon_refuses_factors_that_are_no_matrices():
+    """Before its next step would, and with nothing changed."""
+    model = nn.MultiheadAttention(32, 4, bias=False)
+    optimizer = torch.optim.Muon(model.parameters())
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match=r"in_proj_weight: expected matrices.*Muon"):
+        frobdecay.factorize(model, rank=4, optimizer=optimizer)
+    assert list(map(id, model.parameters())) == list(map(id, before))
+    assert optimizer.param_groups[0]["params"] == before

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge
 from frobdecay.models.ranks import plan_ranks
@@ -389,3 +390,26 @@ def test_the_ratio_search_asks_once_for_equal_shapes():
         plan_ranks(model, ratio=0.3, parametrization=Counted)
         costs.append(len(made))
     assert costs[1] - costs[0] <= 10 * 30
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "rank"),
+    [
+        (functools.partial(LowRank, pattern="channel"), 4),
+        (functools.partial(LowRank, depth=1), 4),
+        (CP, 3),
+        (Tucker, 2),
+        (TensorTrain, 2),
+    ],
+)
+def test_a_plan_is_executed_as_what_it_is_of(parametrization, rank):
+    """By the same parametrization; by another one it is refused, and nothing changes."""
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3))
+    plan = plan_ranks(model, rank=rank, parametrization=parametrization)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"0\.weight: expected what the plan is of.*parametrization="
+    ):
+        factorize(model, rank=plan)
+    assert before.keys() == model.state_dict().keys()
+    assert factorize(model, rank=plan, parametrization=parametrization).after == plan.after
