@@ -72,8 +72,12 @@ class Checkpoint:
 
     @property
     def total(self) -> int:
-        """How many numbers there are in it, weights or not."""
-        return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
+        """How many numbers there are in it, weights or not, but for a normalization's averages."""
+        return sum(
+            tensor.numel()
+            for name, tensor in self.tensors.items()
+            if tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))
+        )
 
     @property
     def unknown(self) -> list[str]:

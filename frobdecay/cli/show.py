@@ -89,7 +89,7 @@ def report(
     unread = [row for row in rows if not row.matrix]
     for group in fold([row.name for row in unread], [row.remark for row in unread]):
         lines.append(printable(f"{group.name}: {group.key}"))
-    lines.append(f"{whole:,} floating-point numbers")
+    lines.append(f"{whole:,} parameters")
     if plan:
         lines[-1] += f"; planned {plan.after:,} of {plan.before:,}, ratio {plan.ratio:.3g}"
     return "\n".join(lines)

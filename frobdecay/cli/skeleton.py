@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from frobdecay.models.checkpoints.folders import CONFIG, folder_of
 from frobdecay.models.checkpoints.records import weight_of
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
+from frobdecay.models.tables.fold import numbers, pattern
 from frobdecay.weights.registration import put_factors
 
 _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -74,7 +76,7 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
             file=sys.stderr,
         )
     model, names = nn.Module(), {}
-    for name in dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors):
+    for name in _in_order(dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors)):
         if name in factorized:
             _factorize(layer := nn.Module(), "weight", factorized[name][0])
         elif name in weights:
@@ -88,6 +90,26 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
     there += sum(factor.numel() for _, factors in factorized.values() for factor in factors)
     model.register_parameter("rest", nn.Parameter(_empty((checkpoint.total - there,))))
     return Skeleton(model, names, [])
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names as their layers are registered, so far as names say it.
+
+    A file of safetensors has them in the order of the alphabet: then those that are called like
+    outputs are last, numbered ones before them as they are counted, and others first.
+    """
+    known = list(names)
+    if known != sorted(known):
+        return known
+
+    def place(name: str) -> tuple[int, str, list[int]]:
+        output = any(re.search(_OUTPUTS, part) for part in name.split("."))
+        return 2 if output else 1 if numbers(name) else 0, pattern(name), numbers(name)
+
+    return sorted(known, key=place)
+
+
+_OUTPUTS = r"^(fc\d*|cls|score|logits|proj_out|output)$|head|classifier|unembed"
 
 
 def _put(model: nn.Module, path: Iterable[str], layer: nn.Module) -> None:
