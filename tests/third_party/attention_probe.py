@@ -519,3 +519,15 @@ def parts(types: dict[str, Code], name: str) -> set[str]:
         todo += types[one].names - found
         found |= types[one].names
     return found - {name}
+
+
+def stacks(code: str) -> bool:
+    """Whether a parameter of three dimensions, none of them 1, is made in this code."""
+    shapes = []
+    for call in ast.walk(ast.parse(code)):
+        if not (isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Parameter")):
+            continue
+        made = call.args[0] if call.args else None
+        shape = made.args if isinstance(made, ast.Call) else []
+        shapes.append(shape[0].elts if shape and isinstance(shape[0], ast.Tuple) else shape)
+    return any(len(s) > 2 and "1" not in map(ast.unparse, s) for s in shapes)
