@@ -384,7 +384,8 @@ SEEN = {  # reason -> what the code of a type says; "!" for what it does not
     "other": "fft|lambda_|hard_softmax|text_proj|points|dt_proj|groups",
     "several": "pos|rel|layout_key|w2e|structure|torch.cat", "experts": "experts",
     "open": r"!self\.(o_proj|out_proj)\b", "map": "!v_proj|context_layer",
-    "pooling": "cls_token|pooling|attn_proj", "none": "!(key|k_proj) =", "unproved": "",
+    "pooling": "cls_token|pooling|attn_proj|self.query =", "none": "!(key|k_proj) =",
+    "unproved": "",
 }  # fmt: skip
 
 

@@ -35,7 +35,8 @@ REASONS = {
     "map": "a map of attention, without values",
     "pooling": "pooling: a parameter, not a token, asks",
     "none": "no attention but for its name",
-    "unproved": "no test has read its products off its own forward yet",
+    "unproved": "no test has read its products off its own forward yet; say where they are with "
+    "frobdecay.register_products",
 }
 
 
