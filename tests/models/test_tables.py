@@ -93,6 +93,19 @@ def test_names_are_whole_and_numbers_never_cut(width):
         assert all(len(line) <= width or line == name for line in lines)
 
 
+@pytest.mark.parametrize("width", range(24, 90, 7))
+def test_columns_that_do_not_fit_are_below(width):
+    """Every number once, no line beyond the screen, and remarks once at the end."""
+    rows = [(f"layer.{k}", [float(1000 * k + c) for c in range(100, 900, 100)]) for k in (1, 2)]
+    columns = [Column(f"col{c}", lambda row, c=c: row[1][c], "{:.1f}".format) for c in range(8)]
+    name = Column("weight", lambda row: row[0])
+    text = table(rows, name, columns, lambda row: "one of a kind", width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for row in rows:
+        assert all(text.count(f" {number:.1f}") == 1 for number in row[1])
+    assert text.count("one of a") <= 2
+
+
 def test_rows_are_folded_only_where_they_are_many():
     """A dozen are read at a glance; and never, where that is asked for."""
     for found in (_print(rows=ROWS[:12]), _print(folds=False)):

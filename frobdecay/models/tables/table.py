@@ -2,7 +2,8 @@
 
 A name that is too long for its column has a line of its own, with its numbers below. A column
 without content is left out; so are remarks beside the table where they do not fit: they are
-numbered below it. Rows of repeated layers are folded into one, with the range of each figure.
+numbered below it. Columns that do not fit are a table of their own below. Rows of repeated layers
+are folded into one, with the range of each figure.
 """
 
 from __future__ import annotations
@@ -137,17 +138,27 @@ class _Line:
 
 
 def _set(head: _Line, lines: list[_Line], numeric: Sequence[bool], width: int | None) -> str:
-    """Lines in columns, each as wide as it has to be."""
-    kept = [k for k in range(len(head.cells)) if any(line.cells[k] for line in lines)]
+    """Lines in columns, each as wide as it has to be; what does not fit in a block of its own."""
     every = [head, *lines]
+    kept = [k for k in range(len(head.cells)) if any(line.cells[k] for line in lines)]
     widths = {k: max(len(line.cells[k]) for line in every) for k in kept}
     notes = dict.fromkeys(line.remark for line in lines if line.remark)
-    room = (sys.maxsize if width is None else width) - sum(widths.values()) - 2 * len(kept)
+    whole, later = sys.maxsize if width is None else width, list[int]()
     longest, beside = max(len(line.name) for line in every), max(map(len, notes), default=-2)
-    numbered = bool(notes) and (beside > _REMARK or longest + 2 + beside > room)
+    least = longest if longest <= whole // 3 else len(head.name)
+    least += 5 if notes else 0  # a mark
+
+    def over(gap: str) -> bool:
+        return least + sum(w + len(gap) for w in widths.values()) > whole
+
+    gap = " " if over("  ") and not over(" ") else "  "
+    while over(gap) and len(widths) > 1:
+        later.insert(0, widths.popitem()[0])
+    room = whole - sum(w + len(gap) for w in widths.values())
+    numbered = bool(notes) and (beside > _REMARK or longest + len(gap) + beside > room)
     marks = {note: f"[{i}]" if numbered else note for i, note in enumerate(notes, 1)}
     if numbered:
-        room -= 2 + len(f"[{len(marks)}]")
+        room -= len(gap) + len(f"[{len(marks)}]")
     first = max((len(line.name) for line in every if len(line.name) <= room), default=0)
     first = max(first, len(head.name))
     printed = []
@@ -158,7 +169,11 @@ def _set(head: _Line, lines: list[_Line], numeric: Sequence[bool], width: int | 
         if len(line.name) > first:
             printed.append(line.name)
         name = line.name if len(line.name) <= first else ""
-        printed.append("  ".join([name.ljust(first), *cells, last]).rstrip())
+        printed.append(gap.join([name.ljust(first), *cells, last]).rstrip())
+    if later:
+        again = [_Line(line.name, [line.cells[k] for k in later], "") for line in every]
+        rest = _set(again[0], again[1:], [numeric[k] for k in later], width)
+        printed += ["", *rest.splitlines()]
     if numbered:
         for note, mark in marks.items():
             text = f"{mark} {note}"
