@@ -136,4 +136,5 @@ def explain(
         names[reason].append(name)
     left = [f"left alone   {some(alike)}\n{'':<12} {why}" for why, alike in names.items()]
     there = Accumulator(find.products(products), backend).explain(steps)
-    return "\n".join([*([there] if there else []), *left])
+    lines = [*([there] if there else []), *left]
+    return "\n".join(lines) or "no products: no weight is factorized, and there is no attention"

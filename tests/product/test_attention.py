@@ -377,6 +377,7 @@ def test_attention_that_is_left_alone_is_listed_with_the_reason(monkeypatch):
     lines = explain(model).splitlines()
     assert "left alone   c.query_key, c.output_value" in lines
     assert "left alone   a" in lines
+    assert explain(nn.Sequential(nn.Linear(2, 2))).startswith("no products")
     assert any("d.encoder.layers.0.self_attn.query_key" in line for line in lines)
     register_products(LatentAttention)(lambda module, name: ())
     assert "a" not in dict(left_alone(model))
