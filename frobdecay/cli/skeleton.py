@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,13 +104,14 @@ def _in_order(names: Iterable[str]) -> list[str]:
         return known
 
     def place(name: str) -> tuple[int, str, list[int]]:
-        output = any(re.search(_OUTPUTS, part) for part in name.split("."))
+        above = itertools.takewhile(lambda part: not part.isdecimal(), name.split("."))
+        output = any(re.search(_OUTPUTS, part) for part in above)  # not what is in a layer
         return 2 if output else 1 if numbers(name) else 0, pattern(name), numbers(name)
 
     return sorted(known, key=place)
 
 
-_OUTPUTS = r"^(fc\d*|cls|score|logits|proj_out|output)$|head|classifier|unembed"
+_OUTPUTS = r"^(fc\d*|cls|score|logits|proj_out|output|pooler)$|head|classifier|unembed"
 
 
 def _put(model: nn.Module, path: Iterable[str], layer: nn.Module) -> None:

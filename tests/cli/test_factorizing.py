@@ -15,6 +15,7 @@ from torch import nn
 import frobdecay
 from frobdecay import factorize, load_factorized, merge, plan_ranks
 from frobdecay.cli.main import main
+from frobdecay.cli.skeleton import _in_order
 from frobdecay.models.checkpoints.streams import Part, write_stream
 
 
@@ -121,6 +122,23 @@ def test_the_first_and_the_last_layer_are_those_of_the_model(tmp_path, capsys, e
     assert next(line for line in lines if line.startswith("fc.weight")).endswith("the last layer")
     assert next(line for line in lines if line.startswith("conv1")).endswith("the first layer")
     assert f"{plan.before:,} → {plan.after:,}" in lines[-1] + lines[-2]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["conv1", "layers.0", "layers.2", "layers.10", "fc"],
+        ["embed_tokens", "norm", "layers.0.mlp", "layers.2.mlp", "lm_head"],
+        ["features.0", "features.3", "features.12", "classifier.0", "classifier.6"],
+        ["embeddings.word", "encoder.layer.0.output", "encoder.layer.11.output", "pooler.dense"],
+        ["0", "2", "10"],
+        ["stem", "blocks.1.multihead", "blocks.9.multihead", "head"],
+    ],
+)
+def test_names_in_the_order_of_the_alphabet_are_put_in_that_of_layers(names):
+    """As they were registered, so far as names say it; any other order is kept."""
+    assert _in_order(sorted(names)) == names
+    assert _in_order(names[::-1]) == names[::-1]
 
 
 def test_a_folder_is_copied_without_other_weights(tmp_path, capsys):
