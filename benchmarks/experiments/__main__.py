@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="in place of the preset's")
     add("--precision", choices=["float32", "bfloat16"], help="in place of the preset's")
     add("--compile", action="store_true", default=None, help="train compiled models")
+    add("--graph", action="store_true", default=None, help="replay steps from a CUDA graph")
     add("--workers", type=count, default=1, help="trials side by side; default: %(default)s")
     add("--threads", type=count, default=1, help="of each trial; default: %(default)s")
     add("--out", type=Path, default=Path("experiments-out"), help="default: %(default)s")
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             return _report(options.path, console)
         except (OSError, ValueError) as error:
             parser.error(str(error))
-    fields = ("data", "limit", "epochs", "device", "precision", "compile")
+    fields = ("data", "limit", "epochs", "device", "precision", "compile", "graph")
     given = {key: getattr(options, key) for key in fields}
     changes = {key: value for key, value in given.items() if value is not None}
     stem = f"{options.what}-{options.preset}"

@@ -35,6 +35,7 @@ class ImageArm(Arm):
         warm: fraction of the epochs in which the network is trained dense, before it is factorized
             with what its optimizer remembers.
         rank: fraction of the output side (``output_ranks``) in place of the protocol's ratio.
+        recorded: whether the norms of every step are kept, for an arm that replays them.
         after: the arm whose norms the decay "normalized" replays.
     """
 
@@ -43,6 +44,7 @@ class ImageArm(Arm):
     decay: str = "plain"
     warm: float = 0.0
     rank: float | None = None
+    recorded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +229,10 @@ class ImageTrial(Training):
         products = frobdecay.products(model)
         planned = [module.weight for module, _ in self._inside(model)] if arm.warm else []
         self.ready(model, _optimizer(model, arm.decay, protocol, self.kept, planned), products)
-        self.norms = Recorder(products, quantities=["norm"]) if products else None
-        if arm.decay == "normalized":
+        replayed = arm.decay == "normalized"
+        recorded = arm.recorded or replayed
+        self.norms = Recorder(products, quantities=["norm"]) if recorded else None
+        if replayed:
             assert self.norms is not None
             self.norms.load(out / f"{after}.norms")
 
@@ -273,7 +277,7 @@ class ImageTrial(Training):
 
     def test(self) -> dict[str, Any]:
         """Accuracy in percent, of over-complete networks collapsed; also writes norms to replay."""
-        if self.norms is not None and self.arm.decay == "frobenius":
+        if self.norms is not None and self.arm.recorded:
             self.norms.save(self.out / f"{self.key}.norms")
         if self.kept > 1:  # over-complete weights have done what they are for
             frobdecay.merge(self.model)
@@ -284,12 +288,12 @@ class ImageTrial(Training):
         """Those that are left."""
         return round(self.kept * self.dense_parameters)
 
-    def after_step(self) -> None:
+    def after_step(self, loss: Tensor) -> None:
         """Record the norms for those who replay them, or replay."""
-        if self.norms is not None and self.arm.decay == "normalized":
-            self.norms.replay_(self.steps - 1)
-        elif self.norms is not None and self.arm.decay == "frobenius":
+        if self.norms is not None and self.arm.recorded:
             self.norms.step()
+        elif self.norms is not None:
+            self.norms.replay_(self.steps - 1)
 
     def _inside(self, model: nn.Module) -> list[tuple[nn.Module, str]]:
         """What is pruned or factorized."""
@@ -302,14 +306,14 @@ class ImageTrial(Training):
 
     def _factorize(self) -> None:
         """Go on with factors: of a group of their own, with their momentum."""
-        base = self.optimizer
+        base, self.graph = self.optimizer, None
         self.kept = KINDS[self.arm.kind](self.model, self.arm, self.protocol, base)
         if DECAYS[self.arm.decay] is None:
             self.optimizer = frobdecay.FrobeniusDecay(base, self.model)
 
     def _prune(self) -> None:
         """Keep the largest entries of all weights, as many as the ratio leaves parameters."""
-        weights = self._inside(self.model)
+        weights, self.graph = self._inside(self.model), None
         inside = sum(module.weight.numel() for module, _ in weights)
         keep = self.protocol.ratio * self.dense_parameters - (self.dense_parameters - inside)
         amount = 1 - max(keep, 0) / inside

@@ -186,9 +186,7 @@ class PretrainingTrial(Training):
     def compute_loss(self, *batch: Tensor) -> Tensor:
         """Cross-entropy of a character, in nats."""
         tokens, targets = batch
-        loss = cross_entropy(self.network(tokens).flatten(0, 1), targets.flatten())
-        self._last = loss.detach()
-        return loss
+        return cross_entropy(self.network(tokens).flatten(0, 1), targets.flatten())
 
     def rate(self) -> float:
         """That of weights or factors."""
@@ -212,9 +210,9 @@ class PretrainingTrial(Training):
             weight = one.weight if isinstance(one, nn.Linear) else one.materialize()
             yield weight.detach().clone()
 
-    def after_step(self) -> None:
+    def after_step(self, loss: Tensor) -> None:
         """Measure what the step did to the weights."""
-        last = float(self._last)
+        last = float(loss)
         if self.steps > self.protocol.steps:
             self.spike = max(self.spike, last - self.lowest)
         self.lowest = min(self.lowest, last)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import WARM_UPS
 from frobdecay import Product
 from frobdecay.diagnostics import QUANTITIES, Recorder
 
@@ -50,6 +51,7 @@ class Common:
         device: that holds model and data.
         precision: "float32"; or "bfloat16", in which autocast runs forward and backward.
         compile: whether to train the compiled model.
+        graph: whether forward and backward are replayed from a CUDA graph.
     """
 
     data: str
@@ -61,6 +63,7 @@ class Common:
     device: str = "cpu"
     precision: str = "float32"
     compile: bool = False
+    graph: bool = False
 
 
 class Training:
@@ -113,6 +116,7 @@ class Training:
         """Take what is trained, and the products whose norms are recorded after each epoch."""
         self.model, self.optimizer = model, optimizer
         self.network: Callable[..., Any] = torch.compile(model) if self.protocol.compile else model
+        self.graph: Replayed | None = None  # of forward and backward, until the model is another
         self.recorder = Recorder(products) if products else None
         self._record()
 
@@ -148,7 +152,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
 
-    def after_step(self) -> None:
+    def after_step(self, loss: Tensor) -> None:
         """Whatever follows a step of the optimizer."""
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -161,21 +165,33 @@ class Training:
             self.set_rate()
             lasting = 1 - self.momentum
             self.shrinkage += self.rate() * self.coefficient / lasting
-            with self._autocast():
-                loss = self.compute_loss(*batch)
-            self.optimizer.zero_grad()
-            loss.backward()
+            loss = self._differentiate(*batch)
             if self.protocol.clip is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
             self.optimizer.step()
             self.steps += 1
-            self.after_step()
-            losses.append(loss.detach())
+            self.after_step(loss)
+            losses.append(loss)
         self.epoch += 1
         self.loss.append(float(torch.stack(losses).mean()))
         self.validation.append(self._evaluate(self.validate))
         self._choose()
         self._record()
+
+    def _differentiate(self, *batch: Tensor) -> Tensor:
+        """Leave the gradients of a batch; its loss."""
+        if not self.protocol.graph:
+            return self._backward(*batch)
+        if self.graph is None:
+            self.graph = Replayed(self._backward, self.model, batch)
+        return self.graph(*batch)
+
+    def _backward(self, *batch: Tensor) -> Tensor:
+        with self._autocast():
+            loss = self.compute_loss(*batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
 
     def _autocast(self) -> torch.autocast:
         enabled = self.protocol.precision == "bfloat16"
@@ -254,6 +270,48 @@ class Training:
             "validation": self.validation,
             "norms": norms,
         }
+
+
+class Replayed:
+    """A function that leaves gradients, replayed from a CUDA graph on new batches.
+
+    Args:
+        run: from a batch to its loss; leaves the gradients of a model's parameters.
+        model: whose gradients and buffers those are.
+        batch: an example of what it is run on; batches of other shapes are run as they are.
+    """
+
+    def __init__(
+        self, run: Callable[..., Tensor], model: nn.Module, batch: Sequence[Tensor]
+    ) -> None:
+        self.run, self.batch = run, [tensor.clone() for tensor in batch]
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        before = [buffer.clone() for buffer in model.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run(*self.batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        for param in self.params:
+            param.grad = None  # the graph's gradients shall be its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = run(*self.batch)
+        self.grads = [param.grad for param in self.params]
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """The loss of a batch, whose gradients are left."""
+        if any(new.shape != old.shape for new, old in zip(batch, self.batch, strict=True)):
+            return self.run(*batch)
+        for old, new in zip(self.batch, batch, strict=True):
+            old.copy_(new)
+        self.graph.replay()
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+        return self.loss.clone()
 
 
 def count_parameters(model: nn.Module) -> int:

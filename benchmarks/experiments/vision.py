@@ -172,13 +172,13 @@ VISION: Mapping[str, Experiment] = {
         "Nothing: here lr and λ are chosen that all arms of the other experiments are given.",
         {"dense": _DENSE},
         {
-            "cpu": {
+            "small": {
                 f"lr {lr:g}, λ {decay:g}": replace(_TRAINED, lr=lr, weight_decay=decay)
                 for lr in (0.05, 0.1, 0.2)
                 for decay in (1e-3, 2e-3, 4e-3)
             }
         },
-        {"cpu": _AS_TRAINED},
+        {"small": _AS_TRAINED},
         baseline="dense",
     ),
     "transfer": _Experiment(
@@ -186,8 +186,8 @@ VISION: Mapping[str, Experiment] = {
         "With FD the coefficient of the dense recipe is left unchanged. Asked here: is the λ that "
         "is best for the dense network best for SI & FD, and is that of plain decay another?",
         {"dense": _DENSE, **_GRID},
-        {"cpu": {f"λ {decay:g}": replace(_TRAINED, weight_decay=decay) for decay in _LAMBDAS}},
-        {"cpu": _AS_TRAINED},
+        {"small": {f"λ {decay:g}": replace(_TRAINED, weight_decay=decay) for decay in _LAMBDAS}},
+        {"small": _AS_TRAINED},
         along="weight_decay",
         claims=[
             Claim(
@@ -230,8 +230,8 @@ VISION: Mapping[str, Experiment] = {
                 for key in ("si", "sifd")
             },
         },
-        {"cpu": {f"resnet8x2 {ratio:g}": replace(_TRAINED, ratio=ratio) for ratio in _RATIOS[:1]}},
-        {"cpu": _AS_TRAINED},
+        {"small": {"resnet8x2 0.1": _TRAINED}},
+        {"small": _AS_TRAINED},
         baseline="si",
         claims=[
             Claim(
@@ -345,6 +345,7 @@ VISION: Mapping[str, Experiment] = {
         "run does as well as the FD run.",
         {
             **_GRID,
+            "sifd": replace(_GRID["sifd"], recorded=True),
             "none": ImageArm(label="low-rank + SI, no decay", init="spectral", decay="none"),
             "normalized": ImageArm(
                 label="low-rank + SI, no decay, norms of SI & FD",

@@ -460,3 +460,16 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
         command.main([*arguments, "--out", str(tmp_path)])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["dense", "sifd", "warmsifd25", "pruned"])
+def test_steps_replayed_from_a_graph_train_as_others(name, tmp_path, protocol):
+    """The last batch of an epoch is smaller; weights become others on the way."""
+    arm = {**VISION["warmup"].arms, **VISION["compression"].arms}[name]
+    protocol = replace(protocol, limit=120, device="cuda")
+    eager, graph = (
+        finish(trial(tmp_path, arm, replace(protocol, graph=graph))) for graph in (False, True)
+    )
+    assert graph["loss"] == pytest.approx(eager["loss"], rel=1e-2)
