@@ -220,7 +220,7 @@ class PretrainingTrial(Training):
             return
         pairs = [*zip(self._before, self._dense(), strict=True)]
         size, moved = (
-            max(float(torch.linalg.matrix_norm(matrix, 2)) for matrix in matrices)
+            max(float(torch.linalg.matrix_norm(matrix.cpu(), 2)) for matrix in matrices)
             for matrices in ([new for _, new in pairs], [new - old for old, new in pairs])
         )
         self.looks.append((self.steps, size, moved))
