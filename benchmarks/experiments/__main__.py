@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         default="cpu",
-        choices=["paper", "small", "fashion", "cpu", "gpu"],
+        choices=sorted({name for one in EXPERIMENTS.values() for name in one.presets}),
         help="default: %(default)s",
     )
     add("--seeds", type=count, default=3, help="default: %(default)s")

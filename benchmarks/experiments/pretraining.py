@@ -1,8 +1,9 @@
 """Language models trained from scratch with all their linear layers factorized.
 
 Arms differ in the optimizer of the layers' weights or factors; embeddings and norms are AdamW's in
-all of them. Every arm has three learning rates of its own, ``levels`` of the protocol, the best of
-which is chosen on the validation text; all take as many steps on as many tokens. Beside the loss
+all of them. Every arm has a learning rate of its own, doubled and halved by the protocol's
+``level``, the best of which is chosen on the validation text; all take as many steps on as many
+tokens. Beside the loss
 the largest ‖W‖₂ and ‖ΔW‖₂ of a step are kept, and by how much the loss ever jumped.
 """
 
@@ -31,15 +32,16 @@ class PretrainingArm(Arm):
     """What is special about an arm.
 
     Attributes:
-        rates: learning rates, one for each level of the protocol.
+        peak: learning rate at the protocol's level 0, at the peak of the schedule.
         optimizer: of weights or factors: "adamw", "muon" or "spectron".
         init: of the factors, "spectral" or "kaiming"; None for a dense model.
         decay: "plain", of each weight or factor; "frobenius", of the products; or "none".
         bound: ‖ΔW‖₂ of a step at most, in units of the learning rate.
-        narrow: whether the dense model is as narrow as to have the factorized one's parameters.
+        narrow: whether the dense model is as narrow as to have the factorized one's parameters;
+            its flops are then those of the factorized one to 0.2 %.
     """
 
-    rates: tuple[float, float, float]
+    peak: float
     optimizer: str = "adamw"
     init: str | None = None
     decay: str = "plain"
@@ -53,7 +55,7 @@ class PretrainingProtocol(Common):
 
     Attributes:
         data: a text file, read by characters.
-        level: which of an arm's learning rates.
+        level: by how many powers of two an arm's learning rate is larger than its own.
         rank: of the factors ÷ that of the weight.
         steps: of an epoch, after which the model is validated.
         length, batch: characters of a text, texts of a batch.
@@ -145,6 +147,11 @@ class PretrainingTrial(Training):
         self.weights = products or [m for m in model.modules() if isinstance(m, nn.Linear)]
         self.ready(model, Several(self._optimizers(model, products)), products)  # type: ignore[arg-type]
 
+    @property
+    def coefficient(self) -> float:
+        """λ; 0 for arms without decay."""
+        return 0.0 if self.arm.decay == "none" else float(self.protocol.weight_decay)
+
     def make(self, width: int) -> Decoder:
         """A dense model."""
         protocol = self.protocol
@@ -152,7 +159,7 @@ class PretrainingTrial(Training):
 
     def _optimizers(self, model: nn.Module, products: Sequence[Any]) -> list[Any]:
         arm, protocol = self.arm, self.protocol
-        rate, decay = arm.rates[protocol.level], protocol.weight_decay
+        rate, decay = self.peak, protocol.weight_decay
         own = [p for name, p in model.named_parameters() if p.ndim == 2 and "tokens" not in name]
         kept = {id(p) for p in own}
         rest = [p for p in model.parameters() if id(p) not in kept]
@@ -190,8 +197,12 @@ class PretrainingTrial(Training):
 
     def rate(self) -> float:
         """That of weights or factors."""
-        rates: tuple[float, ...] = self.arm.rates
-        return rates[self.protocol.level] * self._part()
+        return self.peak * self._part()
+
+    @property
+    def peak(self) -> float:
+        """The largest learning rate of weights or factors."""
+        return float(self.arm.peak * 2.0**self.protocol.level)
 
     def _part(self) -> float:
         """Of the peak: rising, then falling, both along straight lines."""
@@ -275,48 +286,44 @@ def narrowed(protocol: PretrainingProtocol, make: Callable[[int], nn.Module]) ->
         return min(widths, key=lambda width: abs(count_parameters(make(width)) - wanted))
 
 
-_ADAMW, _MUON = (3e-3, 6e-3, 1.2e-2), (0.01, 0.02, 0.04)
+_ADAMW, _MUON = 3e-3, 0.02
 _ARMS = {
-    "dense": PretrainingArm(label="dense, AdamW", rates=_ADAMW, blind=("rank",)),
-    "si": PretrainingArm(label="low-rank + SI, AdamW", rates=_ADAMW, init="spectral"),
-    "sifd": PretrainingArm(
-        label="SI & FD, AdamW", rates=_ADAMW, init="spectral", decay="frobenius"
-    ),
+    "dense": PretrainingArm(label="dense, AdamW", peak=_ADAMW, blind=("rank",)),
+    "si": PretrainingArm(label="low-rank + SI, AdamW", peak=_ADAMW, init="spectral"),
+    "sifd": PretrainingArm(label="SI & FD, AdamW", peak=_ADAMW, init="spectral", decay="frobenius"),
     "bounded": PretrainingArm(
         label="SI & FD, AdamW, bounded",
-        rates=(6e-3, 1.2e-2, 2.4e-2),
+        peak=6e-3,
         init="spectral",
         decay="frobenius",
         bound=10.0,
     ),
     "spectron": PretrainingArm(
         label="SI, Spectron",
-        rates=(0.05, 0.1, 0.2),
+        peak=0.1,
         optimizer="spectron",
         init="spectral",
         decay="none",
     ),
-    "densemuon": PretrainingArm(
-        label="dense, Muon", rates=_MUON, optimizer="muon", blind=("rank",)
-    ),
+    "densemuon": PretrainingArm(label="dense, Muon", peak=_MUON, optimizer="muon", blind=("rank",)),
     "muon": PretrainingArm(
-        label="low-rank + SI, Muon", rates=_MUON, optimizer="muon", init="spectral"
+        label="low-rank + SI, Muon", peak=_MUON, optimizer="muon", init="spectral"
     ),
-    "narrow": PretrainingArm(label="dense of as many parameters, AdamW", rates=_ADAMW, narrow=True),
-    "lowrank": PretrainingArm(label="low-rank, AdamW", rates=_ADAMW, init="kaiming"),
+    "narrow": PretrainingArm(
+        label="dense of as many parameters and flops, AdamW", peak=_ADAMW, narrow=True
+    ),
+    "lowrank": PretrainingArm(label="low-rank, AdamW", peak=_ADAMW, init="kaiming"),
 }
 
 _SMALL = PretrainingProtocol()
 _LARGER = replace(_SMALL, width=192, layers=6, epochs=20)
 
 
-def _variants(protocol: PretrainingProtocol, *ranks: float) -> dict[str, PretrainingProtocol]:
-    return {
-        f"rank {rank:g}, rate {level + 1}": replace(protocol, rank=rank, level=level)
-        for rank in ranks
-        for level in (1, 0, 2)
-    }
+def _variants(protocol: PretrainingProtocol, levels: Sequence[int]) -> dict[str, Any]:
+    return {f"rate ×{2.0**level:g}": replace(protocol, level=level) for level in levels}
 
+
+_LEVELS = (0, -1, 1, -2, 2)
 
 PRETRAINING = {
     "pretraining": Experiment(
@@ -324,10 +331,23 @@ PRETRAINING = {
         "Factors whose step is bounded in the product are trained as well as the dense weights of "
         "a model of more than twice their size.",
         _ARMS,
-        {"cpu": _variants(_SMALL, 0.25), "small": _variants(_LARGER, 0.25, 0.5)},
         {
-            "cpu": "4 layers, width 128, 800 steps of 24×64 characters of Shakespeare",
-            "small": "6 layers, width 192, 2,000 steps of 24×64 characters of Shakespeare",
+            "cpu": _variants(_SMALL, _LEVELS[:3]),
+            "gpu": _variants(_SMALL, _LEVELS),
+            "small": _variants(_LARGER, _LEVELS),
+            "half": _variants(replace(_LARGER, rank=0.5), _LEVELS),
+        },
+        {
+            **dict.fromkeys(
+                ("cpu", "gpu"),
+                "4 layers, width 128, rank a quarter of that, 800 steps of 24×64 characters of "
+                "Shakespeare",
+            ),
+            **{
+                preset: f"6 layers, width 192, rank {part} of that, 2,000 steps of 24×64 "
+                "characters of Shakespeare"
+                for preset, part in (("small", "a quarter"), ("half", "a half"))
+            },
         },
         PretrainingTrial,
         "test cross-entropy of a character, nats",
@@ -336,6 +356,8 @@ PRETRAINING = {
             Claim("the bound helps AdamW on factors", "bounded", "sifd", tuned="own"),
             Claim("Spectron's rule helps more", "spectron", "bounded", tuned="own"),
             Claim("it comes to the dense model, by 0.02", "spectron", "dense", 0.02, tuned="own"),
+            Claim("so it does where that is Muon's", "spectron", "densemuon", 0.02, tuned="own"),
+            Claim("Muon on the factors is not as good", "spectron", "muon", tuned="own"),
             Claim("and is better than a narrow dense one", "spectron", "narrow", tuned="own"),
         ),
         along="level",

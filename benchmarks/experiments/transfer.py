@@ -98,8 +98,9 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
     """
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = drawn.subplots(1, 2)
+    looks = any(record.get("looks") for record in records)
+    drawn = Figure(figsize=(11, 4.6 * (1 + looks)), layout="constrained")
+    panels, *below = drawn.subplots(1 + looks, 2, squeeze=False)
     larger = _validates_upwards(experiment)
     for number, (key, arm) in enumerate(experiment.arms.items()):
         variants = {v: t for v, t in _by_variant(records, key).items() if v in axis}
@@ -121,12 +122,30 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
             if marked in names:
                 at = names.index(marked)
                 panel.plot(places[at], means[at], "*", color=colour, ms=14)
+        for row in below:
+            _draw_looks(row, list(variants.get(marked or "", {}).values()), colour)
     reference = best(records, experiment.reference, larger)
     for panel, title in zip(panels, (experiment.score, "validation"), strict=True):
         if reference in axis:
             panel.axvline(axis[reference], color="0.6", ls=":", zorder=0)
-        panel.set(title=title, xlabel=experiment.along, xscale="log")
+        scale = "log" if min(axis.values()) > 0 else "linear"
+        panel.set(title=title, xlabel=experiment.along, xscale=scale)
+        panel.grid(alpha=0.3)
+    for panel, title in zip(*below, _LOOKS.values(), strict=True) if below else ():
+        panel.set(title=f"{title}, each at its ★", xlabel="step", yscale="log")
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     drawn.suptitle(f"{experiment.title}; ★ best on validation, dotted: that of the dense network")
     return drawn
+
+
+_LOOKS = {"size": "largest ‖W‖₂", "moved": "largest ‖ΔW‖₂ of a step"}
+
+
+def _draw_looks(panels: Sequence[Any], records: Sequence[Record], colour: str) -> None:
+    """What was measured between steps, the mean over the seeds."""
+    looks = [record["looks"] for record in records if record.get("looks")]
+    for panel, key in zip(panels, _LOOKS, strict=True):
+        if looks:
+            curve = [fmean(values) for values in zip(*(one[key] for one in looks), strict=True)]
+            panel.plot(looks[0]["steps"], curve, color=colour)
