@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = environment(device)
     side = {"workers": options.workers, "threads": options.threads}
     try:
-        trials = run_all(chosen, options.out / stem, **side)
+        trials = run_all(chosen, options.out / stem, **side, fresh=device.type == "cpu")
     except ValueError as error:
         parser.error(str(error))
     record = {

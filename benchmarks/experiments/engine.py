@@ -1,4 +1,4 @@
-"""Trials that can be interrupted: each runs in a process of its own and continues where it was.
+"""Trials that can be interrupted: they run in processes and continue where they were.
 
 A trial is one arm with one seed. It advances an epoch at a time, its state is written to a
 checkpoint between epochs, and its result to a JSON file at the end; what is there already is not
@@ -74,7 +74,13 @@ class Job:
 
 
 def run_all(
-    jobs: Sequence[Job], out: Path, *, workers: int = 1, threads: int = 1, progress: bool = True
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    fresh: bool = True,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Run what has no result yet.
 
@@ -83,6 +89,8 @@ def run_all(
         out: directory of results and checkpoints.
         workers: processes side by side.
         threads: of each.
+        fresh: a process for each trial, whose peak of memory is then its own; else each has one
+            after the other, and a GPU is not begun with anew every time.
         progress: show bars on the terminal.
 
     Returns:
@@ -102,7 +110,8 @@ def run_all(
     context = get_context("forkserver")  # which has imported what every trial needs
     context.set_forkserver_preload(["torch._dynamo", "benchmarks.experiments.catalogue"])
     queue = context.SimpleQueue()
-    pool = ProcessPoolExecutor(workers, context, _tell, (queue,), max_tasks_per_child=1)
+    most = 1 if fresh else None
+    pool = ProcessPoolExecutor(workers, context, _tell, (queue,), max_tasks_per_child=most)
     with Progress(*columns, *times, disable=not progress) as bars:
         whole = bars.add_task("trials", total=len(todo))
         running: dict[Future[None], Job] = {}
@@ -219,6 +228,8 @@ def _forget_peak() -> None:
     peaks = Path("/proc/self/clear_refs")
     if os.access(peaks, os.W_OK):
         peaks.write_text("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_mib() -> float:
