@@ -3,8 +3,10 @@
 The interpreter takes milliseconds for each tile, so shapes are tiny here, and tiles small.
 """
 
+import importlib
 import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -366,18 +368,16 @@ def test_two_launches_for_all_shapes(monkeypatch):
     products = [
         p for kind in ("pair", "batched", "rank one", "wide", "one row") for p in make(kind)
     ]
-    launched = []
-    for name in ("launch_grams", "launch_updates"):
-        original = getattr(kernels, name)
+    launched, launch = [], kernels.Launch.__call__
 
-        def count(*args, _original=original, _name=name, **options):
-            launched.append(_name)
-            return _original(*args, **options)
+    def count(self):
+        launched.append(self._kernel)
+        launch(self)
 
-        monkeypatch.setattr(kernels, name, count)
+    monkeypatch.setattr(kernels.Launch, "__call__", count)
     targets = zeros(products)
     run(plan(products), products, targets)
-    assert launched == ["launch_grams", "launch_updates"]
+    assert launched == [kernels.gram_kernel, kernels.update_kernel]
     expect(products, targets, 1e-6)
 
 
@@ -747,15 +747,13 @@ def test_kernels_compile_ahead_of_time(tmp_path):
 
 def test_every_launch_is_among_the_variants(monkeypatch):
     """What is compiled ahead of time is what launches ask for: of any dtypes, targets, layouts."""
-    asked = []
-    for name in ("launch_grams", "launch_updates", "launch_norms"):
-        original = getattr(kernels, name)
+    asked, launch = [], kernels.Launch.__call__
 
-        def record(*args, _original=original, **options):
-            asked.append(frozenset(options.items()))
-            return _original(*args, **options)
+    def record(self):
+        asked.append(frozenset(self._options.items()))
+        launch(self)
 
-        monkeypatch.setattr(kernels, name, record)
+    monkeypatch.setattr(kernels.Launch, "__call__", record)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rank in (3, 20, 40, 70):
             products = make(((8, rank), (5, rank)), dtype)
@@ -763,3 +761,67 @@ def test_every_launch_is_among_the_variants(monkeypatch):
             run(plan(products), products, [list(product.params) for product in products])
     assert asked
     assert {*asked} <= {frozenset(variant.options) for variant in variants_of_kernels()}
+
+
+class Driver:
+    """Stands in for Triton's driver, and for what it compiles: notes down what is launched."""
+
+    def __init__(self):
+        self.launched, self.stream = [], 0
+
+    def get_current_device(self):
+        """Nobody else's place in Triton's caches."""
+        return -1
+
+    def get_current_stream(self, device):
+        """The stream of a launch."""
+        return self.stream
+
+    def get_current_target(self):
+        """What is compiled for."""
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def compile(self, *_, **__):
+        """Take it for compiled."""
+        found = object.__new__(kernels.CompiledKernel)
+        found.src, found.name, found.module = None, "kernel", "module"
+        found.function, found.packed_metadata = "function", "metadata"
+        found._run = lambda *arguments: self.launched.append(arguments)
+        return found
+
+
+def test_later_launches_are_like_the_first(monkeypatch):
+    """They go around Triton's look at the arguments, with the same ones; past no hook, though."""
+    triton, driver, looked = importlib.import_module("triton"), Driver(), []
+    products = make("pair", count=2)
+    grouped, targets = plan(products), zeros(products)
+    for name in ("gram_kernel", "update_kernel"):
+        kernel = triton.JITFunction(getattr(kernels, name).fn)
+
+        def look(*args, _run=kernel.run, **options):
+            looked.append(options["grid"])
+            return _run(*args, **options)
+
+        monkeypatch.setattr(kernel, "run", look)
+        monkeypatch.setattr(kernels, name, kernel)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.runtime.driver, "_active", driver)
+            assert kernel.device_caches[-1]  # ready to compile, which the driver does
+        kernel.compile = driver.compile
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    for stream in range(3):
+        driver.stream = stream
+        run(grouped, products, targets)
+    assert len(looked) == 2
+    assert len(driver.launched) == 6
+    for first, later in zip(driver.launched[:2] * 2, driver.launched[2:], strict=True):
+        first, later = list(first), list(later)
+        assert first.pop(3) == 0 != later.pop(3)  # the stream is that of the moment
+        seen = [part.pop(5).data for part in (first, later)]  # what hooks are told
+        assert {**seen[0], "stream": None} == {**seen[1], "stream": None}
+        assert len(first) == len(later)
+        assert all(map(operator.is_, first, later)), (first, later)
+        assert later[5] is triton.knobs.runtime.launch_enter_hook
+    kernels.gram_kernel.add_pre_run_hook(lambda *_, **__: None)
+    run(grouped, products, targets)
+    assert len(looked) == 3

@@ -20,7 +20,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
 from frobdecay.gradient.triton.tiles import Tile, tile_for
 from frobdecay.product.product import Product, listed
+
+if TYPE_CHECKING:
+    from frobdecay.gradient.triton.launches import Launch
 
 _INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
 
@@ -86,6 +89,7 @@ class Grouped:
         self._updates: list[_Update] = []
         self._addresses: list[list[int]] = []
         self._tables: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor, int]] = {}
+        self._launches: dict[tuple[object, ...], Launch] = {}  # with these tables and the memory
         # Of the last call:
         self._form: object = None
         self._forms: Sequence[Form | None] = []
@@ -142,7 +146,8 @@ class Grouped:
             table = self._bind(targets, coefs, form)
             self._keep_for_stream()
             self.launch_grams()
-            self._launch_updates(table)
+            for update in self._updates:
+                self._launch_of_updates(update, table)()
         if grams is not None:
             grams.update((slot.number, slot.gram_in(self._grams)) for slot in self._slots)
         increment_version(wanted)  # as an operator of torch would: autograd checks it
@@ -151,30 +156,25 @@ class Grouped:
         """Compute all Grams of the factors as they are now."""
         for part in self._parts:
             if len(part.table):
-                self._kernels.launch_grams(
-                    part.table,
-                    self._grams,
-                    self._partials,
-                    self._counters,
-                    **self._kernels.gram_options(part.dtype, part.layouts, self._rank, self.tile),
-                )
+                self._launch_of_grams(part)()
 
-    def _launch_updates(self, table: Tensor) -> None:
-        for update in self._updates:
-            self._kernels.launch_updates(
-                update.table,
-                self._grams,
-                table[update.row],
-                table[-2],
-                **self._kernels.update_options(
-                    update.part.dtype,
-                    update.target_dtype,
-                    update.layouts,
-                    self._rank,
-                    update.in_place,
-                    self.tile,
-                ),
-            )
+    def _launch_of_grams(self, part: _Part) -> Launch:
+        key = part.dtype, self._kernels.precision_of(part.dtype)
+        if key not in self._launches:
+            options = self._kernels.gram_options(part.dtype, part.layouts, self._rank, self.tile)
+            tensors = part.table, self._grams, self._partials, self._counters
+            self._launches[key] = self._kernels.gram_launch(*tensors, **options)
+        return self._launches[key]
+
+    def _launch_of_updates(self, update: _Update, table: Tensor) -> Launch:
+        about = update.part.dtype, update.target_dtype, update.layouts, self._rank, update.in_place
+        key = *about, update.row, self._kernels.precision_of(update.part.dtype)
+        known = self._launches if table is self._memory else {}  # a graph's is launched once
+        if key not in known:
+            options = self._kernels.update_options(*about, self.tile)
+            tensors = update.table, self._grams, table[update.row], table[-2]
+            known[key] = self._kernels.update_launch(*tensors, **options)
+        return known[key]
 
     def squared_norms(self) -> Tensor:
         """‖U Vᵀ‖² of every pair, float32, from the Grams of the last launch: no factor is read.
@@ -183,7 +183,7 @@ class Grouped:
         """
         norms = torch.empty(len(self._pairs), dtype=torch.float32, device=self.device)
         with self.on_device():
-            self._kernels.launch_norms(self._pairs, self._grams, norms)
+            self._kernels.norm_launch(self._pairs, self._grams, norms)()
         return norms
 
     def _bind(self, targets: Targets, coefs: Coefs, form: object) -> Tensor:
@@ -227,7 +227,7 @@ class Grouped:
         aligned = [place % 16 for place in places]
         if forms != self._forms or aligned != self._aligned:
             self._check_strides(forms)
-            self._tables, self._forms, self._aligned = {}, forms, aligned
+            self._tables, self._launches, self._forms, self._aligned = {}, {}, forms, aligned
         self._plan_updates(places)
         self._form, self._places = form, places
         return True
@@ -251,6 +251,7 @@ class Grouped:
             host = self._host(shape)  # a new one: the last may not have been copied yet
             if self._memory.shape != shape:
                 self._memory = torch.empty(shape, dtype=torch.int64, device=self.device)
+                self._launches = {}  # they have rows of the old one
             table, self._sent = self._memory, send
         host[:-2] = torch.tensor(self._addresses, dtype=torch.int64, device="cpu")
         host[-2:] = self._rows_of_coefs(table[-1].data_ptr())

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, norm_kernel, update_kernel
 from frobdecay.gradient.triton.tiles import Tile
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TARGETS = {**_TYPES, torch.float64: tl.float64}
+
+
+class Launch:
+    """A launch of a kernel on tensors that stay where they are.
+
+    Triton looks at all arguments of a launch to find what it has compiled for them, constants and
+    addresses included: that takes the host as long as the device needs for a small model. The
+    first launch does so, those after it run what it found. They go by Triton's way again where
+    hooks want to see a launch before it; in the interpreter, which compiles nothing, all do.
+
+    Args:
+        kernel: one of ``triton/kernels.py``.
+        tensors: its first arguments; the first one has a row for each program.
+        options: its constants, warps and stages.
+    """
+
+    def __init__(self, kernel: Any, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        self._kernel, self._tensors, self._options = kernel, tensors, options
+        self._grid = len(tensors[0]), 1, 1
+        self._run: Callable[..., None] | None = None
+        self._constants = [options[name] for name in kernel.arg_names[len(tensors) :]]
+
+    def __call__(self) -> None:
+        """Launch it on the current device, which has to be the tensors' own, and its stream."""
+        if self._run is not None and not self._kernel.pre_run_hooks:
+            self._run(*self._tensors, *self._constants)
+            return
+        found = self._kernel[self._grid](*self._tensors, **self._options)
+        if isinstance(found, CompiledKernel):
+            self._run = found[self._grid]
 
 
 def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dict[str, Any]:
@@ -24,7 +56,7 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         rank: the largest one.
         tile: how the table was cut.
     """
-    precision, rows = _precision(dtype), tile.gram_rows
+    precision, rows = precision_of(dtype), tile.gram_rows
     tensor = dtype != torch.float32 or precision == "tf32"
     if precision == "tf32" and tile.block >= 64:
         # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
@@ -45,10 +77,10 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
     }
 
 
-def launch_grams(
+def gram_launch(
     table: Tensor, grams: Tensor, partials: Tensor, counters: Tensor, **options: Any
-) -> None:
-    """Run launch A.
+) -> Launch:
+    """Prepare launch A.
 
     Args:
         table: int64 (programs, 14).
@@ -57,7 +89,7 @@ def launch_grams(
         counters: int32, zero; zero again afterwards.
         options: from ``gram_options``.
     """
-    gram_kernel[(len(table),)](table, grams, partials, counters, **options)
+    return Launch(gram_kernel, (table, grams, partials, counters), options)
 
 
 def update_options(
@@ -85,7 +117,7 @@ def update_options(
     whole, columns = in_place and not single, 1 << (rank - 1).bit_length()
     if not whole:
         columns = tile.block if single else min(tile.columns, columns)
-    precision, half_factors = _precision(dtype), dtype != torch.float32
+    precision, half_factors = precision_of(dtype), dtype != torch.float32
     return {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
@@ -106,10 +138,10 @@ def update_options(
     }
 
 
-def launch_updates(
+def update_launch(
     table: Tensor, grams: Tensor, targets: Tensor, coefs: Tensor, **options: Any
-) -> None:
-    """Run launch B.
+) -> Launch:
+    """Prepare launch B.
 
     Args:
         table: int64 (programs, 12).
@@ -118,7 +150,7 @@ def launch_updates(
         coefs: int64 addresses of float32 coefficients, one a slot.
         options: from ``update_options``.
     """
-    update_kernel[(len(table),)](table, grams, targets, coefs, **options)
+    return Launch(update_kernel, (table, grams, targets, coefs), options)
 
 
 def norm_options() -> dict[str, Any]:
@@ -126,18 +158,18 @@ def norm_options() -> dict[str, Any]:
     return {"BLOCK": 1024, "num_warps": 4, "num_stages": 3}
 
 
-def launch_norms(table: Tensor, grams: Tensor, norms: Tensor) -> None:
-    """Compute ‖W‖² of every pair, the sum over its heads, from the Grams.
+def norm_launch(table: Tensor, grams: Tensor, norms: Tensor) -> Launch:
+    """Prepare to compute ‖W‖² of every pair, the sum over its heads, from the Grams.
 
     Args:
         table: int64 (pairs, 3): places of both sides' Grams, and their common length.
         grams: float32, as launch A wrote them.
         norms: float32, (pairs,), written.
     """
-    norm_kernel[(len(table),)](table, grams, norms, **norm_options())
+    return Launch(norm_kernel, (table, grams, norms), norm_options())
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """How float32 is multiplied, by torch's own setting at this moment; others have one way."""
     if dtype != torch.float32:
         return "ieee"
