@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import resnet
 
-__all__ = ["CASES", "CONVS", "LINEARS", "Case", "Conv", "Shape", "choose", "stack"]
+__all__ = ["CASES", "CONVS", "LINEARS", "Case", "Conv", "Shape", "stack", "suites"]
 
 Shape = tuple[int, int, int]
 FRACTION = 0.111
@@ -96,23 +96,10 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def choose(names: str | None, device: torch.device) -> dict[str, Case]:
-    """The cases named, or all that the device takes.
-
-    Args:
-        names: comma-separated keys of ``CASES``; None for all.
-        device: where they run.
-
-    Raises:
-        ValueError: there is no such case; lists those that there are.
-    """
-    if names is None:
-        cpu = device.type == "cpu"
-        return {k: case for k, case in CASES.items() if case.suite and not (case.large and cpu)}
-    unknown = [name for name in names.split(",") if name not in CASES]
-    if unknown:
-        raise ValueError(f"expected cases among {', '.join(CASES)}, got {', '.join(unknown)}")
-    return {name: CASES[name] for name in names.split(",")}
+def suites(device: torch.device) -> list[str]:
+    """Keys of the cases that are models, of those that a device has room for."""
+    cpu = device.type == "cpu"
+    return [key for key, case in CASES.items() if case.suite and not (case.large and cpu)]
 
 
 def stack(layers: int, width: int, r: int) -> Case:

@@ -19,6 +19,7 @@ standard deviations; the default should be worse nowhere.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -275,38 +276,30 @@ def _better(every: Sequence[float], default: Sequence[float]) -> str:
     return "undecided" if abs(gain) <= spread else "default" if gain > 0 else "all"
 
 
-def _parser() -> Any:
-    made = measure.parser("defaults", __doc__ or "")
-    made.add_argument("--families", default=",".join(FAMILIES), help="default: %(default)s")
-    made.add_argument("--ratios", default="0.25,0.1", help="default: %(default)s")
+def _ratios(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("defaults", __doc__ or "", device=False)
+    families = {"type": measure.names(FAMILIES), "default": ",".join(FAMILIES)}
+    made.add_argument("--families", **families, help="default: %(default)s")
+    made.add_argument("--ratios", type=_ratios, default="0.25,0.1", help="default: %(default)s")
     made.add_argument("--seeds", type=measure.count, default=3, help="default: %(default)s")
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its table.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    names = options.families.split(",")
-    measure.check_names(parser, names, FAMILIES)
-    ratios = [float(word) for word in options.ratios.split(",")]
-    report = Report((__doc__ or "").partition("\n")[0], measure.setup(options))
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the families."""
     rows = []
-    for name in names:
-        rows.append(_measure(FAMILIES[name], options.seeds, ratios))
+    for name in options.families:
+        rows.append(_measure(FAMILIES[name], options.seeds, options.ratios))
         report.console.print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     report.table(f"Test accuracy in percent, {options.seeds} seeds", rows)
-    better = [row[f"{ratio:g}: better"] for row in rows for ratio in ratios]
+    better = [row[f"{ratio:g}: better"] for row in rows for ratio in options.ratios]
     target = measure.Target("plans in which all is better", better.count("all"), 0, unit="")
     report.targets.append(target)
-    return report.close(options)
 
 
 if __name__ == "__main__":

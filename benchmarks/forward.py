@@ -25,9 +25,10 @@ import argparse
 import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def _row(about: dict[str, Any], timings: dict[str, Timing]) -> dict[str, Any]:
 
 def _linears(options: Any, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     rows, notes = [], []
-    for name in options.layers.split(","):
+    for name in options.layers:
         n, m = LINEARS[name]
         for fraction in options.ranks:
             r = max(1, round(fraction * min(m, n)))
@@ -201,7 +202,7 @@ def _linears(options: Any, device: torch.device) -> tuple[list[dict[str, Any]], 
 
 def _convolutions(options: Any, device: torch.device) -> list[dict[str, Any]]:
     rows = []
-    for name in options.convs.split(",") if options.convs else ():
+    for name in options.convs:
         conv = CONVS[name]
         for scheme in ("spatial", "channel"):
             for fraction in options.conv_ranks:
@@ -214,7 +215,7 @@ def _convolutions(options: Any, device: torch.device) -> list[dict[str, Any]]:
 
 def _compiled(options: Any, device: torch.device) -> list[dict[str, Any]]:
     """One layer by inductor, factored and as the pair."""
-    n, m = LINEARS[options.layers.split(",")[0]]
+    n, m = LINEARS[options.layers[0]]
     models, _ = _linear_models(n, m, min(n, m) // 8)
     x = torch.randn(MANY, n, device=device, requires_grad=True)
     cotangent = torch.randn(MANY, m, device=device)
@@ -231,7 +232,7 @@ def _compiled(options: Any, device: torch.device) -> list[dict[str, Any]]:
 def _memory(options: Any, device: torch.device) -> list[dict[str, Any]]:
     """What one pass allocates, next to the dense weight that it must not form."""
     rows = []
-    for name in options.layers.split(","):
+    for name in options.layers:
         n, m = LINEARS[name]
         models, _ = _linear_models(n, m, min(n, m) // 16)
         x = torch.randn(8, n, device=device, requires_grad=True)
@@ -324,11 +325,12 @@ def _parser() -> argparse.ArgumentParser:
     def numbers(text: str) -> list[float]:
         return [float(word) for word in text.split(",")]
 
-    made = measure.parser("forward", __doc__ or "")
-    made.set_defaults(seconds=0.7)
+    made = measure.parser("forward", __doc__ or "", seconds=0.7)
     made.add_argument("--full", action="store_true", help="the whole grid of ranks and rows")
-    made.add_argument("--layers", default=",".join(LINEARS), help="default: %(default)s")
-    made.add_argument("--convs", default=",".join(CONVS), help="default: %(default)s")
+    for option, known in (("--layers", LINEARS), ("--convs", CONVS)):
+        chosen = {"type": measure.names(known), "default": ",".join(known)}
+        made.add_argument(option, **chosen, help="default: %(default)s")
+    made.add_argument("--plot", type=Path, help="draw to this file")
     made.add_argument("--ranks", type=numbers, help="r/n, comma-separated")
     made.add_argument("--conv-ranks", type=numbers, help="fractions of the smaller side")
     made.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")])
@@ -336,24 +338,13 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its tables.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure both kinds of layers."""
+    device = report.device
     options.ranks = options.ranks or list(FULL_RANKS if options.full else QUICK_RANKS)
     options.rows = options.rows or list(FULL_ROWS if options.full else QUICK_ROWS)
     options.conv_ranks = options.conv_ranks or (list(FULL_RANKS[1:]) if options.full else [0.111])
-    for names, table in ((options.layers, LINEARS), (options.convs, CONVS)):
-        measure.check_names(parser, filter(None, names.split(",")), table)
-    report = Report((__doc__ or "").partition("\n")[0], device)
     rows, notes = _linears(options, device)
     report.table("linear layers, forward and backward, ms", rows)
     report.note("libraries", notes)
@@ -371,7 +362,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report.targets.append(Target("compiled ÷ compiled pair", compiled[0]["÷ pair"], 1.05))
     if options.plot:
         _draw(rows).savefig(options.plot, dpi=150)
-    return report.close(options)
 
 
 if __name__ == "__main__":

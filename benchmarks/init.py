@@ -20,14 +20,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.cases import CASES, Case, Shape, choose
+from benchmarks.cases import CASES, Case, Shape
 from benchmarks.measure import Report, Target
 from frobdecay.algebra.spectral import randomized_init, spectral_init
 from frobdecay.models.factorize import factorize
@@ -139,35 +139,22 @@ def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = measure.parser("init", __doc__ or "")
-    made.add_argument("--case", default=DEFAULT, help=f"some of {', '.join(CASES)}")
+    made = measure.parser("init", __doc__ or "", seconds=2.0)
+    case = {"type": measure.names(CASES), "default": DEFAULT}
+    made.add_argument("--case", **case, help=f"some of {', '.join(CASES)}")
     made.add_argument("--all", action="store_true", help="every layer of large models")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its tables.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
-    try:
-        cases = choose(options.case, device)
-    except ValueError as error:
-        parser.error(str(error))
-    report = Report((__doc__ or "").partition("\n")[0], device)
-    for name, case in cases.items():
-        rows, targets = _measure(name, case, device, options)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the cases."""
+    for name in options.case:
+        case = CASES[name]
+        rows, targets = _measure(name, case, report.device, options)
         report.table(f"{case.title}: {len(case.pairs)} matrices", rows)
         report.targets += targets
-    return report.close(options)
 
 
 if __name__ == "__main__":

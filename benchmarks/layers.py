@@ -13,12 +13,13 @@ own, on the dense model: it looks through all keys for every child of a module, 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,34 +136,23 @@ def _sizes(text: str) -> list[int]:
     return sorted(measure.count(part) for part in text.split(","))
 
 
-def _parser() -> Any:
-    made = measure.parser("layers", __doc__ or "")
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("layers", __doc__ or "", device=False)
     made.add_argument("--sizes", type=_sizes, default="100,1000,4000", help="numbers of layers")
-    made.add_argument("--only", help="some of the rows, such as 'inspect,merge'")
+    rows = measure.names(_runs(1, {}))
+    made.add_argument("--only", type=rows, help="some of the rows, such as 'inspect,merge'")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its table.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
-    report = Report((__doc__ or "").partition("\n")[0], device)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the functions."""
     rows: dict[str, dict[str, Any]] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             runs = _runs(size, _files(size, Path(folder)))
-            chosen = options.only.split(",") if options.only else list(runs)
-            measure.check_names(parser, chosen, runs)
-            for name in chosen:
+            for name in options.only or runs:
                 micro = _median(runs[name], options.rounds) / size * 1e6
                 rows.setdefault(name, {"": name})[f"{size} layers"] = micro
     report.table("microseconds a layer", list(rows.values()))
@@ -172,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for name, row in rows.items()
         if name != "load_state_dict"  # torch's own
     ]
-    return report.close(options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -33,17 +34,18 @@ __all__ = [
     "Timing",
     "WARM_UPS",
     "captured",
-    "check_names",
     "count",
     "described",
     "interleave",
     "markdown",
     "memory",
+    "names",
     "no_waiting",
     "parser",
     "precision",
     "profiled",
     "provenance",
+    "script",
     "setup",
     "synchronize",
 ]
@@ -252,29 +254,72 @@ def described(module: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
-def check_names(made: argparse.ArgumentParser, names: Iterable[str], known: Iterable[str]) -> None:
-    """End the script with a message that lists the known names, where one is not among them."""
-    for name in names:
-        if name not in known:
-            made.error(f"expected some of {', '.join(known)}, got {name}")
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argument that is some of the known names, comma-separated; none where it is empty.
+
+    Raises:
+        argparse.ArgumentTypeError: a name that is not known.
+    """
+
+    def read(text: str) -> list[str]:
+        found = text.split(",") if text else []
+        if unknown := [name for name in found if name not in known]:
+            expected = f"expected some of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"{expected}, got {', '.join(unknown)}")
+        return found
+
+    return read
 
 
-def parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """Make a parser with the options that all scripts have.
+def parser(
+    module: str, doc: str, *, device: bool = True, seconds: float | None = None
+) -> argparse.ArgumentParser:
+    """Make a parser with the options that scripts have.
 
     Args:
         module: the script's name.
         doc: its docstring: the claim, then an explanation.
+        device: whether it runs on others than the CPU.
+        seconds: of a row of its tables, by default; None where it counts rounds.
     """
     made = described(module, doc)
-    made.add_argument("--device", default="cpu", help="default: %(default)s")
     made.add_argument("--threads", type=count, help="for torch; as it chooses unless given")
     made.add_argument("--json", type=Path, help="write everything to this file")
-    made.add_argument("--plot", type=Path, help="draw to this file")
-    made.add_argument(
-        "--seconds", type=float, default=2.0, help="a table row; default: %(default)s"
-    )
+    if device:
+        made.add_argument("--device", default="cpu", help="default: %(default)s")
+    if seconds is not None:
+        shown = "of a row; default: %(default)s"
+        made.add_argument("--seconds", type=float, default=seconds, help=shown)
     return made
+
+
+Fill = Callable[["Report", argparse.Namespace], None]
+Main = Callable[..., dict[str, Any]]
+
+
+def script(parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Fill], Main]:
+    """Make a function that fills a report, from the options of a parser, a script's ``main``."""
+
+    def decorate(fill: Fill) -> Main:
+        claim = (sys.modules[fill.__module__].__doc__ or "").partition("\n")[0]
+
+        def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+            """Run the benchmark and print its tables.
+
+            Args:
+                arguments: of the command line; the program's own unless given.
+
+            Returns:
+                What ``--json`` writes.
+            """
+            options = parser().parse_args(arguments)
+            report = Report(claim, setup(options))
+            fill(report, options)
+            return report.close(options)
+
+        return main
+
+    return decorate
 
 
 def count(text: str) -> int:
@@ -293,7 +338,7 @@ def setup(options: argparse.Namespace) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    return torch.device(options.device)
+    return torch.device(getattr(options, "device", "cpu"))
 
 
 @dataclass

@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.cases import CASES, FRACTION, Case, choose, stack
+from benchmarks.cases import CASES, FRACTION, Case, stack, suites
 from benchmarks.measure import Report, Target, Timing
 from benchmarks.models import resnet
 from frobdecay.gradient.backends import BACKENDS
@@ -378,8 +379,10 @@ def _draw(report: Report) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = measure.parser("penalty", __doc__ or "")
-    made.add_argument("--case", help=f"some of {', '.join(CASES)}")
+    made = measure.parser("penalty", __doc__ or "", seconds=2.0)
+    some = f"some of {', '.join(CASES)}"
+    made.add_argument("--case", type=measure.names(CASES), help=some)
+    made.add_argument("--plot", type=Path, help="draw to this file")
     made.add_argument("--compile", action="store_true", help="time a compiled penalty, too")
     made.add_argument("--kind", choices=KINDS, default="float32", help="default: %(default)s")
     made.add_argument("--scaling", action="store_true", help="by layers, width, rank instead")
@@ -387,29 +390,14 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its tables.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
-    try:
-        cases = choose(options.case, device)
-    except ValueError as error:
-        parser.error(str(error))
-    report = Report((__doc__ or "").partition("\n")[0], device)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the cases, or how they scale."""
     if options.scaling:
-        _scaling(report, device, options)
-        return report.close(options)
-    for name, case in cases.items():
-        compare(report, name, case, options)
-    return report.close(options)
+        _scaling(report, report.device, options)
+        return
+    for name in options.case or suites(report.device):
+        compare(report, name, CASES[name], options)
 
 
 def compare(report: Report, name: str, case: Case, options: argparse.Namespace) -> None:

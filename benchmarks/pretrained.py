@@ -35,11 +35,11 @@ from torch import nn
 
 import frobdecay
 from benchmarks.measure import (
-    check_names,
     count,
     interleave,
     markdown,
     memory,
+    names,
     parser,
     provenance,
     setup,
@@ -77,15 +77,15 @@ def _parser() -> Any:
     add("folder", help="of transformers: config.json, weights, tokenizer")
     add("--gguf", help="a file in it, in place of config.json and weights")
     add("--text", action="append", required=True, metavar="NAME=PATH", help="twice for the other")
-    add("--parts", default="compress,cost", help=f"of {', '.join(PARTS)}; default: %(default)s")
+    for option, known, default in (
+        ("--parts", PARTS, "compress,cost"),
+        ("--allocations", ALLOCATORS, "uniform,fraction"),
+        ("--arms", ARMS, "none,plain,fd,initial"),
+    ):
+        shown = f"of {', '.join(known)}; default: %(default)s"
+        add(option, type=names(known), default=default, help=shown)
     add("--shares", type=_numbers, default=[0.8, 0.6, 0.5, 0.35], help="default: %(default)s")
-    add("--allocations", default="uniform,fraction", help="default: %(default)s")
     add("--share", type=float, default=0.35, help="of cost and recover; default: %(default)s")
-    add(
-        "--arms",
-        default="none,plain,fd,initial",
-        help=f"of {', '.join(ARMS)}; default: %(default)s",
-    )
     add("--seeds", type=count, default=3, help="of recover; default: %(default)s")
     add("--epochs", type=count, default=1, help="of recover; default: %(default)s")
     add("--batch", type=count, default=32, help="of recover; default: %(default)s")
@@ -172,7 +172,7 @@ def _compress(task: Any, cells: Cells, options: Any, moments: Callable[[str], An
         cells.run(f"dense {name}", dense)
     inits = ["spectral", *(f"calibrated:{name}" for name in task.texts)]
     for share in options.shares:
-        for allocation in options.allocations.split(","):
+        for allocation in options.allocations:
             for init in inits:
 
                 def cell(share=share, allocation=allocation, init=init) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _recover(task: Any, cells: Cells, options: Any, moments: Callable[[str], Any
     first = next(iter(task.texts))
     start = None
     for seed in range(options.seeds):
-        for arm in options.arms.split(","):
+        for arm in options.arms:
             for decay in options.decays if arm != "none" else [0.0]:
 
                 def cell(seed=seed, arm=arm, decay=decay) -> dict[str, Any]:
@@ -365,9 +365,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is asked and not there yet; write JSON, Markdown and a picture."""
     made = _parser()
     options = made.parse_args(arguments)
-    check_names(made, options.parts.split(","), PARTS)
-    check_names(made, options.arms.split(","), ARMS)
-    check_names(made, options.allocations.split(","), ALLOCATORS)
     device = setup(options)
     sizes = {**_SIZES[options.task], **{k: int(v) for k, v in (s.split("=") for s in options.size)}}
     texts = [Text.read(name, Path(path)) for name, path in (t.split("=", 1) for t in options.text)]
@@ -397,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return held[text]
 
     for part, act in zip(PARTS, (_compress, _cost, _recover), strict=True):
-        if part in options.parts.split(","):
+        if part in options.parts:
             act(task, cells, options, moments)
     record = cells.record
     record["tables"] = tables(task, cells)

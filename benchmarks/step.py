@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,9 +188,9 @@ def _measure(name: str, options: Any, device: torch.device) -> tuple[list[Any], 
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = measure.parser("step", __doc__ or "")
-    made.set_defaults(seconds=25.0)
-    made.add_argument("--case", default=",".join(CASES), help="default: %(default)s")
+    made = measure.parser("step", __doc__ or "", seconds=25.0)
+    case = {"type": measure.names(CASES), "default": ",".join(CASES)}
+    made.add_argument("--case", **case, help="default: %(default)s")
     made.add_argument("--depth", type=measure.count, default=32, help="default: %(default)s")
     made.add_argument("--batch", type=measure.count, default=128, help="default: %(default)s")
     made.add_argument("--width", type=measure.count, default=768, help="default: %(default)s")
@@ -199,26 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its tables.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
-    names = options.case.split(",")
-    measure.check_names(parser, names, CASES)
-    report = Report((__doc__ or "").partition("\n")[0], device)
-    for name in names:
-        rows, targets = _measure(name, options, device)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the cases."""
+    for name in options.case:
+        rows, targets = _measure(name, options, report.device)
         report.table(name, rows)
         report.targets += targets
-    return report.close(options)
 
 
 if __name__ == "__main__":

@@ -257,45 +257,32 @@ def _targets(tables: Mapping[str, list[dict[str, Any]]]) -> list[Target]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = measure.parser("tensors", __doc__ or "")
-    made.set_defaults(seconds=1.0)
-    made.add_argument("--case", default=",".join(DEFAULT), help="weights; default: %(default)s")
-    made.add_argument("--convs", default=",".join(CONVS), help="of forward; default: %(default)s")
-    made.add_argument("--only", default=",".join(TABLES), help="tables; default: %(default)s")
+    made = measure.parser("tensors", __doc__ or "", seconds=1.0)
+    for option, known, default, what in (
+        ("--case", WEIGHTS, DEFAULT, "weights"),
+        ("--convs", CONVS, CONVS, "of forward"),
+        ("--only", TABLES, TABLES, "tables"),
+    ):
+        chosen = {"type": measure.names(known), "default": ",".join(default)}
+        made.add_argument(option, **chosen, help=f"{what}; default: %(default)s")
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and print its tables.
-
-    Args:
-        arguments: of the command line; the program's own unless given.
-
-    Returns:
-        What ``--json`` writes.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = measure.setup(options)
-    chosen: dict[str, list[str]] = {}
-    known: dict[str, Sequence[str]] = {"case": [*WEIGHTS], "convs": [*CONVS], "only": TABLES}
-    for option, table in known.items():
-        chosen[option] = getattr(options, option).split(",")
-        measure.check_names(parser, chosen[option], table)
-    report = Report((__doc__ or "").partition("\n")[0], device)
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Measure the tables."""
     makers = {
-        "decay": partial(_decay, chosen["case"]),
-        "forward": partial(_forward, chosen["convs"]),
-        "initialization": partial(_initialization, chosen["case"]),
+        "decay": partial(_decay, options.case),
+        "forward": partial(_forward, options.convs),
+        "initialization": partial(_initialization, options.case),
     }
     tables = {}
-    for name in chosen["only"]:
-        tables[name] = makers[name](device, options.seconds)
+    for name in options.only:
+        tables[name] = makers[name](report.device, options.seconds)
         report.table(f"{name}, ms", tables[name])
     if "initialization" in tables and importlib.util.find_spec("tensorly") is None:
         report.note("initialization", ["tensorly: not installed"])
     report.targets = _targets(tables)
-    return report.close(options)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from benchmarks import defaults, forward, init, layers, measure, penalty, step, tensors
-from benchmarks.cases import CASES, choose, stack
+from benchmarks.cases import CASES, stack, suites
 from benchmarks.measure import Report, Target, interleave, memory
 
 CPU = torch.device("cpu")
 QUICK = ["--seconds", "0.01"]
+BY_ROUNDS = ("layers", "defaults")
 LAYERS = ["--layers", "1024→1024", "--rows", "1", "--ranks", "0.01,0.02"]
 CONVOLUTIONS = ["--convs", "ResNet-32 stage 3", "--conv-ranks", "0.05"]
 SCRIPTS = {
@@ -42,7 +43,8 @@ def test_every_script_runs_and_writes_json(name, tmp_path, tiny_scales, capsys):
     module, arguments = SCRIPTS[name]
     where = tmp_path / "out.json"
     plot = ["--plot", str(tmp_path / "out.png")] if name in PLOTS else []
-    returned = module.main([*arguments, *plot, *QUICK, "--json", str(where)])
+    quick = [] if name in BY_ROUNDS else QUICK
+    returned = module.main([*arguments, *plot, *quick, "--json", str(where)])
     record = json.loads(where.read_text())
     assert record == json.loads(json.dumps(returned))
     assert {"torch", "commit", "date", "device", "threads", "load"} <= set(record)
@@ -53,10 +55,10 @@ def test_every_script_runs_and_writes_json(name, tmp_path, tiny_scales, capsys):
     assert record["verdict"] in lines
 
 
-@pytest.mark.parametrize("module", [penalty, init, step, forward, tensors, defaults])
+@pytest.mark.parametrize("module", [penalty, init, step, forward, tensors, defaults, layers])
 def test_unknown_cases_are_refused(module, capsys):
     """The message lists those there are."""
-    option = {forward: "--layers", defaults: "--families"}.get(module, "--case")
+    option = {forward: "--layers", defaults: "--families", layers: "--only"}.get(module, "--case")
     with pytest.raises(SystemExit):
         module.main([option, "no such"])
     assert "got no such" in capsys.readouterr().err
@@ -126,7 +128,7 @@ def test_cases_are_the_models_they_are_named_after():
     assert [len(CASES[name].pairs) for name in ("resnet32", "resnet110", "bert")] == [30, 108, 72]
     assert CASES["resnet32"].pairs[-1] == (192, 192, 21)
     assert len(CASES["lora7b"].pairs) == 224
-    assert "lora7b" not in choose(None, CPU)
+    assert "lora7b" not in suites(CPU)
     assert stack(3, 8, 2).flops == 3 * 4 * 2**2 * 16
 
 
