@@ -40,9 +40,10 @@ _ = (kernels, steps, timing, tiles)  # importing them entered their parts into t
 def _parser() -> argparse.ArgumentParser:
     made = measure.described("gpu", __doc__ or "")
     made.add_argument("mode", choices=[*MODES, "part"])
-    made.add_argument("name", nargs="?", help="with part: which one, in this process")
+    names = measure.names(PARTS)
+    made.add_argument("name", nargs="?", type=names, help="with part: which one, in this process")
     made.add_argument("--device", default="cuda", help="default: %(default)s")
-    made.add_argument("--only", help="some parts, comma-separated")
+    made.add_argument("--only", type=names, help="some parts, comma-separated")
     made.add_argument("--budget", type=float, help="seconds, after which no part is started")
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="%(default)s")
     made.add_argument("--logs", type=Path, help="keep the parts' whole output in this folder")
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _part(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
-    one = PARTS[options.name]
+    (name,) = options.name
+    one = PARTS[name]
     report = Report(one.claim, torch.device(options.device))
     try:
         one.run(report)
@@ -102,14 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.mode == "part":
-        measure.check_names(parser, [options.name], PARTS)
         return _part(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none; --device cpu runs everything in small")
     names = [name for name, one in PARTS.items() if one.mode == options.mode]
-    if options.only:
-        measure.check_names(parser, options.only.split(","), names)
-        names = options.only.split(",")
+    names = options.only or names
     for name in names:
         if missing(PARTS[name]):
             print(f"== {name}: skipped, {PARTS[name].under[0]} is not installed")
