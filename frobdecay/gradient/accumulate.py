@@ -34,6 +34,7 @@ from frobdecay.product.product import (
 )
 
 _GRAD = operator.attrgetter("grad")
+_TABLE = operator.itemgetter(TABLE)
 
 
 class Accumulator:
@@ -60,9 +61,9 @@ class Accumulator:
         self._parts = [localized(product) for product in self.products]
         here = {k: part for k, part in enumerate(self._parts) if part is not None}
         apart = [k for k, part in enumerate(self._parts) if part is None]
-        places = list(here)
+        held = list(here)
         self.choices = [
-            Choice(choice.backend, tuple(places[i] for i in choice.members), choice.reason)
+            Choice(choice.backend, tuple(held[i] for i in choice.members), choice.reason)
             for choice in select(list(here.values()), self.backend)
         ]
         jobs = {k: Job(part.views(), part.batch, part.structure) for k, part in here.items()}
@@ -92,7 +93,8 @@ class Accumulator:
             for factor in (product if part is None else part).factors
         ]
         self._axes_apart = [product.batch for product in self.products for _ in product.factors]
-        self._places = [place_of(factor) for factor in factors]
+        places = [place_of(factor) for factor in factors]
+        self._owners, self._keys = [one for one, _ in places], [name for _, name in places]
         self._params = [factor.param for factor in factors]
         self._names = [(p.name, factor.attribute) for p in self.products for factor in p.factors]
         self._likeness = Likeness(self._params)
@@ -128,7 +130,10 @@ class Accumulator:
             The parameters of all factors, product by product: the list of the last call, unless
             everything was planned anew.
         """
-        params: list[Any] = [tables[TABLE].get(name) for tables, name in self._places]
+        try:
+            params = list(map(operator.getitem, map(_TABLE, self._owners), self._keys))
+        except KeyError:  # it is in that table no more
+            params = []
         same = (
             all(map(operator.is_, params, self._params))
             and self._likeness.of(params)
@@ -222,6 +227,9 @@ class Accumulator:
         Raises:
             TypeError, ValueError: names the product and the factor.
         """
+        known = self._known
+        if known is not None and known[0] is None and known[1].of(targets):
+            return known[1]
         wanted = [target for target in targets if target is not None]
         absent = None if len(wanted) == len(targets) else [target is None for target in targets]
         if self._known is None or self._known[0] != absent or not self._known[1].of(wanted):
@@ -317,6 +325,8 @@ class Accumulator:
 
     def _full_precision(self) -> AbstractContextManager[object]:
         """Switch autocast off on all devices that products are on."""
+        if len(self._devices) == 1:
+            return full_precision(*self._devices)
         stack = ExitStack()
         for device in self._devices:
             stack.enter_context(full_precision(device))

@@ -9,7 +9,7 @@ also does in another autocast state, or cannot be asked, attributes are compared
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Likeness:
         once = len({*map(id, tensors)}) == len(tensors)  # others are never alike to the guards
         self._guards = _Guards and once and _Guards(*tensors, **_FIXED)
 
-    def of(self, tensors: Sequence[Tensor]) -> bool:
+    def of(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these, in their order, have the same dtypes, devices, shapes and strides."""
         if len(tensors) != len(self._about):
             return False
@@ -51,14 +51,16 @@ class Likeness:
             return True
         if list(map(_about, tensors)) != self._about:
             return False
-        self._guard(tensors)
+        self._guard(cast(Sequence[Tensor], tensors))  # None is like no tensor
         return True
 
 
 _FIXED = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
 
 
-def _about(tensor: Tensor) -> object:
+def _about(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
     if tensor.layout is not torch.strided:
         return tensor.layout
     writable = torch.is_inference_mode_enabled() or not tensor.is_inference()

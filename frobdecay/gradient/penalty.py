@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,7 +30,8 @@ class _Kept:
         self.backend, self.lock = backend, RLock()
         self.plan: Accumulator | None = Accumulator(map(copy, products), backend)
         forget = partial(_forget, weakref.ref(self))
-        self.others = [weakref.ref(product, forget) for product in products[1:]]
+        self._ids = list(map(id, products))  # nobody else's while there is a plan
+        self._others = [weakref.ref(product, forget) for product in products[1:]]
         self._coefs: list[Coefficient] = []
 
     def coefs(self, coef: Coefficient, params: Sequence[Tensor]) -> list[Coefficient]:
@@ -44,11 +44,9 @@ class _Kept:
             self._coefs = [coef] * len(params)
         return self._coefs
 
-    def is_for(self, products: Sequence[Product], backend: str | None) -> bool:
-        """Whether it is the plan for these very products, whose first one keeps it."""
-        if self.backend != backend or len(self.others) != len(products) - 1:
-            return False
-        return all(map(operator.is_, [ref() for ref in self.others], products[1:]))
+    def is_for(self, ids: Sequence[int], backend: str | None) -> bool:
+        """Whether it is the plan for the very products with these ids."""
+        return self.plan is not None and self.backend == backend and self._ids == ids
 
 
 def _forget(kept: weakref.ref[_Kept], _: object) -> None:
@@ -60,8 +58,9 @@ def _forget(kept: weakref.ref[_Kept], _: object) -> None:
 def _kept(products: Sequence[Product], backend: str | None) -> _Kept:
     """The plan for a list of products, made unless its first product has it."""
     plans: list[_Kept] = products[0].plans
+    ids = list(map(id, products))
     for known in plans:
-        if known.is_for(products, backend):
+        if known.is_for(ids, backend):
             return known
     made = _Kept(products, backend)
     plans[:] = [made, *(known for known in plans if known.plan is not None)][:_MAX_PLANS]

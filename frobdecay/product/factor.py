@@ -101,7 +101,7 @@ class _Attributes:
     def __init__(self, owner: object) -> None:
         self.owner = owner
 
-    def get(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:
         return getattr(self.owner, name)
 
 

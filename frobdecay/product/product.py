@@ -338,7 +338,7 @@ def listed(products: Product | Iterable[Product]) -> list[Product]:
     one = isinstance(products, str | torch.nn.Module) or not isinstance(products, Iterable)
     given: Any = (products,) if one else products
     found = list(given)
-    for product in found:
+    for product in found if {*map(type, found)} != {Product} else ():
         if not isinstance(product, Product):
             raise TypeError(
                 f"expected Product records, got {type(product).__name__}; "

@@ -331,6 +331,10 @@ CHANGES = {
         {name: nn.Parameter(p.detach() * 2) for name, p in pair._parameters.items()},
     ),
     "a new one in the same memory": lambda pair: setattr(pair, "U", nn.Parameter(pair.U.data)),
+    "no parameter": lambda pair: (
+        pair._parameters.pop("U", None),
+        setattr(pair, "U", torch.randn(4, 4, requires_grad=True)),
+    ),
     "new memory": lambda pair: setattr(pair.U, "data", torch.randn(4, 4)),
     "new memory of the wide one": lambda pair: setattr(pair.V, "data", torch.randn(4, 4)),
     "other strides": lambda pair: setattr(pair.V, "data", pair.V.data.T),
@@ -383,6 +387,7 @@ UNLIKE = {
     "layout": lambda a: a.to_sparse(),
     "device": lambda a: a.to("meta"),
     "inference": torch.inference_mode()(torch.clone),
+    "none": lambda a: None,
 }
 
 
@@ -466,7 +471,9 @@ def test_plans_keep_nothing_alive():
     try:
         del second, others
         assert gone() is None
-        assert products[0].plans[0].plan is None
+        (dead,) = products[0].plans
+        assert dead.plan is None
+        assert not dead.is_for(dead._ids, None)  # though new products may get the old ones' ids
         gone = weakref.ref(first)
         add_penalty_grad_(products, 1.0)
         check_gradients(first, products, None)

@@ -139,8 +139,7 @@ class Grouped:
         self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
     ) -> None:
         """Add coef · ∇½‖W‖² to the target of every factor; see ``Runner``."""
-        wanted = [target for target in targets if target is not None]
-        if not wanted:
+        if all(target is None for target in targets):
             return
         with self.on_device():
             table = self._bind(targets, coefs, form)
@@ -150,12 +149,13 @@ class Grouped:
                 self._launch_of_updates(update, table)()
         if grams is not None:
             grams.update((slot.number, slot.gram_in(self._grams)) for slot in self._slots)
-        increment_version(wanted)  # as an operator of torch would: autograd checks it
+        written: Any = targets if all(self._places) else [t for t in targets if t is not None]
+        increment_version(written)  # as an operator of torch would: autograd checks it
 
     def launch_grams(self) -> None:
         """Compute all Grams of the factors as they are now."""
         for part in self._parts:
-            if len(part.table):
+            if part.table.numel():
                 self._launch_of_grams(part)()
 
     def _launch_of_grams(self, part: _Part) -> Launch:
