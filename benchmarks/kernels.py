@@ -84,8 +84,8 @@ class Variant(NamedTuple):
         return self.name + (f" layouts {layouts:03b}" if layouts else "")
 
 
-def variants() -> Iterator[Variant]:
-    """Everything that launches may ask for, by the code that they ask for it."""
+def variants(capability: int) -> Iterator[Variant]:
+    """Everything that launches may ask for on such a device, by the code that they ask for it."""
     kernels: Any = load_kernels()
     found: dict[tuple[str, tuple[tuple[str, Any], ...]], int] = {}
 
@@ -97,7 +97,7 @@ def variants() -> Iterator[Variant]:
             for rank, dtype, layouts in itertools.product(
                 range(1, MAX_RANK + 1), DTYPES, range(1, 8)
             ):
-                tile = tile_for(rank)
+                tile = tile_for(rank, capability)
                 add("gram", rank, kernels.gram_options(dtype, layouts, rank, tile))
                 for target, in_place in itertools.product(TARGETS, (False, True)):
                     if target == dtype or not in_place:
@@ -201,12 +201,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if load_kernels() is None or load_kernels().INTERPRETED:
         made.error("expected Triton's compiler, found none, or its interpreter in use already")
     report = Report(__doc__.partition("\n")[0], torch.device("cpu"))
-    wanted = [variant for variant in variants() if re.search(options.only, str(variant))]
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     report.data["variants"] = []
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         for capability in options.capability:
+            every = variants(capability)
+            wanted = [variant for variant in every if re.search(options.only, str(variant))]
             done = pool.map(compiled, wanted, [capability] * len(wanted))
             found = dict(zip(wanted, done, strict=True))
             report.table(f"sm_{capability}", _rows(found))

@@ -78,7 +78,7 @@ class Grouped:
         self._kernels: Any = kernels
         self.device = jobs[0].views[0].device
         largest = max(job.views[0].shape[-1] for job in jobs)
-        self.tile = tile_for(largest) if tile is None else tile
+        self.tile = tile_for(largest, _capability(self.device)) if tile is None else tile
         self._rank = largest
         self._programs = _programs(self.device, self.tile) if programs is None else programs
         self._slots = self._make_slots(jobs)
@@ -88,7 +88,7 @@ class Grouped:
         self._pairs = self._int64(pairs)
         self._updates: list[_Update] = []
         self._addresses: list[list[int]] = []
-        self._tables: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor, int]] = {}
+        self._tables: dict[tuple[torch.dtype, torch.dtype, bool], tuple[Tensor, int]] = {}
         self._launches: dict[tuple[object, ...], Launch] = {}  # with these tables and the memory
         # Of the last call:
         self._form: object = None
@@ -309,13 +309,18 @@ class Grouped:
             self._addresses.append(sheet.addresses)
             for part in self._parts:
                 if any(sheet.addresses[slot.number] for slot in part.slots):
-                    table, layouts = self._update_table(part, sheet.dtype)
                     in_place = any(sheet.addresses[s.number] == s.address for s in part.slots)
+                    table, layouts = self._update_table(part, sheet.dtype, in_place)
                     update = _Update(part, sheet.dtype, table, layouts, row, in_place)
                     self._updates.append(update)
 
-    def _update_table(self, part: _Part, dtype: torch.dtype) -> tuple[Tensor, int]:
-        if (part.dtype, dtype) not in self._tables:
+    def _update_table(self, part: _Part, dtype: torch.dtype, in_place: bool) -> tuple[Tensor, int]:
+        key = part.dtype, dtype, in_place
+        if key not in self._tables:
+            held = self._kernels.held_columns(part.dtype, self._rank, self.tile)
+            programs = self._programs
+            if held and not in_place:  # and several of them for the columns
+                programs = programs * held.waves * held.columns // (self.tile.waves * self._rank)
             forms = [self._forms[slot.number] for slot in part.slots]
             rows, layouts = update_table(
                 part.slots,
@@ -327,10 +332,10 @@ class Grouped:
                 ],
                 dtype.itemsize,
                 self.tile.update_rows,
-                self._programs,
+                max(programs, 1),
             )
-            self._tables[part.dtype, dtype] = self._int64(rows), layouts
-        return self._tables[part.dtype, dtype]
+            self._tables[key] = self._int64(rows), layouts
+        return self._tables[key]
 
     def on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device: make it that of the plan."""
@@ -346,6 +351,11 @@ class Grouped:
             tables = [*(part.table for part in self._parts), *(u.table for u in self._updates)]
             for tensor in (self._grams, self._partials, self._counters, self._memory, *tables):
                 tensor.record_stream(stream)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = (9, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _programs(device: torch.device, tile: Tile) -> int:

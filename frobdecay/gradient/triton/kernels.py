@@ -10,7 +10,9 @@ For pairs W_k = U_k V_kᵀ (heads are pairs of their own), of any number and any
 targets once: 2(m+n)r + 2(m+n)r numbers a pair, the least that is possible where the factors do
 not stay in a cache between the launches. Nothing of a factor's size is ever written elsewhere.
 (Ranks above one tile read a panel of rows once for each tile of columns that needs it; these
-repetitions are neighbours in the grid, for the cache to serve.)
+repetitions are neighbours in the grid, for the cache to serve. So that B does not read the Gram as
+often as that, warp groups hold a tile of its columns in shared memory, terms and all, and let many
+rows pass. B takes factors from the last to the first: those that A read last are in the cache.)
 
 **Records.** What a program has to do is a row of int64 numbers in a table on the device: address,
 strides, sizes, place of the Gram (``triton/tables.py`` has the columns). So one launch serves
@@ -28,7 +30,8 @@ read past the first cache) is that of inductor's cooperative reductions. Only ti
 the diagonal are computed, the others are mirrored.
 
 **Precision.** All sums are float32. Float32 factors are multiplied as
-``torch.backends.cuda.matmul`` says (IEEE or TF32). Products of bf16 or fp16 numbers are exact in
+``torch.backends.cuda.matmul`` says (IEEE or TF32; as three products of bf16 terms in A, which are more
+precise than one of TF32). Products of bf16 or fp16 numbers are exact in
 float32, so A multiplies them as they are; B must not round the Gram to half precision, so it is
 split into terms that sum to it: bf16, or TF32 for fp16, whose range is too small for Grams. Two
 terms where the target is half precision as well (to 2⁻¹⁷), else three (to 2⁻²⁴). Half-precision
@@ -75,6 +78,37 @@ def _multiple(number, LAYOUT: tl.constexpr, WANTED: tl.constexpr, VECTOR: tl.con
 
 
 @triton.jit
+def _halves(x, UPCAST: tl.constexpr):
+    """Two bf16 numbers that sum to a float32 one, to 2⁻¹⁷ of it."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:
+        high, low = high.to(tl.float32), low.to(tl.float32)
+    return high, low
+
+
+@triton.jit
+def _panels(
+    x, rows, left, right, row_count, rank, row_stride, column_stride,
+    LAYOUT: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows of the columns on the left and on the right of a Gram's tile; zero beyond."""
+    inside = (rows < row_count)[:, None]
+    at = _pointers(x, rows, left, row_stride, column_stride, LAYOUT)
+    a = tl.load(at, mask=inside & (left < rank)[None, :], other=0.0)
+    if UPCAST:
+        a = a.to(tl.float32)
+    if SINGLE:
+        b = a
+    else:
+        at = _pointers(x, rows, right, row_stride, column_stride, LAYOUT)
+        b = tl.load(at, mask=inside & (right < rank)[None, :], other=0.0)
+        if UPCAST:
+            b = b.to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def _gram_tile(
     record,
     TYPE: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
@@ -93,21 +127,34 @@ def _gram_tile(
     gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     rows = tl.arange(0, STEP)
     step = row_stride.to(tl.int64) * STEP if LAYOUT != 2 else tl.full((), STEP, tl.int64)
-    for start in range(0, row_count, STEP):
-        inside = (start + rows < row_count)[:, None]
-        at = _pointers(x, rows, left, row_stride, column_stride, LAYOUT)
-        a = tl.load(at, mask=inside & (left < rank)[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-        if SINGLE:
-            b = a
-        else:
-            at = _pointers(x, rows, right, row_stride, column_stride, LAYOUT)
-            b = tl.load(at, mask=inside & (right < rank)[None, :], other=0.0)
-            if UPCAST:
-                b = b.to(tl.float32)
-        gram = tl.dot(tl.trans(a), b, gram, input_precision=PRECISION)
-        x += step
+    if PRECISION == "bf16x3":
+        # As Triton's precision of that name, which waits for each product. The next rows are on
+        # their way to registers meanwhile: from there, halved, they get to shared memory, as
+        # warp-group products want them to be for Xᵀ, once only.
+        a, b = _panels(
+            x, rows, left, right, row_count, rank, row_stride, column_stride, LAYOUT, SINGLE, UPCAST
+        )
+        a_high, a_low = _halves(a, UPCAST)
+        b_high, b_low = _halves(b, UPCAST)
+        for start in range(STEP, row_count + STEP, STEP):
+            x += step
+            a, b = _panels(
+                x, rows, left, right, row_count - start, rank, row_stride, column_stride,
+                LAYOUT, SINGLE, UPCAST,
+            )  # fmt: skip
+            gram = tl.dot(tl.trans(a_high), b_high, gram)
+            gram = tl.dot(tl.trans(a_high), b_low, gram)
+            gram = tl.dot(tl.trans(a_low), b_high, gram)
+            a_high, a_low = _halves(a, UPCAST)
+            b_high, b_low = _halves(b, UPCAST)
+    else:
+        for start in range(0, row_count, STEP):
+            a, b = _panels(
+                x, rows, left, right, row_count - start, rank, row_stride, column_stride,
+                LAYOUT, SINGLE, UPCAST,
+            )  # fmt: skip
+            gram = tl.dot(tl.trans(a), b, gram, input_precision=PRECISION)
+            x += step
     return gram
 
 
@@ -162,38 +209,50 @@ def gram_kernel(
 
 
 @triton.jit
-def _times(x, gram, total, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """``total + x · gram``, the Gram as the sum of TERMS matrices, or as it is for TERMS 0.
+def _terms(gram, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """TERMS matrices that sum to a Gram, or the Gram as it is for TERMS 0.
 
-    The terms are bf16, or TF32 where PRECISION says so: x has no more digits than they have.
+    They are bf16, or TF32 where PRECISION says so: a factor has no more digits than they have.
     """
+    terms = ()
     if TERMS == 0:
-        total = tl.dot(x.to(tl.float32), gram, total, input_precision=PRECISION)
-    else:
-        for _ in tl.static_range(TERMS):
-            if PRECISION == "tf32":  # cut off, not rounded: a NaN stays one
-                term = (gram.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-                gram = gram - term
-                total = tl.dot(x.to(tl.float32), term, total, input_precision="tf32")
-            else:
-                term = gram.to(tl.bfloat16)
-                gram = gram - term.to(tl.float32)
-                if UPCAST:
-                    total = tl.dot(x.to(tl.float32), term.to(tl.float32), total)
-                else:
-                    total = tl.dot(x, term, total)
+        terms = terms + (gram,)
+    for _ in tl.static_range(TERMS):
+        if PRECISION == "tf32":  # cut off, not rounded: a NaN stays one
+            term = (gram.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            gram = gram - term
+        else:
+            term = gram.to(tl.bfloat16)
+            gram = gram - term.to(tl.float32)
+            if UPCAST:
+                term = term.to(tl.float32)
+        terms = terms + (term,)
+    return terms
+
+
+@triton.jit
+def _times(x, terms, total, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + x · (the sum of these terms)``."""
+    for k in tl.static_range(FIRST, LAST):
+        x = x.to(terms[k].dtype)
+        total = tl.dot(x, terms[k], total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def _update_rows(
-    record, grams, address, coef,
+    record, grams, address, coef, first,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
     IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time."""
+    """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time.
+
+    These columns of G either stay in shared memory, as HELD blocks of rows, all of them, while
+    the rows of X pass; then they are those from ``first`` on. Or, for HELD 0, blocks of G are
+    read for each block of rows anew, and all columns are done.
+    """
     x = tl.load(record).to(tl.pointer_type(SOURCE))
     target = address.to(tl.pointer_type(TARGET))
     if LAYOUT != 0:
@@ -214,24 +273,22 @@ def _update_rows(
     )
     # A Gram is symmetric: read so that its inner axis is adjacent, where tensor cores want that.
     down, across = (1, leading) if TURNED else (leading, 1)
-    if SINGLE:
-        whole = tl.load(gram + inner[:, None] * down + columns[None, :] * across)
+    terms = ()
+    for k in tl.static_range(HELD):
+        inward = gram + (k * BLOCK + inner)[:, None] * down + (first + columns)[None, :] * across
+        if HELD == 1:
+            g = tl.load(inward)
+        else:
+            known = (k * BLOCK + inner < leading)[:, None] & (first + columns < leading)[None, :]
+            g = tl.load(inward, mask=known, other=0.0)
+        terms = terms + _terms(g, TERMS, PRECISION, UPCAST)
+    EACH: tl.constexpr = max(TERMS, 1)
     for start in range(0, row_count, ROWS):
         inside = (start + rows < row_count)[:, None]
-        for column in range(0, 1 if SINGLE else rank, COLUMNS):
+        for column in range(0, 1 if HELD else rank, COLUMNS):
+            column += first
             total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-            if SINGLE:
-                at = _pointers(x, rows, inner, row_stride, column_stride, LAYOUT)
-                a = tl.load(at, mask=inside & (inner < rank)[None, :], other=0.0)
-                total = _times(a, whole, total, TERMS, PRECISION, UPCAST)
-            else:
-                for k in range(0, rank, BLOCK):
-                    at = _pointers(x, rows, k + inner, row_stride, column_stride, LAYOUT)
-                    a = tl.load(at, mask=inside & (k + inner < rank)[None, :], other=0.0)
-                    at = gram + (k + inner)[:, None] * down + (column + columns)[None, :] * across
-                    g = tl.load(at, mask=(column + columns < leading)[None, :], other=0.0)
-                    total = _times(a, g, total, TERMS, PRECISION, UPCAST)
-            at = _pointers(
+            into = _pointers(
                 target,
                 rows,
                 column + columns,
@@ -240,10 +297,31 @@ def _update_rows(
                 LAYOUT,
             )
             mask = inside & (column + columns < rank)[None, :]
-            total = tl.load(at, mask=mask, other=0.0).to(tl.float32) + coef * total
+            if HELD > 1:  # on its way during the products
+                before = tl.load(into, mask=mask, other=0.0)
+            panels = ()
+            for k in tl.static_range(HELD):
+                at = _pointers(x, rows, k * BLOCK + inner, row_stride, column_stride, LAYOUT)
+                a = tl.load(at, mask=inside & (k * BLOCK + inner < rank)[None, :], other=0.0)
+                panels = panels + (a,)
+            for k in tl.static_range(HELD):
+                total = _times(panels[k], terms, total, k * EACH, (k + 1) * EACH, PRECISION)
+            if HELD == 0:
+                for k in range(0, rank, BLOCK):
+                    at = _pointers(x, rows, k + inner, row_stride, column_stride, LAYOUT)
+                    a = tl.load(at, mask=inside & (k + inner < rank)[None, :], other=0.0)
+                    inward = (
+                        gram + (k + inner)[:, None] * down + (column + columns)[None, :] * across
+                    )
+                    g = tl.load(inward, mask=(column + columns < leading)[None, :], other=0.0)
+                    parts = _terms(g, TERMS, PRECISION, UPCAST)
+                    total = _times(a, parts, total, 0, EACH, PRECISION)
+            if HELD <= 1:
+                before = tl.load(into, mask=mask, other=0.0)
+            total = before.to(tl.float32) + coef * total
             if IN_PLACE:
                 tl.debug_barrier()  # no warp writes what another still has to read
-            tl.store(at, total.to(TARGET), mask=mask)
+            tl.store(into, total.to(TARGET), mask=mask)
         x += step
         target += target_step
 
@@ -252,15 +330,19 @@ def _update_rows(
 def update_kernel(
     records, grams, targets, coefs,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SINGLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
     IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """A range of rows of one factor; a target without an address is none."""
-    record = records + tl.program_id(0) * _UPDATE_WIDTH
+    """A range of rows of one factor, or the columns of one of ACROSS programs of them.
+
+    A target without an address is none.
+    """
+    record = records + tl.program_id(0) // ACROSS * _UPDATE_WIDTH
+    first = tl.program_id(0) % ACROSS * COLUMNS
     slot = tl.load(record + 7)
     address = tl.load(targets + slot)
-    if address != 0:
+    if (address != 0) & (first < tl.load(record + 4)):
         coef = tl.load(tl.load(coefs + slot).to(tl.pointer_type(tl.float32)))
         address += tl.load(record + 8) * (TARGET.primitive_bitwidth // 8)
         layout = tl.load(record + 11)
@@ -268,8 +350,8 @@ def update_kernel(
             if (LAYOUTS >> LAYOUT) & 1:
                 if layout == LAYOUT:
                     _update_rows(
-                        record, grams, address, coef, SOURCE, TARGET, VECTOR, LAYOUT, ROWS,
-                        BLOCK, COLUMNS, SINGLE, IN_PLACE, TERMS, PRECISION, TURNED, UPCAST,
+                        record, grams, address, coef, first, SOURCE, TARGET, VECTOR, LAYOUT, ROWS,
+                        BLOCK, COLUMNS, HELD, IN_PLACE, TERMS, PRECISION, TURNED, UPCAST,
                     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, norm_kernel, update_kernel
-from frobdecay.gradient.triton.tiles import Tile
+from frobdecay.gradient.triton.tiles import Held, Tile
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TARGETS = {**_TYPES, torch.float64: tl.float64}
@@ -27,13 +27,14 @@ class Launch:
 
     Args:
         kernel: one of ``triton/kernels.py``.
-        tensors: its first arguments; the first one has a row for each program.
+        tensors: its first arguments; the first one has a row for each program, or for
+            each ACROSS ones.
         options: its constants, warps and stages.
     """
 
     def __init__(self, kernel: Any, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
         self._kernel, self._tensors, self._options = kernel, tensors, options
-        self._grid = len(tensors[0]), 1, 1
+        self._grid = len(tensors[0]) * options.get("ACROSS", 1), 1, 1
         self._run: Callable[..., None] | None = None
         self._constants = [options[name] for name in kernel.arg_names[len(tensors) :]]
 
@@ -56,13 +57,12 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         rank: the largest one.
         tile: how the table was cut.
     """
-    precision, rows = precision_of(dtype), tile.gram_rows
+    precision, rows, stages = precision_of(dtype), tile.gram_rows, tile.gram_stages
     tensor = dtype != torch.float32 or precision == "tf32"
     if precision == "tf32" and tile.block >= 64:
         # TF32's warp-group products cannot take Xᵀ from where it lies; bf16's can, and three of
         # bf16 terms are more precise than one of TF32. The terms take registers: half the rows.
-        # (Triton's interpreter, which multiplies float32 as it is, does not know the name.)
-        precision, rows = "tf32" if INTERPRETED else "bf16x3", rows // 2
+        precision, rows, stages = "bf16x3", rows // 2, 1
     return {
         "TYPE": _TYPES[dtype],
         "VECTOR": 16 // dtype.itemsize,
@@ -73,7 +73,7 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         "PRECISION": precision,
         "UPCAST": INTERPRETED,
         "num_warps": tile.tensor_warps[0] if tensor else tile.gram_warps,
-        "num_stages": tile.gram_stages,
+        "num_stages": stages,
     }
 
 
@@ -110,7 +110,7 @@ def update_options(
         in_place: whether a target may be the factor itself.
         tile: how the table was cut.
     """
-    single = rank <= tile.block
+    single, held = rank <= tile.block, None if in_place else held_columns(dtype, rank, tile)
     half = target_dtype.itemsize < 4
     # In place, all columns at once: none may be written while others still need it. Of half as
     # many rows, for all to stay in registers.
@@ -118,15 +118,16 @@ def update_options(
     if not whole:
         columns = tile.block if single else min(tile.columns, columns)
     precision, half_factors = precision_of(dtype), dtype != torch.float32
-    return {
+    found = {
         "SOURCE": _TYPES[dtype],
         "TARGET": _TARGETS[target_dtype],
         "VECTOR": 16 // min(dtype.itemsize, target_dtype.itemsize),
         "LAYOUTS": layouts,
         "ROWS": tile.update_rows // 2 if whole else tile.update_rows,
-        "BLOCK": tile.block if single else tile.inner,
+        "BLOCK": tile.block if single or held else tile.inner,
         "COLUMNS": columns,
-        "SINGLE": single,
+        "HELD": int(single),
+        "ACROSS": 1,
         "IN_PLACE": in_place,
         "TERMS": 0 if not half_factors else 2 if half else 3,
         "PRECISION": "tf32" if dtype == torch.float16 else precision,
@@ -136,6 +137,26 @@ def update_options(
         "num_warps": tile.tensor_warps[1] if half_factors and not whole else tile.update_warps,
         "num_stages": tile.update_stages,
     }
+    if held:
+        # Three terms of more than one block would not leave room for the factor.
+        columns = tile.block if found["TERMS"] == 3 else held.columns
+        found |= {"ROWS": held.rows, "COLUMNS": columns, "HELD": -(-rank // tile.block)}
+        found |= {"ACROSS": -(-rank // columns), "num_warps": held.warps}
+        found["num_stages"] = held.stages
+    return found
+
+
+def held_columns(dtype: torch.dtype, rank: int, tile: Tile) -> Held | None:
+    """How launch B keeps columns of a Gram in shared memory, where it does."""
+    if rank <= tile.block or dtype == torch.float16:
+        return None
+    return (
+        tile.bf16
+        if dtype == torch.bfloat16
+        else tile.tf32
+        if precision_of(dtype) == "tf32"
+        else None
+    )
 
 
 def update_launch(

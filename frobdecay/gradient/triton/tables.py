@@ -213,7 +213,11 @@ def gram_table(
         for head, parts in heads.items():
             rows = sum(part.rows for part in parts)
             cut = max(length, _ceil(rows, _MAX_PARTIALS * step) * step)
-            ranges = [_rows_of(slot, part, at, cut) for part in parts for at in _cuts(part, cut)]
+            ranges = [
+                _rows_of(slot, part, at, count)
+                for part in parts
+                for at, count in _cuts(part, cut, step)
+            ]
             gram = slot.gram + head * slot.leading**2
             for i, j in tiles[slot.number]:
                 for k, row in enumerate(ranges):
@@ -230,15 +234,16 @@ def _tiles(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i + 1)]
 
 
-def _cuts(piece: Piece, length: int) -> range:
-    return range(0, piece.rows, length)
+def _cuts(piece: Piece, length: int, step: int) -> Iterator[tuple[int, int]]:
+    """Starts and lengths of ranges of rows, of at most ``length`` and about equal."""
+    each = _ceil(_ceil(piece.rows, _ceil(piece.rows, length)), step) * step
+    return ((at, min(each, piece.rows - at)) for at in range(0, piece.rows, each))
 
 
-def _rows_of(slot: Slot, piece: Piece, at: int, length: int) -> list[int]:
+def _rows_of(slot: Slot, piece: Piece, at: int, rows: int) -> list[int]:
     """The first five columns of a range of rows, and its layout."""
     size = slot.view.element_size()
     address = slot.address + size * (piece.places[0] + at * piece.row_strides[0])
-    rows = min(length, piece.rows - at)
     strides = piece.row_strides[0], slot.view.stride(-1)
     layout = _layout(address, rows, slot.rank, strides, 16 // size)
     # One column has no use for a stride, and the layouts promise one that divides.
@@ -270,13 +275,14 @@ def update_table(
     """
     share = _ceil(sum(slot.rows * slot.rank for slot in slots), programs)
     table: list[list[int]] = []
-    for slot, (strides, address) in zip(slots, targets, strict=True):
+    # From the end: what launch A read last is still in the cache.
+    for slot, (strides, address) in reversed(list(zip(slots, targets, strict=True))):
         length = max(_ceil(share, slot.rank * step), 1) * step
         vector = 16 // min(itemsize, slot.view.element_size())
         for piece in slot.pieces(strides):
             gram = slot.partner_gram + piece.head * slot.leading**2
-            for at in _cuts(piece, length):
-                row = _rows_of(slot, piece, at, length)
+            for at, count in _cuts(piece, length, step):
+                row = _rows_of(slot, piece, at, count)
                 place = piece.places[1] + at * piece.row_strides[1]
                 steps = piece.row_strides[1], strides[-1]
                 layouts = {

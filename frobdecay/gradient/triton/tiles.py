@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How launch B multiplies by columns of a Gram that stay in shared memory while rows pass.
+
+    Reading the Gram for each block of rows anew would be more traffic than the factor itself.
+    This is for warp-group products, which take the Gram from there: Hopper's.
+
+    Attributes:
+        columns: that one program keeps, of all rows of the Gram.
+        rows: multiplied at a time.
+        warps: of a program.
+        stages: depth of the software pipeline.
+        waves: programs for each multiprocessor; each reads its columns once.
+    """
+
+    columns: int
+    rows: int
+    warps: int
+    stages: int
+    waves: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,9 @@ class Tile:
         tensor_warps: warps with tensor cores: of launch A's programs, and of launch B's for
             half-precision factors.
         waves: programs of a launch for each multiprocessor: several, to hide each other's latency.
+        bf16: for bf16 factors of more than one ``block`` of columns, where no target is the
+            factor itself; None to read the Gram for each block of rows.
+        tf32: the same for float32 factors multiplied as TF32.
     """
 
     block: int
@@ -42,6 +67,8 @@ class Tile:
     update_stages: int
     tensor_warps: tuple[int, int]
     waves: int
+    bf16: Held | None = None
+    tf32: Held | None = None
 
 
 # By the largest rank they are for: python -m benchmarks.gpu tune times these and alternatives.
@@ -49,15 +76,22 @@ TILES: dict[int, Tile] = {
     16: Tile(16, 64, 1, 3, 16, 16, 256, 4, 3, (1, 4), 16),
     32: Tile(32, 64, 2, 3, 32, 32, 64, 4, 3, (2, 4), 8),
     64: Tile(64, 64, 8, 3, 64, 64, 64, 8, 3, (4, 4), 8),
-    MAX_RANK: Tile(64, 64, 8, 3, 32, 64, 64, 8, 3, (4, 4), 8),
-}
+    MAX_RANK: Tile(
+        64, 64, 8, 3, 32, 64, 64, 8, 3, (4, 4), 8,
+        bf16=Held(columns=64, rows=64, warps=4, stages=2, waves=8),
+        tf32=Held(columns=64, rows=64, warps=4, stages=2, waves=8),
+    ),
+}  # fmt: skip
 
 
-def tile_for(rank: int) -> Tile:
-    """Look up the tile for products whose largest rank is this.
+def tile_for(rank: int, capability: int = 90) -> Tile:
+    """Look up the tile for products whose largest rank is this, on such a device.
 
     Examples:
         >>> tile_for(17).block
         32
+        >>> tile_for(192, 80).bf16 is None
+        True
     """
-    return next(tile for largest, tile in TILES.items() if rank <= largest)
+    tile = next(tile for largest, tile in TILES.items() if rank <= largest)
+    return tile if capability == 90 else replace(tile, bf16=None, tf32=None)
