@@ -30,11 +30,11 @@ read past the first cache) is that of inductor's cooperative reductions. Only ti
 the diagonal are computed, the others are mirrored.
 
 **Precision.** All sums are float32. Float32 factors are multiplied as
-``torch.backends.cuda.matmul`` says (IEEE or TF32; as three products of bf16 terms in A, which are more
-precise than one of TF32). Products of bf16 or fp16 numbers are exact in
-float32, so A multiplies them as they are; B must not round the Gram to half precision, so it is
-split into terms that sum to it: bf16, or TF32 for fp16, whose range is too small for Grams. Two
-terms where the target is half precision as well (to 2⁻¹⁷), else three (to 2⁻²⁴). Half-precision
+``torch.backends.cuda.matmul`` says, IEEE or TF32; for TF32 large Grams are three products of bf16
+terms instead, which are more precise. Products of bf16 or fp16 numbers are exact in float32, so A
+multiplies them as they are; B must not round the Gram to half precision, so it is split into
+terms that sum to it: bf16, or TF32 for fp16, whose range is too small for Grams. Two terms where
+the target is half precision as well (to 2⁻¹⁷), else three (to 2⁻²⁴). Half-precision
 targets are rounded to nearest: stochastic rounding stays with the optimizer, whose generator
 travels in its checkpoints, and which passes float32 increments.
 
