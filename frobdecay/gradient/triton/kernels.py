@@ -88,21 +88,25 @@ def _halves(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _panel(x, rows, columns, row_count, rank, row_stride, column_stride, LAYOUT: tl.constexpr):
+    """Some columns of some rows of a factor; zero beyond."""
+    at = _pointers(x, rows, columns, row_stride, column_stride, LAYOUT)
+    return tl.load(at, mask=(rows < row_count)[:, None] & (columns < rank)[None, :], other=0.0)
+
+
+@triton.jit
 def _panels(
     x, rows, left, right, row_count, rank, row_stride, column_stride,
     LAYOUT: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the columns on the left and on the right of a Gram's tile; zero beyond."""
-    inside = (rows < row_count)[:, None]
-    at = _pointers(x, rows, left, row_stride, column_stride, LAYOUT)
-    a = tl.load(at, mask=inside & (left < rank)[None, :], other=0.0)
+    """Rows of the columns on the left and on the right of a Gram's tile."""
+    a = _panel(x, rows, left, row_count, rank, row_stride, column_stride, LAYOUT)
     if UPCAST:
         a = a.to(tl.float32)
     if SINGLE:
         b = a
     else:
-        at = _pointers(x, rows, right, row_stride, column_stride, LAYOUT)
-        b = tl.load(at, mask=inside & (right < rank)[None, :], other=0.0)
+        b = _panel(x, rows, right, row_count, rank, row_stride, column_stride, LAYOUT)
         if UPCAST:
             b = b.to(tl.float32)
     return a, b
@@ -240,6 +244,25 @@ def _times(x, terms, total, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: 
 
 
 @triton.jit
+def _block(
+    gram, k, columns, leading, HELD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr
+):
+    """These columns of BLOCK rows of a Gram, from row k on."""
+    # A Gram is symmetric: read so that its inner axis is adjacent, where tensor cores want that.
+    down, across = (1, leading) if TURNED else (leading, 1)
+    inner = k + tl.arange(0, BLOCK)
+    at = gram + inner[:, None] * down + columns[None, :] * across
+    if HELD == 1:
+        found = tl.load(at)
+    else:
+        known = (columns < leading)[None, :]
+        if HELD:  # by the largest rank, which may not be this one
+            known = known & (inner < leading)[:, None]
+        found = tl.load(at, mask=known, other=0.0)
+    return found
+
+
+@triton.jit
 def _update_rows(
     record, grams, address, coef, first,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
@@ -271,49 +294,32 @@ def _update_rows(
     target_step = (
         target_row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
     )
-    # A Gram is symmetric: read so that its inner axis is adjacent, where tensor cores want that.
-    down, across = (1, leading) if TURNED else (leading, 1)
     terms = ()
     for k in tl.static_range(HELD):
-        inward = gram + (k * BLOCK + inner)[:, None] * down + (first + columns)[None, :] * across
-        if HELD == 1:
-            g = tl.load(inward)
-        else:
-            known = (k * BLOCK + inner < leading)[:, None] & (first + columns < leading)[None, :]
-            g = tl.load(inward, mask=known, other=0.0)
+        g = _block(gram, k * BLOCK, first + columns, leading, HELD, BLOCK, TURNED)
         terms = terms + _terms(g, TERMS, PRECISION, UPCAST)
     EACH: tl.constexpr = max(TERMS, 1)
     for start in range(0, row_count, ROWS):
-        inside = (start + rows < row_count)[:, None]
+        left = row_count - start
         for column in range(0, 1 if HELD else rank, COLUMNS):
-            column += first
-            total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-            into = _pointers(
-                target,
-                rows,
-                column + columns,
-                target_row_stride,
-                target_column_stride,
-                LAYOUT,
-            )
-            mask = inside & (column + columns < rank)[None, :]
+            now = first + column + columns
+            into = _pointers(target, rows, now, target_row_stride, target_column_stride, LAYOUT)
+            mask = (rows < left)[:, None] & (now < rank)[None, :]
             if HELD > 1:  # on its way during the products
                 before = tl.load(into, mask=mask, other=0.0)
+            total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
             panels = ()
             for k in tl.static_range(HELD):
-                at = _pointers(x, rows, k * BLOCK + inner, row_stride, column_stride, LAYOUT)
-                a = tl.load(at, mask=inside & (k * BLOCK + inner < rank)[None, :], other=0.0)
+                a = _panel(
+                    x, rows, k * BLOCK + inner, left, rank, row_stride, column_stride, LAYOUT
+                )
                 panels = panels + (a,)
             for k in tl.static_range(HELD):
                 total = _times(panels[k], terms, total, k * EACH, (k + 1) * EACH, PRECISION)
             if HELD == 0:
                 for k in range(0, rank, BLOCK):
-                    at = _pointers(x, rows, k + inner, row_stride, column_stride, LAYOUT)
-                    a = tl.load(at, mask=inside & (k + inner < rank)[None, :], other=0.0)
-                    inward = (
-                        gram + (k + inner)[:, None] * down + (column + columns)[None, :] * across
-                    )
-                    g = tl.load(inward, mask=(column + columns < leading)[None, :], other=0.0)
+                    a = _panel(x, rows, k + inner, left, rank, row_stride, column_stride, LAYOUT)
+                    g = _block(gram, k, now, leading, HELD, BLOCK, TURNED)
                     parts = _terms(g, TERMS, PRECISION, UPCAST)
                     total = _times(a, parts, total, 0, EACH, PRECISION)
             if HELD <= 1:
