@@ -88,25 +88,31 @@ def _halves(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _panel(x, rows, columns, row_count, rank, row_stride, column_stride, LAYOUT: tl.constexpr):
-    """Some columns of some rows of a factor; zero beyond."""
+def _step(row_stride, LAYOUT: tl.constexpr, ROWS: tl.constexpr):
+    """From one block of rows to the next, in elements."""
+    return row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
+
+
+@triton.jit
+def _panel(x, rows, columns, inside, rank, row_stride, column_stride, LAYOUT: tl.constexpr):
+    """Some columns of the rows of a factor that are inside; zero beyond."""
     at = _pointers(x, rows, columns, row_stride, column_stride, LAYOUT)
-    return tl.load(at, mask=(rows < row_count)[:, None] & (columns < rank)[None, :], other=0.0)
+    return tl.load(at, mask=inside & (columns < rank)[None, :], other=0.0)
 
 
 @triton.jit
 def _panels(
-    x, rows, left, right, row_count, rank, row_stride, column_stride,
+    x, rows, left, right, inside, rank, row_stride, column_stride,
     LAYOUT: tl.constexpr, SINGLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows of the columns on the left and on the right of a Gram's tile."""
-    a = _panel(x, rows, left, row_count, rank, row_stride, column_stride, LAYOUT)
+    a = _panel(x, rows, left, inside, rank, row_stride, column_stride, LAYOUT)
     if UPCAST:
         a = a.to(tl.float32)
     if SINGLE:
         b = a
     else:
-        b = _panel(x, rows, right, row_count, rank, row_stride, column_stride, LAYOUT)
+        b = _panel(x, rows, right, inside, rank, row_stride, column_stride, LAYOUT)
         if UPCAST:
             b = b.to(tl.float32)
     return a, b
@@ -130,20 +136,31 @@ def _gram_tile(
     right = tl.load(record + 6).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     rows = tl.arange(0, STEP)
-    step = row_stride.to(tl.int64) * STEP if LAYOUT != 2 else tl.full((), STEP, tl.int64)
+    step = _step(row_stride, LAYOUT, STEP)
     if PRECISION == "bf16x3":
         # As Triton's precision of that name, which waits for each product. The next rows are on
         # their way to registers meanwhile: from there, halved, they get to shared memory, as
         # warp-group products want them to be for Xᵀ, once only.
         a, b = _panels(
-            x, rows, left, right, row_count, rank, row_stride, column_stride, LAYOUT, SINGLE, UPCAST
+            x,
+            rows,
+            left,
+            right,
+            (rows < row_count)[:, None],
+            rank,
+            row_stride,
+            column_stride,
+            LAYOUT,
+            SINGLE,
+            UPCAST,
         )
         a_high, a_low = _halves(a, UPCAST)
         b_high, b_low = _halves(b, UPCAST)
         for start in range(STEP, row_count + STEP, STEP):
             x += step
+            inside = (start + rows < row_count)[:, None]
             a, b = _panels(
-                x, rows, left, right, row_count - start, rank, row_stride, column_stride,
+                x, rows, left, right, inside, rank, row_stride, column_stride,
                 LAYOUT, SINGLE, UPCAST,
             )  # fmt: skip
             gram = tl.dot(tl.trans(a_high), b_high, gram)
@@ -153,8 +170,9 @@ def _gram_tile(
             b_high, b_low = _halves(b, UPCAST)
     else:
         for start in range(0, row_count, STEP):
+            inside = (start + rows < row_count)[:, None]
             a, b = _panels(
-                x, rows, left, right, row_count - start, rank, row_stride, column_stride,
+                x, rows, left, right, inside, rank, row_stride, column_stride,
                 LAYOUT, SINGLE, UPCAST,
             )  # fmt: skip
             gram = tl.dot(tl.trans(a), b, gram, input_precision=PRECISION)
@@ -235,15 +253,6 @@ def _terms(gram, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.conste
 
 
 @triton.jit
-def _times(x, terms, total, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + x · (the sum of these terms)``."""
-    for k in tl.static_range(FIRST, LAST):
-        x = x.to(terms[k].dtype)
-        total = tl.dot(x, terms[k], total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
 def _block(
     gram, k, columns, leading, HELD: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr
 ):
@@ -263,6 +272,28 @@ def _block(
 
 
 @triton.jit
+def _held(
+    gram, columns, leading, HELD: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr,
+    PRECISION: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Terms of HELD blocks, of all rows of a Gram, which stay while rows of the factor pass."""
+    terms = ()
+    for k in tl.static_range(HELD):
+        block = _block(gram, k * BLOCK, columns, leading, HELD, BLOCK, TURNED)
+        terms = terms + _terms(block, TERMS, PRECISION, UPCAST)
+    return terms
+
+
+@triton.jit
+def _times(x, terms, total, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + x · (the sum of these terms)``."""
+    for k in tl.static_range(FIRST, LAST):
+        x = x.to(terms[k].dtype)
+        total = tl.dot(x, terms[k], total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _update_rows(
     record, grams, address, coef, first,
     SOURCE: tl.constexpr, TARGET: tl.constexpr, VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
@@ -272,9 +303,7 @@ def _update_rows(
 ):  # fmt: skip
     """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time.
 
-    These columns of G either stay in shared memory, as HELD blocks of rows, all of them, while
-    the rows of X pass; then they are those from ``first`` on. Or, for HELD 0, blocks of G are
-    read for each block of rows anew, and all columns are done.
+    Where they are ``_held``, only those from ``first`` on; all of them for HELD 0.
     """
     x = tl.load(record).to(tl.pointer_type(SOURCE))
     target = address.to(tl.pointer_type(TARGET))
@@ -290,35 +319,30 @@ def _update_rows(
     target_row_stride = _multiple(tl.load(record + 9), LAYOUT, 1, VECTOR)
     target_column_stride = _multiple(tl.load(record + 10), LAYOUT, 2, VECTOR)
     rows, inner, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
-    step = row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
-    target_step = (
-        target_row_stride.to(tl.int64) * ROWS if LAYOUT != 2 else tl.full((), ROWS, tl.int64)
-    )
-    terms = ()
-    for k in tl.static_range(HELD):
-        g = _block(gram, k * BLOCK, first + columns, leading, HELD, BLOCK, TURNED)
-        terms = terms + _terms(g, TERMS, PRECISION, UPCAST)
+    step = _step(row_stride, LAYOUT, ROWS)
+    target_step = _step(target_row_stride, LAYOUT, ROWS)
     EACH: tl.constexpr = max(TERMS, 1)
+    now = first + columns
+    terms = _held(gram, now, leading, HELD, BLOCK, TERMS, PRECISION, TURNED, UPCAST)
     for start in range(0, row_count, ROWS):
-        left = row_count - start
+        inside = (start + rows < row_count)[:, None]
         for column in range(0, 1 if HELD else rank, COLUMNS):
             now = first + column + columns
             into = _pointers(target, rows, now, target_row_stride, target_column_stride, LAYOUT)
-            mask = (rows < left)[:, None] & (now < rank)[None, :]
+            mask = inside & (now < rank)[None, :]
             if HELD > 1:  # on its way during the products
                 before = tl.load(into, mask=mask, other=0.0)
             total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
             panels = ()
             for k in tl.static_range(HELD):
-                a = _panel(
-                    x, rows, k * BLOCK + inner, left, rank, row_stride, column_stride, LAYOUT
-                )
+                held = k * BLOCK + inner
+                a = _panel(x, rows, held, inside, rank, row_stride, column_stride, LAYOUT)
                 panels = panels + (a,)
             for k in tl.static_range(HELD):
                 total = _times(panels[k], terms, total, k * EACH, (k + 1) * EACH, PRECISION)
             if HELD == 0:
                 for k in range(0, rank, BLOCK):
-                    a = _panel(x, rows, k + inner, left, rank, row_stride, column_stride, LAYOUT)
+                    a = _panel(x, rows, k + inner, inside, rank, row_stride, column_stride, LAYOUT)
                     g = _block(gram, k, now, leading, HELD, BLOCK, TURNED)
                     parts = _terms(g, TERMS, PRECISION, UPCAST)
                     total = _times(a, parts, total, 0, EACH, PRECISION)
