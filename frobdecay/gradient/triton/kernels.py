@@ -107,14 +107,11 @@ def _panels(
 ):  # fmt: skip
     """Rows of the columns on the left and on the right of a Gram's tile."""
     a = _panel(x, rows, left, inside, rank, row_stride, column_stride, LAYOUT)
-    if UPCAST:
-        a = a.to(tl.float32)
-    if SINGLE:
-        b = a
-    else:
+    b = a
+    if not SINGLE:
         b = _panel(x, rows, right, inside, rank, row_stride, column_stride, LAYOUT)
-        if UPCAST:
-            b = b.to(tl.float32)
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return a, b
 
 
@@ -301,10 +298,7 @@ def _update_rows(
     IN_PLACE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to the target: += coef · X G over the rows of one record, COLUMNS columns at a time.
-
-    Where they are ``_held``, only those from ``first`` on; all of them for HELD 0.
-    """
+    """Add to the target: += coef · X G over a record's rows; the held columns, or all in turn."""
     x = tl.load(record).to(tl.pointer_type(SOURCE))
     target = address.to(tl.pointer_type(TARGET))
     if LAYOUT != 0:
