@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.gpu import kernels, steps, tiles, timing
+from benchmarks.gpu import features, kernels, models, steps, tiles, timing
 from benchmarks.gpu.parts import PARTS, Part, run_parts
 from benchmarks.measure import Report
 
@@ -34,7 +34,14 @@ __all__ = ["main"]
 MODES = {"smoke": 100, "measure": 240, "suite": 60, "tune": 120}
 """Seconds, after which no part is started."""
 
-_ = (kernels, steps, timing, tiles)  # importing them entered their parts into the table
+_ = (
+    features,
+    kernels,
+    models,
+    steps,
+    timing,
+    tiles,
+)  # importing them entered their parts into the table
 
 
 def _parser() -> argparse.ArgumentParser:

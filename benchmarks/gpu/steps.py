@@ -135,6 +135,16 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 @part("smoke", 90)
 def graph(report: Report) -> None:
     """A whole training step in a CUDA graph, replayed on new data, trains as eager steps do."""
+    _replayed(report, None)
+
+
+@part("smoke", 90)
+def graph_of_bounded_steps(report: Report) -> None:
+    """So does one whose step is bounded."""
+    _replayed(report, 0.5)
+
+
+def _replayed(report: Report, bound: float | None) -> None:
     device, rows = report.device, []
     torch.backends.cudnn.deterministic = True
     for name, make in GRAPHED.items():
@@ -144,7 +154,7 @@ def graph(report: Report) -> None:
         steps = []
         for one in twins:
             base = make(list(one.parameters()), weight_decay=1e-2)
-            optimizer = FrobeniusDecay(base, one)
+            optimizer = FrobeniusDecay(base, one, bound=bound)
             steps.append(whole_step(one, partial(_loss, images=images, labels=labels), optimizer))
         replay = captured(steps[0], device)
         for _ in range(WARM_UPS if device.type == "cuda" else 0):
