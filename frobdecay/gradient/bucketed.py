@@ -285,22 +285,20 @@ class _Alike:
 
 
 def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
-    """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1)."""
-    first = coefs[0]
-    if not isinstance(first, Tensor) and all(coef is first for coef in coefs):
-        return first
+    """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1).
 
-    def move(found: Tensor) -> Tensor:
-        """To a GPU without waiting for it; of one, what has not arrived must not be read."""
-        return found.to(like.device, like.dtype, non_blocking=not like.is_cpu)
-
-    if any(isinstance(coef, Tensor) for coef in coefs):
-        each = (
-            c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
-            for c in coefs
-        )
-        column = torch.stack([move(c).reshape(()) for c in each])
-    else:
-        column = move(torch.tensor(coefs, dtype=torch.float64, device="cpu"))
+    Numbers are written by the device itself: nothing is copied there, and a CUDA graph keeps them.
+    """
+    numbers = not any(isinstance(coef, Tensor) for coef in coefs)
+    if numbers and all(coef == coefs[0] for coef in coefs):
+        return coefs[0]
+    column = torch.stack(
+        [
+            coef.to(like.device, like.dtype, non_blocking=not like.is_cpu).reshape(())
+            if isinstance(coef, Tensor)
+            else like.new_full((), coef)
+            for coef in coefs
+        ]
+    )
     ndim = like.ndim if ndim is None else ndim
     return column.reshape(-1, *(1 for _ in range(ndim - 1)))

@@ -16,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optim_cases import Net
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import likeness
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.backends import BACKENDS
+from frobdecay.gradient.bucketed import together
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.models.factorize import factorize
 from frobdecay.product import find
@@ -205,6 +208,27 @@ def test_plans_lie_where_their_products_are(backend):
     for product in products:
         for param, gradient in zip(product.params, gradients(product), strict=True):
             assert close(param.grad - 1, 0.5 * gradient, 1e-10)
+
+
+class _NothingOfTheHost(TorchDispatchMode):
+    """Refuses to read tensors of the CPU: a CUDA graph would read them at every replay."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        assert not any(tensor.is_cpu for tensor in read), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_coefficients_of_a_stack_are_written_where_it_is():
+    """No copy from the host; numbers that are equal stay one, whichever object each is."""
+    like = torch.empty(3, 4, 4, device="meta")  # stands for a GPU
+    tensor = torch.empty((), device="meta")
+    with _NothingOfTheHost():
+        assert together([1.0, 2.0, 3.0], like).shape == (3, 1, 1)
+        assert together([1.0, tensor, tensor], like, 1).shape == (3,)
+        assert together([0.1 + 0.2, 0.1 + 0.2], like) == 0.1 + 0.2
+    like = torch.empty(2, 1, dtype=torch.float64)
+    assert together([0.1, 0.2], like).tolist() == [[0.1], [0.2]]
 
 
 @NAMES
