@@ -36,6 +36,7 @@ class _Asked(NamedTuple):
 
     of: tuple[Sequence[Rate | None], list[bool], list[int | None]]
     due: list[Rate | None]
+    wanted: list[bool]  # for which there is one
     coefs: list[Coefficient]
 
 
@@ -133,7 +134,8 @@ class Decay:
             for g, trains in zip(self._groups_of, trained, strict=True)
         ]
         coefs = [0.0 if rate is None else rate.coef for rate in due]
-        asked = _Asked((rates, trained, self._groups_of), due, coefs)
+        wanted = [rate is not None for rate in due]
+        asked = _Asked((rates, trained, self._groups_of), due, wanted, coefs)
         if numbers:
             self._last = asked
             return asked
@@ -149,7 +151,7 @@ class Decay:
     def _gradients(self, asked: _Asked) -> list[Tensor | None]:
         """The gradients, which decide whether and where factors decay; refuse what cannot be."""
         rates, due = asked.of[0], asked.due
-        grads = gradients_of(self._params, [rate is not None for rate in due])
+        grads = gradients_of(self._params, asked.wanted)
         if not any(rate is not None and (rate.decoupled or rate.scaled) for rate in rates):
             return grads  # what is written to is checked by the accumulator
         for k, (rate, grad) in enumerate(zip(due, grads, strict=True)):
