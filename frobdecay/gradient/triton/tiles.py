@@ -79,7 +79,7 @@ TILES: dict[int, Tile] = {
     MAX_RANK: Tile(
         64, 64, 8, 3, 32, 64, 64, 8, 3, (4, 4), 8,
         bf16=Held(columns=64, rows=64, warps=4, stages=2, waves=8),
-        tf32=Held(columns=64, rows=64, warps=4, stages=2, waves=8),
+        tf32=Held(columns=64, rows=64, warps=4, stages=1, waves=8),
     ),
 }  # fmt: skip
 
