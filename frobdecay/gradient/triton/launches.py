@@ -110,7 +110,9 @@ def update_options(
         in_place: whether a target may be the factor itself.
         tile: how the table was cut.
     """
-    single, held = rank <= tile.block, None if in_place else held_columns(dtype, rank, tile)
+    single, held = rank <= tile.block, held_columns(dtype, rank, tile)
+    if in_place or layouts != 2 or target_dtype == torch.float64:
+        held = None  # addresses of any strides would be more than the registers hold
     half = target_dtype.itemsize < 4
     # In place, all columns at once: none may be written while others still need it. Of half as
     # many rows, for all to stay in registers.
