@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
 from statistics import median
@@ -209,32 +209,39 @@ def batches(
     """The training images in random order, augmented if they are photographs."""
     images, labels = data.train
     order = torch.randperm(len(labels), generator=generator)
-    for chosen in order.split(size):
-        batch = data.normalize(images[chosen.to(images.device)])
-        if data.natural:
-            batch = _augment(batch, generator)
-        yield batch, labels[chosen.to(labels.device)]
+    pieces = order.split(size)
+    # what is random goes to the device at once, which is then not waited for at every step
+    places = [_places(len(p), images.shape[2:], generator) for p in pieces if data.natural]
+    rows, columns = (torch.cat([place[k] for place in places] or [order]) for k in (0, 1))
+    order, rows, columns = (tensor.to(images.device) for tensor in (order, rows, columns))
+    for chosen, *place in zip(*(t.split(size) for t in (order, rows, columns)), strict=True):
+        batch = data.normalize(images[chosen])
+        yield _cut(batch, *place) if data.natural else batch, labels[chosen]
 
 
-def _augment(images: Tensor, generator: torch.Generator, shift: int = 4) -> Tensor:
-    """Flip half of the images, and cut each out of its zero-padded self at a random place."""
-    count, _, height, width = images.shape
+def _places(
+    count: int, shape: Sequence[int], generator: torch.Generator, shift: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns to take of padded images: half of them flipped, all from a random place."""
     flip = torch.rand(count, generator=generator) < 0.5
     rows, columns = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
-    rows, columns = rows + torch.arange(height), columns + torch.arange(width)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    padded = pad(images, (shift, shift, shift, shift)).movedim(1, -1)
-    each = torch.arange(count)[:, None, None]
-    index = [i.to(images.device) for i in (each, rows[:, :, None], columns[:, None, :])]
-    return padded[index[0], index[1], index[2]].movedim(-1, 1).contiguous()
+    rows, columns = rows + torch.arange(shape[0]), columns + torch.arange(shape[1])
+    return rows, torch.where(flip[:, None], columns.flip(1), columns)
+
+
+def _cut(images: Tensor, rows: Tensor, columns: Tensor, shift: int = 4) -> Tensor:
+    """Take these rows and columns of images that zeros were put around."""
+    padded = pad(images, (shift,) * 4).movedim(1, -1)
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: ImageData, half: tuple[Tensor, Tensor]) -> float:
     """Fraction of images whose highest score is their label's."""
     model.eval()
-    right = sum(
-        int((model(data.normalize(images)).argmax(1) == labels).sum())
+    right = [
+        (model(data.normalize(images)).argmax(1) == labels).sum()
         for images, labels in zip(half[0].split(200), half[1].split(200), strict=True)
-    )
-    return right / len(half[1])
+    ]
+    return int(torch.stack(right).sum()) / len(half[1])

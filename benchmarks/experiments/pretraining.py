@@ -180,14 +180,10 @@ class PretrainingTrial(Training):
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """Texts from anywhere, and the next characters."""
         protocol = self.protocol
-        ahead = torch.arange(protocol.length + 1)
-        for _ in range(protocol.steps):
-            starts = torch.randint(
-                len(self.text.train) - protocol.length,
-                (protocol.batch, 1),
-                generator=self.generator,
-            )
-            window = self.text.train[(starts + ahead).to(self.text.train.device)]
+        text, size = self.text.train, (protocol.steps, protocol.batch, 1)
+        starts = torch.randint(len(text) - protocol.length, size, generator=self.generator)
+        for places in (starts + torch.arange(protocol.length + 1)).to(text.device):
+            window = text[places]
             yield window[:, :-1], window[:, 1:]
 
     def compute_loss(self, *batch: Tensor) -> Tensor:
@@ -223,18 +219,24 @@ class PretrainingTrial(Training):
 
     def after_step(self, loss: Tensor) -> None:
         """Measure what the step did to the weights."""
-        last = float(loss)
-        if self.steps > self.protocol.steps:
-            self.spike = max(self.spike, last - self.lowest)
-        self.lowest = min(self.lowest, last)
+        self._losses.append(loss)
         if self._before is None:
             return
         pairs = [*zip(self._before, self._dense(), strict=True)]
         size, moved = (
-            max(float(torch.linalg.matrix_norm(matrix.cpu(), 2)) for matrix in matrices)
+            max(map(_largest, matrices))
             for matrices in ([new for _, new in pairs], [new - old for old, new in pairs])
         )
         self.looks.append((self.steps, size, moved))
+
+    def advance(self) -> None:
+        """Train for one epoch and validate; then see by how much the loss jumped."""
+        self._losses: list[Tensor] = []  # on the device, which is not waited for at every step
+        super().advance()
+        for loss in torch.stack(self._losses).tolist():
+            if self.epoch > 1:
+                self.spike = max(self.spike, loss - self.lowest)
+            self.lowest = min(self.lowest, loss)
 
     def validate(self) -> float:
         """Cross-entropy of a character, in nats."""
@@ -268,6 +270,13 @@ class PretrainingTrial(Training):
     def _record(self) -> None:
         if self.recorder is not None:
             self.recorder.step()
+
+
+def _largest(matrix: Tensor) -> float:
+    """‖·‖₂, from the smaller Gram, in float64."""
+    wide = matrix.cpu().double()
+    gram = wide @ wide.mT if wide.shape[0] <= wide.shape[1] else wide.mT @ wide
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
 
 
 def factorize(model: nn.Module, rank: float, init: str) -> nn.Module:

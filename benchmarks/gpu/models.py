@@ -120,7 +120,7 @@ def initialization(report: Report) -> None:
     rows = []
     kinds: dict[str, tuple[dict[str, Any], float]] = {
         "spectral": ({"rank": 4}, 1e-4),
-        "randomized": ({"rank": 4, "init": "randomized"}, 1e-4),
+        "randomized": ({"rank": 4, "init": "randomized"}, 1e-2),
         "a budget": ({"ratio": 0.3, "include": ["2", "5"]}, 1e-4),
         "depth": ({"rank": 4, "parametrization": partial(LowRank, depth=1)}, 1e-4),
         "Tucker": ({"rank": 4, "parametrization": Tucker}, 1e-4),

@@ -334,7 +334,10 @@ def test_resnet_takes_other_images():
 def test_augmentation_keeps_what_it_does_not_shift_out():
     """Without shift an image stays itself or is mirrored."""
     pixels = torch.randn(16, 3, 5, 5)
-    out = training._augment(pixels, torch.Generator().manual_seed(0), shift=0)
+    places = training._places(
+        len(pixels), pixels.shape[2:], torch.Generator().manual_seed(0), shift=0
+    )
+    out = training._cut(pixels, *places, shift=0)
     kept = [torch.equal(a, b) for a, b in zip(out, pixels, strict=True)]
     flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(out, pixels, strict=True)]
     assert all(a != b for a, b in zip(kept, flipped, strict=True))
