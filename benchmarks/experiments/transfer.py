@@ -130,6 +130,10 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
             panel.axvline(axis[reference], color="0.6", ls=":", zorder=0)
         scale = "log" if min(axis.values()) > 0 else "linear"
         panel.set(title=title, xlabel=experiment.along, xscale=scale)
+        panel.set_xticks(
+            list(axis.values()), [f"{place:g}" for place in axis.values()], minor=False
+        )
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     for panel, title in zip(*below, _LOOKS.values(), strict=True) if below else ():
         panel.set(title=f"{title}, each at its ★", xlabel="step", yscale="log")

@@ -63,11 +63,11 @@ _TRAINED = ImageProtocol(
     epochs=20,
     lr=0.1,
     cosine=True,
-    weight_decay=1e-3,
+    weight_decay=2e-3,
     limit=10_000,
     channels_last=True,
 )
-"""Long enough, with a λ large enough, for decay to act: D is 0.8."""
+"""Long enough, with a λ large enough, for decay to act: D is 1.6."""
 _AS_TRAINED = (
     "ResNet-8 of width 32, 10,000 JPEG images averaged down to 16×16, 20 epochs with lr 0.1 along "
     "a cosine"
@@ -369,7 +369,7 @@ VISION: Mapping[str, Experiment] = {
                 f"λ {decay:g}": replace(_GPU, ratio=0.2367, weight_decay=decay)
                 for decay in (5e-5, 5e-4, 5e-3)
             },
-            "small": {"λ 0.001": _TRAINED},
+            "small": {"λ 0.002": _TRAINED},
         },
         {
             "cpu": "ResNet-14 for ResNet-20, 6 epochs for 200, three λ for seven, two of them with "
