@@ -14,6 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from frobdecay.gradient.likeness import Likeness
+
 _BATCH = 1 << 22  # entries in one buffer: bounds the temporaries of rounding to about 100 MB
 _ALIGNED = 8  # entries between starts of views: 16 bytes in half precision, for wide accesses
 
@@ -95,3 +97,19 @@ class Layout:
         """See a buffer's entries as tensors, in the order and of the shapes of those given."""
         found = [view for stack in self._stacks for view in buffer.as_strided(*stack).unbind()]
         return [found[place] for place in self._places]
+
+
+class Batched:
+    """The batches of tensors and their layouts, as they were at the last call of tensors alike."""
+
+    def __init__(self) -> None:
+        self._likeness: Likeness | None = None
+        self._made: list[tuple[list[int], Layout]] = []
+
+    def of(self, tensors: Sequence[Tensor]) -> list[tuple[list[int], Layout]]:
+        """Numbers of the tensors in each batch, and their layout in a buffer of it."""
+        if self._likeness is None or not self._likeness.of(tensors):
+            self._likeness = Likeness(tensors)
+            divided = batches(tensors)
+            self._made = [(batch, Layout([tensors[k] for k in batch])) for batch in divided]
+        return self._made

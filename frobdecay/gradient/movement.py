@@ -15,7 +15,7 @@ from torch import Tensor
 from frobdecay.algebra.precision import HALF
 from frobdecay.algebra.sharpness import norms_above
 from frobdecay.gradient.bucketed import Grams
-from frobdecay.gradient.flat import Layout, batches, stacked
+from frobdecay.gradient.flat import Batched, stacked
 
 
 class Movement:
@@ -24,17 +24,18 @@ class Movement:
     Args:
         held: what this process has of every factor.
         moving: of every factor, whether it may move.
+        batched: kept from step to step.
     """
 
     @torch.no_grad()
-    def __init__(self, held: Sequence[Tensor], moving: Sequence[bool]) -> None:
+    def __init__(self, held: Sequence[Tensor], moving: Sequence[bool], batched: Batched) -> None:
         self._factors = len(held)
         chosen = [k for k, moves in enumerate(moving) if moves]
         self._copies: dict[int, Tensor] = {}
-        for batch in batches([held[k] for k in chosen]):
+        for batch, layout in batched.of([held[k] for k in chosen]):
             members = [chosen[i] for i in batch]
             tensors = [held[k] for k in members]
-            layout, first = Layout(tensors), tensors[0]
+            first = tensors[0]
             dtype = torch.float32 if first.dtype in HALF else first.dtype
             buffer = torch.empty(layout.entries, dtype=dtype, device=first.device)
             views = layout.views(buffer)

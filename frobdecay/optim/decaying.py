@@ -22,6 +22,7 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator, gradients_of
+from frobdecay.gradient.flat import Batched
 from frobdecay.gradient.likeness import check_writable
 from frobdecay.optim.rates import BOUND, DECAY, Group, Rate
 from frobdecay.optim.rounding import Increments, StochasticRounder
@@ -58,6 +59,7 @@ class Decay:
         self._unheld: list[int] = []
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
+        self._batched, self._moved = Batched(), Batched()  # parameters with increments; bounded
         self._checked: object = None  # factors whose step can be bounded
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,7 +190,7 @@ class Decay:
         if self._checked != (self._params, bounded):
             check_bounded([*compress(self.products, bounded)])
             self._checked = self._params, bounded
-        return StepBound(self.accumulator, moving, each)
+        return StepBound(self.accumulator, moving, each, self._moved)
 
     def check_bound(self, groups: Sequence[Group]) -> None:
         """Refuse to bound the steps of factors in groups that do not say they have no bound.
@@ -209,7 +211,7 @@ class Decay:
 
         The bound is given the Grams.
         """
-        increments, asked = Increments(), self._asked(rates)
+        increments, asked = Increments(self._batched), self._asked(rates)
         targets = self._gradients(asked)
         if any(rate is not None and rate.decoupled for rate in rates):
             beside: list[int] = []
@@ -226,7 +228,7 @@ class Decay:
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
         """Compute the decoupled decay of the factors as they are now, to be applied later."""
-        increments, asked = Increments(), self._asked(rates)
+        increments, asked = Increments(self._batched), self._asked(rates)
         due = [rate is not None and rate.decoupled for rate in asked.due]
         buffers = iter(increments.of([*compress(self._params, due)]))
         targets = [next(buffers) if wanted else None for wanted in due]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import HALF
 from frobdecay.algebra.scaling import power_of_two
-from frobdecay.gradient.flat import Layout, batches
+from frobdecay.gradient.flat import Batched, Layout
 from frobdecay.gradient.placement import part_number, part_of
 from frobdecay.product.factor import is_sharded
 
@@ -88,6 +88,7 @@ class StochasticRounder:
         self._seed = seed
         self._generators: dict[torch.device, tuple[str, torch.Generator]] = {}
         self._saved: dict[str, Tensor] = {}
+        self._batched = Batched()
 
     def add_(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
         """Add to every tensor its increment, in place.
@@ -124,12 +125,12 @@ class StochasticRounder:
         return [generator for _, generator in self._generators.values()]
 
     def _add(self, tensors: Sequence[Tensor], increments: Sequence[Tensor]) -> None:
-        for batch in batches(tensors):
-            self._add_alike([tensors[k] for k in batch], [increments[k] for k in batch])
+        for batch, layout in self._batched.of(tensors):
+            self._add_alike([tensors[k] for k in batch], [increments[k] for k in batch], layout)
 
-    def _add_alike(self, tensors: list[Tensor], increments: list[Tensor]) -> None:
+    def _add_alike(self, tensors: list[Tensor], increments: list[Tensor], layout: Layout) -> None:
         """The same for tensors of one device and dtype, in operators of all at once."""
-        first, layout = tensors[0], Layout(tensors)
+        first = tensors[0]
         # First copied, then cast: foreach operators of two dtypes may be a kernel for each tensor.
         old = torch.empty(layout.entries, dtype=first.dtype, device=first.device)
         torch._foreach_copy_(layout.views(old), tensors)
@@ -179,14 +180,19 @@ class StochasticRounder:
         return self.state_dict()
 
     def __setstate__(self, state_dict: dict[str, Any]) -> None:
-        self._seed = _SEED
+        self._seed, self._batched = _SEED, Batched()
         self.load_state_dict(state_dict)
 
 
 class Increments:
-    """Buffers for what is added to parameters later, one a parameter, float32 or better."""
+    """Buffers for what is added to parameters later, one a parameter, float32 or better.
 
-    def __init__(self) -> None:
+    Args:
+        batched: kept from step to step; the buffers are not, which are as large as the factors.
+    """
+
+    def __init__(self, batched: Batched) -> None:
+        self._batched = batched
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -197,9 +203,8 @@ class Increments:
             zeros = torch.zeros_like(param, dtype=_exact(param), requires_grad=False)
             self._of[id(param)] = param, zeros
         plain = [param for param in new if not is_sharded(param)]
-        for batch in batches(plain):
+        for batch, layout in self._batched.of(plain):
             alike = [plain[k] for k in batch]
-            layout = Layout(alike)
             zeros = torch.zeros(layout.entries, dtype=_exact(alike[0]), device=alike[0].device)
             self._of.update(
                 zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)

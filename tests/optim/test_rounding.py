@@ -94,7 +94,7 @@ def test_every_tensor_gets_its_own_increment(dtype, entries, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_increments_lie_like_their_parameters(dtype):
     """Zeros of the parameters' strides, aligned for wide accesses, one for a parameter."""
-    params, increments = of_many_layouts(dtype), Increments()
+    params, increments = of_many_layouts(dtype), Increments(flat.Batched())
     buffers = increments.of([*params, params[0]])
     assert buffers[-1] is buffers[0] is increments.of(params[:1])[0]
     for param, buffer in zip(params, buffers, strict=False):
@@ -170,3 +170,28 @@ def loaded(state):
     rounder = StochasticRounder()
     rounder.load_state_dict(state)
     return rounder
+
+
+def test_where_tensors_are_in_a_buffer_is_found_out_once(monkeypatch):
+    """For two lists a step, the buffers and what they are added to; anew where one is another."""
+    divided = []
+    real = flat.batches
+    monkeypatch.setattr(flat, "batches", lambda tensors: divided.append(1) or real(tensors))
+    factors = [nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16)) for _ in range(4)]
+    products = [Product.of(*factors[:2]), Product.of(*factors[2:])]
+    base = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.1)
+    optimizer = FrobeniusDecay(base, products)
+
+    def step():
+        for factor in factors:
+            factor.grad = torch.zeros_like(factor)
+        optimizer.step()
+        return len(divided)
+
+    assert [step() for _ in range(3)] == [2, 2, 2]
+    factors[3].requires_grad_(False)
+    optimizer.zero_grad()
+    for factor in factors[:3]:
+        factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    assert len(divided) == 4

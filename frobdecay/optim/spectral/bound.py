@@ -29,6 +29,7 @@ from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.bucketed import Grams, together
+from frobdecay.gradient.flat import Batched
 from frobdecay.gradient.movement import Movement, norms_of
 from frobdecay.optim.rates import BOUND
 from frobdecay.optim.rounding import StochasticRounder
@@ -46,6 +47,7 @@ class StepBound:
         accumulator: of the products; refreshed.
         moving: of every factor, whether the step may move it.
         limits: b of every product, None where there is none.
+        batched: kept from step to step, for the copies.
 
     Attributes:
         grams: receives those of the factors, if something else forms them before the step.
@@ -56,6 +58,7 @@ class StepBound:
         accumulator: Accumulator,
         moving: Sequence[bool],
         limits: Sequence[Coefficient | None],
+        batched: Batched,
     ) -> None:
         self._accumulator, self._limits = accumulator, limits
         products = accumulator.products
@@ -64,7 +67,7 @@ class StepBound:
         chosen = [moves and has for moves, has in zip(moving, bounded, strict=True)]
         self._held = accumulator.held()
         self._bounded = [k for k, has in enumerate(bounded) if has]
-        self._movement = Movement(self._held, chosen)
+        self._movement = Movement(self._held, chosen, batched)
         self.grams: Grams = {}
 
     def measure(self) -> None:
