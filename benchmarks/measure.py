@@ -181,10 +181,12 @@ def no_waiting(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def captured(
+    run: Callable[[], object], device: torch.device, optimizer: object = None
+) -> Callable[[], object]:
     """Make a function a CUDA graph, after warming it up; what replays it.
 
-    On a CPU it stays what it is.
+    On a CPU it stays what it is. An optimizer that draws random numbers draws others each time.
     """
     if device.type != "cuda":
         return run
@@ -195,6 +197,8 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    for generator in getattr(optimizer, "generators", ()):
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         run()
     return graph.replay

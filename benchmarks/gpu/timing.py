@@ -201,16 +201,14 @@ def step_16k(report: Report) -> None:
             return found
 
         with precision(setting):
-            both = {
-                "weight decay": step.whole_step(model, loss, plain),
-                "Frobenius decay": step.whole_step(twin, loss, ours),
-            }
-            runs = {
-                **both,
-                "weight decay, step() alone": plain.step,
-                "Frobenius decay, step() alone": ours.step,
-                **{f"{name}, replayed": captured(run, device) for name, run in both.items()},
-            }
+            runs: dict[str, Run] = {}
+            for name, one, optimizer in (
+                ("weight decay", model, plain),
+                ("Frobenius decay", twin, ours),
+            ):
+                runs[name] = step.whole_step(one, loss, optimizer)
+                runs[f"{name}, step() alone"] = optimizer.step
+                runs[f"{name}, replayed"] = captured(runs[name], device, optimizer)
             # a graph's gradients are its own: eager steps between replays make others, and no harm
             ms = _interleaved(runs, device, 1.5)
         # of the host's time, in Python, and of the device's, in a CUDA graph
