@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo
 from frobdecay.algebra.precision import Coefficient, beside, full_precision, in_front
 from frobdecay.gradient.backends import BACKENDS, Choice, grams_of, select
 from frobdecay.gradient.bucketed import Grams, Job
+from frobdecay.gradient.graphs import is_capturing
 from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
 from frobdecay.gradient.sharded import Exchange, exchanges, localized
@@ -51,6 +52,7 @@ class Accumulator:
     def __init__(self, products: Product | Iterable[Product], backend: str | None = None) -> None:
         self.products = as_products(products)
         self.backend = backend
+        self._captured: dict[int, object] = {}  # buffers that CUDA graphs read, of any plan
         self._plan()
 
     @torch.inference_mode(False)  # buffers made there could not be written to elsewhere
@@ -141,6 +143,8 @@ class Accumulator:
         )
         if not same or any(part_of(f.param).data_ptr() != at for f, at in self._watched_parts):
             self._plan()
+        if is_capturing(self._devices):
+            self._captured[id(self._runners)] = self._runners, self._exchanges
         return self._params
 
     @property

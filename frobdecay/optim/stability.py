@@ -23,10 +23,12 @@ from torch import Tensor
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import Coefficient, common_dtype, full_precision
 from frobdecay.algebra.sharpness import sharpness as sharpness_of
+from frobdecay.gradient.graphs import is_capturing
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.product import Product
 
 _Known = tuple[Product, Coefficient]
+_Sent = tuple[list[_Known], list[Tensor], list[Any]]
 
 _LIMIT = 2.0
 _EVERY = 64
@@ -37,7 +39,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps, self._warned = 0, False
-        self._sent: tuple[list[_Known], list[Tensor], list[Any]] | None = None
+        self._sent: _Sent | None = None
 
     @torch.no_grad()
     def look(
@@ -53,14 +55,17 @@ class Watch:
             return
         self._steps += 1
         due = self._steps % _EVERY == 0 or self._steps & (self._steps - 1) == 0
-        if due and self._sent is None and not _capturing():
-            self._send(products, sizes())
-        if self._sent is not None and all(event.query() for event in self._sent[2]):
-            known, norms, _ = self._sent
-            self._sent = None
+        if self._sent is None and not due:
+            return
+        if is_capturing({param.device.type for one in products for param in one.params}):
+            return  # where not even an event can be asked
+        sent = self._send(products, sizes()) if self._sent is None else self._sent
+        known, norms, events = sent
+        self._sent = None if all(event.query() for event in events) else sent
+        if self._sent is None:
             self._judge(known, [float(norm) for norm in norms])
 
-    def _send(self, products: Sequence[Product], sizes: Sequence[Coefficient | None]) -> None:
+    def _send(self, products: Sequence[Product], sizes: Sequence[Coefficient | None]) -> _Sent:
         """Have the norms of all factors, and the sizes, brought to the host."""
         known = [
             (product, size)
@@ -83,7 +88,7 @@ class Watch:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             events.append(event)
-        self._sent = known, found, events
+        return known, found, events
 
     def _judge(self, known: Sequence[_Known], numbers: list[float]) -> None:
         tensors = sum(isinstance(size, Tensor) for _, size in known)
@@ -108,10 +113,6 @@ class Watch:
                     stacklevel=2,
                 )
                 return
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _on_host(numbers: Sequence[Tensor]) -> Tensor:

@@ -19,11 +19,13 @@ from closeness import TOLERANCE, close, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
 from benchmarks.measure import no_waiting, precision
 from frobdecay.algebra.precision import matrix_gram
+from frobdecay.gradient import accumulate
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.bucketed import Job, overlapping
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
@@ -646,8 +648,12 @@ def test_a_step_never_waits_for_the_gpu():
 
 @on_cuda
 def test_a_captured_step_replays():
-    """In a CUDA graph with gradients of its own; eager calls between the replays do no harm."""
+    """In a CUDA graph with gradients of its own; eager calls between the replays do no harm.
+
+    Not even where their gradients lie otherwise, or the parameters, for as long as that.
+    """
     products = make(((40, 12), (33, 12)), count=3)
+    params = [param for product in products for param in product.params]
     accumulator = Accumulator(products, "triton")
     rate = torch.tensor(1.0, device=DEVICE)
     stream = torch.cuda.Stream()
@@ -662,16 +668,80 @@ def test_a_captured_step_replays():
     for value in (1.0, 3.0):
         rate.fill_(value)
         with torch.no_grad():
-            for product in products:
-                for param in product.params:
-                    param.mul_(1.25)
-        eager = zeros(products)
-        accumulator.accumulate(eager, [[0.25, 0.25]] * 3)
+            torch._foreach_mul_(params, 1.25)
+        own = [param.data for param in params]
+        for place in ("own", "other"):
+            for param, data in zip(params, own, strict=True):
+                param.data = data if place == "own" else data.clone()
+            for layout in ("transposed", "bucket", "same"):
+                eager = [fresh(product, layout) for product in products]
+                accumulator.accumulate(eager, [[0.25, 0.25]] * 3)
+                expect(products, eager, 1e-6, 0.25)
+        for param, data in zip(params, own, strict=True):
+            param.data = data
         graph.replay()
-        expect(products, eager, 1e-6, 0.25)
         for product, target in zip(products, captured, strict=True):
             assert close(target[0], value * gradients(product)[0], 1e-6)
             assert close(target[1], 0.5 * gradients(product)[1], 1e-6)
+
+
+def test_what_a_graph_reads_is_kept(monkeypatch):
+    """What launches and uploads of captured calls had outlives those of other calls, and plans."""
+    products, coefs = make(((8, 8), (8, 8)), count=2), [[1.0] * 2] * 2
+    read, captured, launch, upload = (
+        [],
+        zeros(products),
+        kernels.Launch.__call__,
+        Grouped._buffers_of_graph,
+    )
+
+    def note(tensors):
+        read.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        return tensors
+
+    accumulator = Accumulator(products, "triton")
+    for _ in range(2):  # turned, the second time, in the same memory
+        for target in itertools.chain(*captured):
+            target.data = target.data.zero_().T
+        accumulator.accumulate(captured, coefs)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                kernels.Launch, "__call__", lambda self: [note(self._tensors), launch(self)]
+            )
+            patch.setattr(Grouped, "_buffers_of_graph", lambda *about: note(upload(*about)))
+            for module in (executor, accumulate):
+                patch.setattr(module, "is_capturing", lambda _: True)
+            accumulator.accumulate(captured, coefs)
+        for layout in ("transposed", "bucket", "same"):
+            eager = [fresh(product, layout) for product in products]
+            accumulator.accumulate(eager, coefs)
+            expect(products, eager, 1e-6)
+    for param in itertools.chain(*(product.params for product in products)):
+        param.data = param.data.clone()
+    accumulator.accumulate(eager, coefs)
+    expect(products, eager, 1e-6, 2.0)
+    expect(products, captured, 1e-6, 2.0)
+    assert len(read) == 2 * (4 + 4 + 2)
+    assert not [k for k, storage in enumerate(read) if storage.expired()]
+
+
+@pytest.mark.parametrize("unlike", ["transposed", "bucket"])
+def test_a_capture_that_nothing_has_warmed_up_is_refused(monkeypatch, unlike):
+    """Where targets lie otherwise than before, too; afterwards all is as it was."""
+    products = make(((24, 8), (16, 8)))
+    accumulator, coefs = Accumulator(products, "triton"), [[1.0] * 2]
+    first, second = (fresh(products[0], layout) for layout in ("same", unlike))
+    for targets in (None, first):
+        if targets is not None:
+            accumulator.accumulate([targets], coefs)
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "is_capturing", lambda _: True)
+            with pytest.raises(RuntimeError, match="warm up with the step that is captured"):
+                accumulator.accumulate([second], coefs)
+    accumulator.accumulate([first], coefs)
+    accumulator.accumulate([second], coefs)
+    expect(products, [first], 1e-6, 2.0)
+    expect(products, [second], 1e-6)
 
 
 @on_cuda

@@ -14,6 +14,7 @@ from optim_cases import Net, assert_identical, torch_table, train, values
 from torch import nn, optim
 
 from frobdecay.diagnostics import measure
+from frobdecay.optim import stability
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, gradients, penalty
@@ -580,6 +581,30 @@ def test_a_step_that_overshoots_warns_once(base, scale, lr):
         assert len(found) == (warns and not stable)
         if warns:
             assert (float(product.params[0].detach().norm()) < before) == stable
+
+
+def test_a_capture_asks_nothing_of_what_is_on_its_way(monkeypatch):
+    """A CUDA graph would be lost by it: a step that overshoots is told of after the capture."""
+    state = {"capturing": False, "arrived": False}
+
+    class Event:
+        def query(self):
+            assert not state["capturing"]
+            return state["arrived"]
+
+    send = stability.Watch._send
+    monkeypatch.setattr(stability.Watch, "_send", lambda *about: (*send(*about)[:2], [Event()]))
+    monkeypatch.setattr(stability, "is_capturing", lambda _: state["capturing"])
+    product = balanced(21.0)
+    optimizer = FrobeniusDecay(torch.optim.AdamW(product.params, lr=0.1, weight_decay=1.0), product)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        state.update(capturing=True, arrived=True)
+        optimizer.step()
+    state["capturing"] = False
+    with pytest.warns(UserWarning, match="fc.weight: a step of decay"):
+        optimizer.step()
 
 
 def test_a_norm_that_is_large_for_many_small_values_is_no_warning():

@@ -29,16 +29,21 @@ from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets, overlapping
+from frobdecay.gradient.graphs import is_capturing
 from frobdecay.gradient.triton.refusals import load_kernels, refusals
 from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
-from frobdecay.gradient.triton.tiles import Tile, tile_for
+from frobdecay.gradient.triton.tiles import Tile, capability_of, programs_for, tile_for
 from frobdecay.product.product import Product, listed
 
 if TYPE_CHECKING:
     from frobdecay.gradient.triton.launches import Launch
 
-_INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
+
+_COLD = (
+    "expected a call with targets of the same dtypes, strides and alignment before each capture in "
+    "a CUDA graph, got none: warm up with the step that is captured"
+)
 
 
 class _Part(NamedTuple):
@@ -78,9 +83,9 @@ class Grouped:
         self._kernels: Any = kernels
         self.device = jobs[0].views[0].device
         largest = max(job.views[0].shape[-1] for job in jobs)
-        self.tile = tile_for(largest, _capability(self.device)) if tile is None else tile
+        self.tile = tile_for(largest, capability_of(self.device)) if tile is None else tile
         self._rank = largest
-        self._programs = _programs(self.device, self.tile) if programs is None else programs
+        self._programs = programs_for(self.device, self.tile) if programs is None else programs
         self._slots = self._make_slots(jobs)
         self._overlapping = overlapping([slot.view for slot in self._slots])
         self._parts = self._plan_grams()
@@ -103,7 +108,8 @@ class Grouped:
         self._sent: list[Any] = []  # what was uploaded
         self._memory = torch.empty(0, dtype=torch.int64, device=self.device)
         self._spare: Tensor | None = None
-        self._captured: list[tuple[list[Any], Tensor, Tensor]] = []  # for as long as the plan lives
+        # What graphs read, for as long as the plan lives; its other buffers are never replaced.
+        self._captured: list[tuple[list[Any], object, Tensor, Tensor]] = []
         self._streams: set[Any] = set()
 
     def _make_slots(self, jobs: Sequence[Job]) -> list[Slot]:
@@ -188,7 +194,7 @@ class Grouped:
 
     def _bind(self, targets: Targets, coefs: Coefs, form: object) -> Tensor:
         """The table of this call on the device, see ``_upload``."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing([self.device.type])
         moved = self._is_moved(targets, form)
         known = self._coefs is not None and (
             coefs is self._coefs or all(map(operator.is_, coefs, self._coefs))
@@ -228,6 +234,7 @@ class Grouped:
         if forms != self._forms or aligned != self._aligned:
             self._check_strides(forms)
             self._tables, self._launches, self._forms, self._aligned = {}, {}, forms, aligned
+        self._form, self._places = None, []  # until all is planned
         self._plan_updates(places)
         self._form, self._places = form, places
         return True
@@ -274,17 +281,14 @@ class Grouped:
 
         Memory cannot be pinned during a capture, so there is always some in reserve.
         """
-        for known, host, table in self._captured:
-            if known == send:
+        for known, tables, host, table in self._captured:
+            if known == send and tables is self._tables:
                 return host, table
         reserve, self._spare = self._spare, None
         if reserve is None or reserve.shape != shape:
-            raise RuntimeError(
-                "expected a call with targets of the same dtypes before each capture in a "
-                "CUDA graph, got none: warm up with the step that is captured"
-            )
+            raise RuntimeError(_COLD)
         table = torch.empty(shape, dtype=torch.int64, device=self.device)
-        self._captured.append((send, reserve, table))
+        self._captured.append((send, self._tables, reserve, table))
         return reserve, table
 
     def _host(self, shape: tuple[int, int]) -> Tensor:
@@ -317,6 +321,8 @@ class Grouped:
     def _update_table(self, part: _Part, dtype: torch.dtype, in_place: bool) -> tuple[Tensor, int]:
         key = part.dtype, dtype, in_place
         if key not in self._tables:
+            if is_capturing([self.device.type]):
+                raise RuntimeError(_COLD)  # nothing new can be sent there
             held = self._kernels.held_columns(part.dtype, self._rank, self.tile)
             programs = self._programs
             if held and not in_place:  # and several of them for the columns
@@ -343,7 +349,7 @@ class Grouped:
 
     def _keep_for_stream(self) -> None:
         """Tell the allocator of all streams, if there are several: it reuses memory by stream."""
-        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if self.device.type != "cuda" or is_capturing([self.device.type]):
             return
         stream = torch.cuda.current_stream(self.device)
         self._streams.add(stream)
@@ -351,18 +357,6 @@ class Grouped:
             tables = [*(part.table for part in self._parts), *(u.table for u in self._updates)]
             for tensor in (self._grams, self._partials, self._counters, self._memory, *tables):
                 tensor.record_stream(stream)
-
-
-def _capability(device: torch.device) -> int:
-    major, minor = (9, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _programs(device: torch.device, tile: Tile) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count) * tile.waves
 
 
 def _on(device: torch.device, coef: Coefficient) -> Tensor | None:

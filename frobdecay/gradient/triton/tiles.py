@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 MAX_RANK = 256
 """The largest rank that is multiplied in the kernels. Above it, matrix products are large enough
 for the vendor's library, and a program could not hold all columns of a row in its registers."""
+
+_INTERPRETED_PROGRAMS = 4  # a program costs milliseconds for each tile there
 
 
 @dataclass(frozen=True)
@@ -95,3 +99,17 @@ def tile_for(rank: int, capability: int = 90) -> Tile:
     """
     tile = next(tile for largest, tile in TILES.items() if rank <= largest)
     return tile if capability == 90 else replace(tile, bf16=None, tf32=None)
+
+
+def capability_of(device: torch.device) -> int:
+    """What ``tile_for`` asks of a device; the interpreter does what Hopper would."""
+    major, minor = (9, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def programs_for(device: torch.device, tile: Tile) -> int:
+    """How many programs a launch should have there."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count) * tile.waves
