@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.forms.cost import force
 from frobdecay.weights.product_tensor import ProductTensor

@@ -50,10 +50,8 @@ MANY_IMPORTS = {
     "weights.tensorized": 11,
 }
 PATTERN_READERS = {
-    "algebra.matricize": 2,
+    "algebra.reading": 2,
     "algebra.network": 1,  # which cuts an equation there
-    "algebra.tensorize": 2,
-    "weights.layouts": 1,
 }
 
 
@@ -165,7 +163,9 @@ def test_functions_fit_on_a_page():
 def test_patterns_are_read_in_one_place():
     """An einops pattern is cut at its arrow where readings are made, and nowhere else."""
     found = {
-        name: len(re.findall(r"(?:split|partition)\(\"->\"\)", path.read_text(encoding="utf-8")))
+        name: len(
+            re.findall(r"(?:split|partition)\([\"']->[\"']\)", path.read_text(encoding="utf-8"))
+        )
         for name, path in FILES.items()
     }
     assert_within(0, found, PATTERN_READERS)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
-from frobdecay.algebra.matricize import Matricization, fit_pattern
+from frobdecay.algebra.reading import Matricization, Reading, fit, written
 from frobdecay.algebra.spectral import plain_rank, resolve_rank
 
 FLAT = "flat"
@@ -78,8 +77,7 @@ class Tensorization:
         pattern: the einops pattern, or "flat".
         shape: of the weight.
         modes: n_1, …, n_d.
-        sizes: axis name -> length of a pattern's axes.
-        weight_axes, mode_axes: axis names of a pattern, one tuple for each axis or mode.
+        reading: the pattern, fitted to the shape; None of "flat".
 
     Examples:
         >>> import torch
@@ -94,9 +92,7 @@ class Tensorization:
     pattern: str
     shape: tuple[int, ...]
     modes: tuple[int, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
-    weight_axes: tuple[tuple[str, ...], ...] = ()
-    mode_axes: tuple[tuple[str, ...], ...] = ()
+    reading: Reading | None = None
 
     batch = ()  # like Matricization's, and so is the name of what follows: plans read both
 
@@ -128,24 +124,19 @@ class Tensorization:
             if axes:
                 raise ValueError(f"expected no axes for the pattern {FLAT!r}, got {dict(axes)}")
             return cls(FLAT, tuple(shape), flat_modes(shape, order))
-        weight_axes, mode_axes, sizes = fit_pattern(pattern, tuple(shape), axes)
-        modes = tuple(prod(sizes[a] for a in item) for item in mode_axes)
-        return cls(pattern, tuple(shape), modes, sizes, weight_axes, mode_axes)
+        weight_axes, mode_axes, sizes = fit(pattern, tuple(shape), axes)
+        reading = Reading(pattern, sizes, weight_axes, mode_axes)
+        return cls(pattern, tuple(shape), reading.read_shape, reading)
 
     def tensor(self, weight: Tensor) -> Tensor:
         """Read a weight as a tensor with d modes."""
-        if self.pattern == FLAT:
-            return weight.reshape(self.modes)
-        seen: Tensor = rearrange(weight, self.pattern, **self.sizes)
-        return seen
+        return weight.reshape(self.modes) if self.reading is None else self.reading.read(weight)
 
     def weight(self, tensor: Tensor) -> Tensor:
         """The inverse of ``tensor``; contiguous."""
-        if self.pattern == FLAT:
+        if self.reading is None:
             return tensor.reshape(self.shape)
-        left, _, right = self.pattern.partition("->")
-        seen: Tensor = rearrange(tensor, f"{right} -> {left}", **self.sizes)
-        return seen.contiguous()
+        return self.reading.back(tensor).contiguous()
 
     def cuts(self) -> Iterator[tuple[int, Matricization]]:
         """Where the tensor may be cut into a matrix that layers can apply from either side.
@@ -155,18 +146,19 @@ class Tensorization:
             rows hold all of the weight's first axis and none of the second, or the other way
             round, and every further axis (of a kernel) as a whole or not at all.
         """
-        if self.pattern == FLAT or len(self.weight_axes) < 2:
+        if self.reading is None or len(self.shape) < 2:
             return
-        first, second, *rest = map(set, self.weight_axes)
-        for k in range(1, len(self.mode_axes)):
-            rows = [a for item in self.mode_axes[:k] for a in item]
+        weight_axes, mode_axes = self.reading.tensor_axes, self.reading.read_axes
+        first, second, *rest = map(set, weight_axes)
+        for k in range(1, len(mode_axes)):
+            rows, columns = (
+                tuple(a for item in part for a in item) for part in (mode_axes[:k], mode_axes[k:])
+            )
             held = set(rows)
             apart = (first <= held and not second & held) or (second <= held and not first & held)
             if apart and all(item <= held or not item & held for item in rest):
-                left = self.pattern.partition("->")[0].strip()
-                columns = [a for item in self.mode_axes[k:] for a in item]
-                pattern = f"{left} -> ({' '.join(rows)}) ({' '.join(columns)})"
-                yield k, Matricization.of(pattern, self.shape, self.sizes)
+                pattern = f"{written(weight_axes)} -> {written((rows, columns))}"
+                yield k, Matricization.of(pattern, self.shape, self.reading.sizes)
 
 
 # --- ranks ----------------------------------------------------------------------------------------

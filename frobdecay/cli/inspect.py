@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.cli.read import Checkpoint, read, why_unread
 from frobdecay.cli.show import Row, plot, report
 from frobdecay.cli.skeleton import skeleton

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization, dimensions
 from frobdecay.algebra.scaling import why_dead
 from frobdecay.algebra.tensorize import FLAT, Rank
 from frobdecay.models.budget.entry import Entry, Metrics
@@ -22,7 +22,7 @@ from frobdecay.models.fitness import (
 )
 from frobdecay.models.select import Walk, Weight, bias_of, select
 from frobdecay.product.names import Selector
-from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout, dimensions
+from frobdecay.weights.layouts import NAMED_PATTERNS, default_layout
 from frobdecay.weights.lowrank import LowRank
 
 OnTied = Literal["skip", "untie", "error"]

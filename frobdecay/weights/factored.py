@@ -38,7 +38,7 @@ class FactoredTensor(ProductTensor):
 
     Examples:
         >>> import torch
-        >>> from frobdecay.algebra.matricize import Matricization
+        >>> from frobdecay.algebra.reading import Matricization
         >>> U, V = torch.randn(8, 2), torch.randn(6, 2)
         >>> W = FactoredTensor([U, V], Matricization.of("o i -> o i", (8, 6)))
         >>> W.shape

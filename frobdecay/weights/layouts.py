@@ -22,7 +22,6 @@ other packages are known by name: the package is never imported.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -31,7 +30,7 @@ from types import MappingProxyType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 
 NAMED_PATTERNS = ("spatial", "channel")
 
@@ -190,12 +189,6 @@ def default_layout(dims: int) -> Layout | None:
     if dims == 2:
         return Layout("o i -> o i")
     return _convolution(_KERNEL[dims - 2], 1, False) if dims - 2 in _KERNEL else None
-
-
-def dimensions(pattern: str) -> int:
-    """Count the dimensions of the tensors that an einops pattern reads."""
-    left, _, _ = pattern.partition("->")
-    return len(re.sub(r"\([^()]*\)", "x", left).split())
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.algebra.scaling import check_not_zero, check_weight
 from frobdecay.algebra.spectral import (
     INITS,

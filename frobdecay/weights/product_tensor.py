@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.tracing import scripting, tracing, transforms_active
 
 # Classes of the tensors that a compiler traces with.
@@ -178,10 +177,7 @@ class ProductTensor(Tensor):
     def permuted(self, order: Sequence[int]) -> ProductTensor:
         """Reorder the dimensions: the pattern's tensor side, not the factors."""
         view = self.matricization
-        axes = tuple(view.tensor_axes[d] for d in order)
-        left = " ".join(item[0] if len(item) == 1 else f"({' '.join(item)})" for item in axes)
-        pattern = f"{left} ->{view.pattern.partition('->')[2]}"
-        return self.like(self.factors, replace(view, pattern=pattern, tensor_axes=axes))
+        return self.like(self.factors, view.of_axes(tuple(view.tensor_axes[d] for d in order)))
 
     def transposed(self, dim0: int, dim1: int) -> ProductTensor:
         """Exchange two dimensions."""

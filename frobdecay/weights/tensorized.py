@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.matricize import Matricization
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.reading import Matricization
 from frobdecay.algebra.scaling import check_not_zero, check_weight, root_mean_square
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
 from frobdecay.product.factor import Factor

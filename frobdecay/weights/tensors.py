@@ -117,9 +117,11 @@ class Tucker(Tensorized):
     def stages(self, factors: Sequence[Tensor]) -> Stages | None:
         """Where output and input channels each are a mode with a factor, and the kernel follows."""
         view, held = self._known(), self._by_mode(factors)
-        kernel = tuple(a for item in view.weight_axes[2:] for a in item)
-        rest = tuple(a for item in view.mode_axes[2:] for a in item)
-        if not kernel or kernel != rest or view.mode_axes[:2] != view.weight_axes[:2]:
+        if view.reading is None:
+            return None
+        axes, modes = view.reading.tensor_axes, view.reading.read_axes
+        kernel, rest = (tuple(a for item in part[2:] for a in item) for part in (axes, modes))
+        if not kernel or kernel != rest or modes[:2] != axes[:2]:
             return None
         if 0 not in held or 1 not in held:
             return None

@@ -22,7 +22,7 @@ from factored_cases import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
 from frobdecay.weights.product_tensor import ProductTensor

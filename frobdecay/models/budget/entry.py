@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.calibrated.truncation import Metric
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.algebra.spectral import Init
 from frobdecay.algebra.tensorize import Rank, Tensorization
 from frobdecay.models.budget.spectra import first_reaching, shares, singular_values

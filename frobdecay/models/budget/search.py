@@ -14,7 +14,7 @@ from itertools import compress
 from math import inf
 from typing import Any
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.algebra.tensorize import Rank
 from frobdecay.models.budget.entry import Entry
 from frobdecay.models.budget.kept import floor, kept
@@ -185,4 +185,4 @@ def _reading(entry: Entry) -> Any:
     """What its parameter counts depend on, of weights with one parametrization."""
     view = entry.view
     assert view is not None
-    return view.pattern, view.shape, tuple(view.sizes.items()), view.matrix_shape, entry.floor
+    return view, entry.floor

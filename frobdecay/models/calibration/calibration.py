@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from frobdecay.algebra.calibrated.truncation import Metric
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
 from frobdecay.models.calibration.prints import check_same, print_of
 from frobdecay.models.calibration.probes import Probe

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frobdecay.algebra.calibrated.moment import Moment
 from frobdecay.algebra.calibrated.truncation import Metric
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.models.calibration.prints import check_same
 from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.models.select import Weight, bias_of

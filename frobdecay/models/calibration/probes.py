@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.models.select import Weight
 from frobdecay.weights.layouts import is_kind
 

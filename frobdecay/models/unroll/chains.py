@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.product.holding import dense_type, lists_of
 from frobdecay.weights.lowrank import LowRank
 

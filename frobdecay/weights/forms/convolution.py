@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from einops import rearrange, repeat
 from torch import Tensor
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.matricize import Matricization
+from frobdecay.algebra.reading import Matricization, written
 from frobdecay.weights.forms.matrix import matrix
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor
@@ -201,11 +201,8 @@ def _pick(self: ProductTensor, index: Any) -> Any:
     if not whole:
         return self.like(factors, replace(view, sizes={**view.sizes, batch: len(factors[0])}))
     sizes = {name: size for name, size in view.sizes.items() if name != batch}
-    left, right = (
-        " ".join(f"({' '.join(item)})" for item in side)
-        for side in (view.tensor_axes[1:], (view.row_axes, view.column_axes))
-    )
-    return self.like(factors, Matricization.of(f"{left} -> {right}", view.shape[1:], sizes))
+    pattern = f"{written(view.tensor_axes[1:])} -> {written(view.read_axes[1:])}"
+    return self.like(factors, Matricization.of(pattern, view.shape[1:], sizes))
 
 
 @form(Tensor.view, Tensor.reshape)
@@ -218,11 +215,7 @@ def _view(self: ProductTensor, *shape: Any, **named: Any) -> Any:
     first, *others = view.tensor_axes
     stack, *rest = (first[:1], first[1:], *others)
     if first[:1] == view.batch_axes:
-        axes = (stack, *rest)
-        pattern = " ".join(f"({' '.join(item)})" for item in axes)
-        made = replace(
-            view, pattern=f"{pattern} ->{view.pattern.partition('->')[2]}", tensor_axes=axes
-        )
+        made = view.of_axes((stack, *rest))
         if _fits(wanted, made.shape):
             return self.like(self.factors, made)
     return self if _fits(wanted, view.shape) else NotImplemented
