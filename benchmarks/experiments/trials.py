@@ -101,6 +101,8 @@ class Training:
     def __init__(
         self, out: Path, arm: Any, seed: int, protocol: Any, key: str, after: str | None = None
     ) -> None:
+        if protocol.graph and torch.device(protocol.device).type != "cuda":
+            raise ValueError(f"expected a CUDA device to replay a graph on, got {protocol.device}")
         torch.manual_seed(seed)
         self.out, self.arm, self.protocol, self.key, self.after = out, arm, protocol, key, after
         self.generator = torch.Generator().manual_seed(seed)

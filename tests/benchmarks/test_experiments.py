@@ -451,6 +451,7 @@ def test_the_command_runs_and_reports_again(tmp_path, capsys):
         (["compression", "--arms", "no such"], "expected arms among"),
         (["why", "--arms", "normalized"], "needs sifd"),
         (["compression", "--data", "nowhere.npz"], "no data set at nowhere.npz"),
+        (["compression", "--graph", "--data", "digits"], "expected a CUDA device"),
         (["report"], "expected a PATH with report"),
     ],
 )
