@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device. The modes print as they go and write gpu.json and gpu.md into
-# benchmarks/results/, or the folder given by --out, as each part ends:
+# benchmarks/results/ (on a CPU out/), or the folder given by --out, as each part ends:
 #
 #     benchmarks/gpu.sh smoke            # is it right there: under 100 s
 #     benchmarks/gpu.sh measure          # how fast: under 240 s

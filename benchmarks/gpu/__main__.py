@@ -4,7 +4,7 @@
     python -m benchmarks.gpu measure               # how fast: under 240 s
     python -m benchmarks.gpu suite                 # all tests, on the device as far as they can be
     python -m benchmarks.gpu tune                  # what other tiles would do
-    python -m benchmarks.gpu smoke --device cpu    # the same code in small, in the interpreter
+    python -m benchmarks.gpu smoke --device cpu    # the same code in small; files go to out/
     python -m benchmarks.gpu smoke --only gradients,graph
 
 Every part runs in a process of its own and may fail for itself. Files are written as each part
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", help="default: %(default)s")
     made.add_argument("--only", type=names, help="some parts, comma-separated")
     made.add_argument("--budget", type=float, help="seconds, after which no part is started")
-    made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="%(default)s")
+    made.add_argument(
+        "--out", type=Path, help="default: benchmarks/results; out, which git ignores, on a CPU"
+    )
     made.add_argument("--logs", type=Path, help="keep the parts' whole output in this folder")
     made.add_argument("--json", type=Path, help="with part: write its report to this file")
     return made
@@ -120,8 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing(PARTS[name]):
             print(f"== {name}: skipped, {PARTS[name].under[0]} is not installed")
     names = [name for name in names if not missing(PARTS[name])]
-    begin, kept = time.monotonic(), _Kept(options.out, options.mode, bool(options.only))
-    budget = options.budget or (MODES[options.mode] if options.device == "cuda" else 600)
+    small = options.device == "cpu"  # what that takes is no result
+    folder = options.out or Path("out" if small else "benchmarks/results")
+    begin, kept = time.monotonic(), _Kept(folder, options.mode, bool(options.only))
+    budget = options.budget or (600 if small else MODES[options.mode])
     failed = run_parts(names, options.device, budget, kept.keep, options.logs)
     for error in list(failed.values())[:1]:
         print(f"== the first error\n{error}")

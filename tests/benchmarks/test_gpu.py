@@ -68,6 +68,14 @@ def test_parts_enter_themselves(added):
     assert found.claim == "Claim something."
 
 
+def test_what_ran_in_small_is_no_result(added, tmp_path, monkeypatch):
+    """Unless told where to, a CPU leaves the files alone that a GPU has written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parts, "RUN", ["-c", "pass"])
+    assert gpu.main(["smoke", "--device", "cpu", "--only", "gradients"]) == 0
+    assert {*tmp_path.rglob("gpu.*")} == {tmp_path / "out/gpu.json", tmp_path / "out/gpu.md"}
+
+
 def test_without_a_device_it_says_so(capsys):
     """And names the way to run all the same."""
     import torch
