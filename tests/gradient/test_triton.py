@@ -592,7 +592,9 @@ def test_by_tf32_a_gram_is_read_turned(rank, tile):
     expect(products, targets, 2e-3 if CUDA else 1e-4)
 
 
-@pytest.mark.parametrize("rank", [72, 136, 200])
+@pytest.mark.parametrize(
+    "rank", [72, *(pytest.param(r, marks=pytest.mark.slow) for r in (136, 200))]
+)
 @pytest.mark.parametrize(
     ("dtype", "into", "tolerance"),
     [
