@@ -5,9 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.experiments.engine import Job, run_one
-from benchmarks.experiments.pretraining import PRETRAINING, PretrainingProtocol, PretrainingTrial
+from benchmarks.experiments.pretraining import (
+    PRETRAINING,
+    PretrainingProtocol,
+    PretrainingTrial,
+    factorize,
+    narrowed,
+)
+from benchmarks.experiments.trials import count_parameters
 from benchmarks.models.decoder import Decoder
 
 ARMS = PRETRAINING["pretraining"].arms
@@ -70,6 +78,25 @@ def test_rates_are_tried_on_both_sides_of_an_arms_own(tmp_path, protocol):
     for level in (-1, 0, 1):
         trial = PretrainingTrial(tmp_path, ARMS["si"], 0, replace(protocol, level=level), "si")
         assert trial.peak == ARMS["si"].peak * 2**level
+
+
+@pytest.mark.parametrize("preset", PRETRAINING["pretraining"].presets)
+def test_a_narrow_model_has_as_many_parameters_and_flops(preset):
+    """Of those of the factorized one, to 4 %, in every preset."""
+    protocol = next(iter(PRETRAINING["pretraining"].presets[preset].values()))
+
+    def make(width):
+        return Decoder(65, width=width, heads=protocol.heads, layers=protocol.layers)
+
+    factorized = factorize(make(protocol.width), protocol.rank, "kaiming")
+    sizes, flops = [], []
+    for model in (factorized, make(narrowed(protocol, make))):
+        sizes.append(count_parameters(model))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, protocol.length, dtype=torch.long))
+        flops.append(counter.get_total_flops())
+    assert 1 <= sizes[1] / sizes[0] <= 1.04
+    assert 1 <= flops[1] / flops[0] <= 1.04
 
 
 def test_no_position_sees_a_later_one():
