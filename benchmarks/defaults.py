@@ -276,15 +276,11 @@ def _better(every: Sequence[float], default: Sequence[float]) -> str:
     return "undecided" if abs(gain) <= spread else "default" if gain > 0 else "all"
 
 
-def _ratios(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("defaults", __doc__ or "", device=False)
-    families = {"type": measure.names(FAMILIES), "default": ",".join(FAMILIES)}
-    made.add_argument("--families", **families, help="default: %(default)s")
-    made.add_argument("--ratios", type=_ratios, default="0.25,0.1", help="default: %(default)s")
+    measure.add_names(made, "--families", FAMILIES)
+    ratios = {"type": measure.numbers, "default": "0.25,0.1"}
+    made.add_argument("--ratios", **ratios, help="default: %(default)s")
     made.add_argument("--seeds", type=measure.count, default=3, help="default: %(default)s")
     return made
 

@@ -322,17 +322,13 @@ def _is_factored(row: dict[str, Any]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def numbers(text: str) -> list[float]:
-        return [float(word) for word in text.split(",")]
-
     made = measure.parser("forward", __doc__ or "", seconds=0.7)
     made.add_argument("--full", action="store_true", help="the whole grid of ranks and rows")
-    for option, known in (("--layers", LINEARS), ("--convs", CONVS)):
-        chosen = {"type": measure.names(known), "default": ",".join(known)}
-        made.add_argument(option, **chosen, help="default: %(default)s")
+    measure.add_names(made, "--layers", LINEARS)
+    measure.add_names(made, "--convs", CONVS)
     made.add_argument("--plot", type=Path, help="draw to this file")
-    made.add_argument("--ranks", type=numbers, help="r/n, comma-separated")
-    made.add_argument("--conv-ranks", type=numbers, help="fractions of the smaller side")
+    made.add_argument("--ranks", type=measure.numbers, help="r/n, comma-separated")
+    made.add_argument("--conv-ranks", type=measure.numbers, help="fractions of the smaller side")
     made.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")])
     made.add_argument("--no-compile", action="store_true", help="skip the compiled layers")
     return made

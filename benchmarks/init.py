@@ -140,8 +140,7 @@ def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple
 
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("init", __doc__ or "", seconds=2.0)
-    case = {"type": measure.names(CASES), "default": DEFAULT}
-    made.add_argument("--case", **case, help=f"some of {', '.join(CASES)}")
+    measure.add_names(made, "--case", CASES, DEFAULT)
     made.add_argument("--all", action="store_true", help="every layer of large models")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
     return made

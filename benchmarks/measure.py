@@ -33,6 +33,7 @@ __all__ = [
     "Target",
     "Timing",
     "WARM_UPS",
+    "add_names",
     "captured",
     "count",
     "described",
@@ -41,6 +42,7 @@ __all__ = [
     "memory",
     "names",
     "no_waiting",
+    "numbers",
     "parser",
     "precision",
     "profiled",
@@ -273,6 +275,31 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return found
 
     return read
+
+
+def add_names(
+    made: argparse.ArgumentParser, option: str, known: Iterable[str], default: str | None = None
+) -> None:
+    """Add an option that is some of the known names; all of them unless another default is given.
+
+    Args:
+        made: the parser.
+        option: such as "--case".
+        known: the names.
+        default: some, comma-separated.
+    """
+    every = ",".join(known)
+    made.add_argument(
+        option,
+        type=names(known),
+        default=every if default is None else default,
+        help=f"some of {every}; default: %(default)s",
+    )
+
+
+def numbers(text: str) -> list[float]:
+    """An argument that is numbers, comma-separated."""
+    return [float(word) for word in text.split(",")]
 
 
 def parser(

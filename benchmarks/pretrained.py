@@ -35,11 +35,12 @@ from torch import nn
 
 import frobdecay
 from benchmarks.measure import (
+    add_names,
     count,
     interleave,
     markdown,
     memory,
-    names,
+    numbers,
     parser,
     provenance,
     setup,
@@ -66,10 +67,6 @@ _UNJUDGED = {"targets": [], "verdict": "Nothing was promised beforehand."}
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#999999", "#E69F00", "#56B4E9", "#CC79A7")
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
-
-
 def _parser() -> Any:
     made = parser("pretrained", __doc__ or "")
     add = made.add_argument
@@ -77,20 +74,16 @@ def _parser() -> Any:
     add("folder", help="of transformers: config.json, weights, tokenizer")
     add("--gguf", help="a file in it, in place of config.json and weights")
     add("--text", action="append", required=True, metavar="NAME=PATH", help="twice for the other")
-    for option, known, default in (
-        ("--parts", PARTS, "compress,cost"),
-        ("--allocations", ALLOCATORS, "uniform,fraction"),
-        ("--arms", ARMS, "none,plain,fd,initial"),
-    ):
-        shown = f"of {', '.join(known)}; default: %(default)s"
-        add(option, type=names(known), default=default, help=shown)
-    add("--shares", type=_numbers, default=[0.8, 0.6, 0.5, 0.35], help="default: %(default)s")
+    add_names(made, "--parts", PARTS, "compress,cost")
+    add_names(made, "--allocations", ALLOCATORS, "uniform,fraction")
+    add_names(made, "--arms", ARMS, "none,plain,fd,initial")
+    add("--shares", type=numbers, default=[0.8, 0.6, 0.5, 0.35], help="default: %(default)s")
     add("--share", type=float, default=0.35, help="of cost and recover; default: %(default)s")
     add("--seeds", type=count, default=3, help="of recover; default: %(default)s")
     add("--epochs", type=count, default=1, help="of recover; default: %(default)s")
     add("--batch", type=count, default=32, help="of recover; default: %(default)s")
     add("--lr", type=float, default=1e-3, help="of AdamW, falling to 0; default: %(default)s")
-    add("--decays", type=_numbers, default=[3.0, 30.0], help="λ to choose of; default: %(default)s")
+    add("--decays", type=numbers, default=[3.0, 30.0], help="λ to choose of; default: %(default)s")
     add("--size", action="append", default=[], metavar="PART=N", help="calibration, test, …")
     add("--name", help="of the results; by default the task's")
     add("--out", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")

@@ -189,8 +189,7 @@ def _measure(name: str, options: Any, device: torch.device) -> tuple[list[Any], 
 
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("step", __doc__ or "", seconds=25.0)
-    case = {"type": measure.names(CASES), "default": ",".join(CASES)}
-    made.add_argument("--case", **case, help="default: %(default)s")
+    measure.add_names(made, "--case", CASES)
     made.add_argument("--depth", type=measure.count, default=32, help="default: %(default)s")
     made.add_argument("--batch", type=measure.count, default=128, help="default: %(default)s")
     made.add_argument("--width", type=measure.count, default=768, help="default: %(default)s")

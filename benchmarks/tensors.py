@@ -258,13 +258,9 @@ def _targets(tables: Mapping[str, list[dict[str, Any]]]) -> list[Target]:
 
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("tensors", __doc__ or "", seconds=1.0)
-    for option, known, default, what in (
-        ("--case", WEIGHTS, DEFAULT, "weights"),
-        ("--convs", CONVS, CONVS, "of forward"),
-        ("--only", TABLES, TABLES, "tables"),
-    ):
-        chosen = {"type": measure.names(known), "default": ",".join(default)}
-        made.add_argument(option, **chosen, help=f"{what}; default: %(default)s")
+    measure.add_names(made, "--case", WEIGHTS, ",".join(DEFAULT))
+    measure.add_names(made, "--convs", CONVS)
+    measure.add_names(made, "--only", TABLES)
     return made
 
 

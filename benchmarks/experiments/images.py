@@ -288,7 +288,7 @@ class ImageTrial(Training):
         """Those that are left."""
         return round(self.kept * self.dense_parameters)
 
-    def after_step(self, loss: Tensor) -> None:
+    def after_step(self) -> None:
         """Record the norms for those who replay them, or replay."""
         if self.norms is not None and self.arm.recorded:
             self.norms.step()

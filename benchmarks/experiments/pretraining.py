@@ -3,8 +3,8 @@
 Arms differ in the optimizer of the layers' weights or factors; embeddings and norms are AdamW's in
 all of them. Every arm has a learning rate of its own, doubled and halved by the protocol's
 ``level``, the best of which is chosen on the validation text; all take as many steps on as many
-tokens. Beside the loss
-the largest ‖W‖₂ and ‖ΔW‖₂ of a step are kept, and by how much the loss ever jumped.
+tokens. Beside the loss the largest ‖W‖₂ and ‖ΔW‖₂ of a step are kept, and by how much the loss
+ever jumped.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class PretrainingArm(Arm):
         init: of the factors, "spectral" or "kaiming"; None for a dense model.
         decay: "plain", of each weight or factor; "frobenius", of the products; or "none".
         bound: ‖ΔW‖₂ of a step at most, in units of the learning rate.
-        narrow: whether the dense model is as narrow as to have the factorized one's parameters;
-            its flops are then those of the factorized one to 0.2 %.
+        narrow: whether the dense model is as narrow as to have the factorized one's parameters,
+            which are its flops, too; it has up to 4 % more of both.
     """
 
     peak: float
@@ -217,9 +217,8 @@ class PretrainingTrial(Training):
             weight = one.weight if isinstance(one, nn.Linear) else one.materialize()
             yield weight.detach().clone()
 
-    def after_step(self, loss: Tensor) -> None:
+    def after_step(self) -> None:
         """Measure what the step did to the weights."""
-        self._losses.append(loss)
         if self._before is None:
             return
         pairs = [*zip(self._before, self._dense(), strict=True)]
@@ -231,9 +230,8 @@ class PretrainingTrial(Training):
 
     def advance(self) -> None:
         """Train for one epoch and validate; then see by how much the loss jumped."""
-        self._losses: list[Tensor] = []  # on the device, which is not waited for at every step
         super().advance()
-        for loss in torch.stack(self._losses).tolist():
+        for loss in torch.stack(self.losses).tolist():
             if self.epoch > 1:
                 self.spike = max(self.spike, loss - self.lowest)
             self.lowest = min(self.lowest, loss)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import WARM_UPS
+from benchmarks.measure import captured
 from frobdecay import Product
 from frobdecay.diagnostics import QUANTITIES, Recorder
 
@@ -86,6 +86,7 @@ class Training:
         steps: of the optimizer, so far.
         shrinkage: D = Σ lr·λ / (1 - momentum) over the steps so far: decay alone would have
             shrunk the weights by exp(-D). A decay does not act where it is far below 1.
+        losses: of the steps of the last epoch, where the model is: reading them waits for it.
         loss, validation: after each epoch.
         dense_parameters: of the model that the arms' sizes are compared with.
     """
@@ -108,6 +109,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch, self.epochs, self.steps = 0, protocol.epochs, 0
         self.shrinkage = 0.0
+        self.losses: list[Tensor] = []
         self.loss: list[float] = []
         self.validation: list[float] = []
         self.best: dict[str, Any] = {}
@@ -154,7 +156,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
 
-    def after_step(self, loss: Tensor) -> None:
+    def after_step(self) -> None:
         """Whatever follows a step of the optimizer."""
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -162,20 +164,19 @@ class Training:
     def advance(self) -> None:
         """Train for one epoch and validate."""
         self.model.train()
-        losses = []
+        self.losses = []
         for batch in self.batches():
             self.set_rate()
             lasting = 1 - self.momentum
             self.shrinkage += self.rate() * self.coefficient / lasting
-            loss = self._differentiate(*batch)
+            self.losses.append(self._differentiate(*batch))
             if self.protocol.clip is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.protocol.clip)
             self.optimizer.step()
             self.steps += 1
-            self.after_step(loss)
-            losses.append(loss)
+            self.after_step()
         self.epoch += 1
-        self.loss.append(float(torch.stack(losses).mean()))
+        self.loss.append(float(torch.stack(self.losses).mean()))
         self.validation.append(self._evaluate(self.validate))
         self._choose()
         self._record()
@@ -278,7 +279,7 @@ class Replayed:
     """A function that leaves gradients, replayed from a CUDA graph on new batches.
 
     Args:
-        run: from a batch to its loss; leaves the gradients of a model's parameters.
+        run: from a batch to its loss; leaves new gradients of a model's parameters.
         model: whose gradients and buffers those are.
         batch: an example of what it is run on; batches of other shapes are run as they are.
     """
@@ -289,20 +290,13 @@ class Replayed:
         self.run, self.batch = run, [tensor.clone() for tensor in batch]
         self.params = [param for param in model.parameters() if param.requires_grad]
         before = [buffer.clone() for buffer in model.buffers()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run(*self.batch)
-        torch.cuda.current_stream().wait_stream(stream)
+        self.replay = captured(self._run, batch[0].device)
         for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        for param in self.params:
-            param.grad = None  # the graph's gradients shall be its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = run(*self.batch)
+            buffer.copy_(value)  # as they were before it was warmed up
         self.grads = [param.grad for param in self.params]
+
+    def _run(self) -> None:
+        self.loss = self.run(*self.batch)
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of a batch, whose gradients are left."""
@@ -310,7 +304,7 @@ class Replayed:
             return self.run(*batch)
         for old, new in zip(self.batch, batch, strict=True):
             old.copy_(new)
-        self.graph.replay()
+        self.replay()
         for param, grad in zip(self.params, self.grads, strict=True):
             param.grad = grad
         return self.loss.clone()

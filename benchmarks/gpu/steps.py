@@ -186,17 +186,10 @@ def graph_of_rounding(report: Report) -> None:
         factor.grad = torch.zeros_like(factor)
     base = torch.optim.AdamW(factors, lr=1e-3, weight_decay=0.05, capturable=device.type == "cuda")
     optimizer = FrobeniusDecay(base, Product.of(*factors))
-    optimizer.step()
-    if device.type == "cpu":
-        return
-    cuda_graph = torch.cuda.CUDAGraph()
-    for generator in optimizer.generators:
-        cuda_graph.register_generator_state(generator)
-    with torch.cuda.graph(cuda_graph):
-        optimizer.step()
+    replay = captured(optimizer.step, device, optimizer)
     seen = [factors[0].detach().clone()]
     for _ in range(3):
-        cuda_graph.replay()
+        replay()
         seen.append(factors[0].detach().clone())
     moved = [(b.float() - a.float()) != 0 for a, b in pairwise(seen)]
     shares = [float(one.float().mean()) for one in moved]

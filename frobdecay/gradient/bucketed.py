@@ -287,18 +287,22 @@ class _Alike:
 def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
     """One coefficient for a stack: the number all share, or a tensor (products, 1, …, 1).
 
-    Numbers are written by the device itself: nothing is copied there, and a CUDA graph keeps them.
+    Numbers are written by an accelerator itself: nothing is copied there, and a CUDA graph keeps
+    them.
     """
     numbers = not any(isinstance(coef, Tensor) for coef in coefs)
     if numbers and all(coef == coefs[0] for coef in coefs):
         return coefs[0]
-    column = torch.stack(
-        [
-            coef.to(like.device, like.dtype, non_blocking=not like.is_cpu).reshape(())
-            if isinstance(coef, Tensor)
-            else like.new_full((), coef)
-            for coef in coefs
-        ]
-    )
+    if numbers and like.is_cpu:
+        column = like.new_tensor(coefs)
+    else:
+        column = torch.stack(
+            [
+                coef.to(like.device, like.dtype, non_blocking=not like.is_cpu).reshape(())
+                if isinstance(coef, Tensor)
+                else like.new_full((), coef)
+                for coef in coefs
+            ]
+        )
     ndim = like.ndim if ndim is None else ndim
     return column.reshape(-1, *(1 for _ in range(ndim - 1)))

@@ -10,7 +10,7 @@ import torch
 
 import frobdecay
 from benchmarks.experiments import __main__ as command
-from benchmarks.experiments import tables
+from benchmarks.experiments import tables, trials
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import Job, run_all, run_one
 from benchmarks.experiments.images import (
@@ -463,14 +463,46 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+REPLAYED = pytest.mark.parametrize("name", ["dense", "sifd", "warmsifd25", "pruned"])
+GRIDS = {**VISION["warmup"].arms, **VISION["compression"].arms}
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["dense", "sifd", "warmsifd25", "pruned"])
+@REPLAYED
 def test_steps_replayed_from_a_graph_train_as_others(name, tmp_path, protocol):
     """The last batch of an epoch is smaller; weights become others on the way."""
-    arm = {**VISION["warmup"].arms, **VISION["compression"].arms}[name]
     protocol = replace(protocol, limit=120, device="cuda")
     eager, graph = (
-        finish(trial(tmp_path, arm, replace(protocol, graph=graph))) for graph in (False, True)
+        finish(trial(tmp_path, GRIDS[name], replace(protocol, graph=graph)))
+        for graph in (False, True)
     )
     assert graph["loss"] == pytest.approx(eager["loss"], rel=1e-2)
+
+
+@REPLAYED
+def test_a_replayed_step_is_the_step_bit_for_bit(name, tmp_path, protocol, monkeypatch):
+    """By something that, as a graph, writes a loss and gradients where those of its capture are."""
+    protocol, replayed = replace(protocol, limit=120), []
+    eager = finish(trial(tmp_path, GRIDS[name], protocol))
+    one = trial(tmp_path, GRIDS[name], protocol)
+
+    def stand_in(run, device):
+        for _ in range(4):
+            run()
+        held = [param for param in one.model.parameters() if param.requires_grad]
+        own = [param.grad for param in held]
+
+        def replay():
+            with torch.enable_grad():
+                run()
+            for param, grad in zip(held, own, strict=True):
+                grad.copy_(param.grad)
+            replayed.append(1)
+
+        return replay
+
+    monkeypatch.setattr(trials, "captured", stand_in)
+    one.protocol = replace(protocol, graph=True)
+    assert finish(one)["loss"] == eager["loss"]
+    assert len(replayed) == 4 * 3  # all but the last batch of each epoch

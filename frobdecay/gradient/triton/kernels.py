@@ -138,18 +138,9 @@ def _gram_tile(
         # As Triton's precision of that name, which waits for each product. The next rows are on
         # their way to registers meanwhile: from there, halved, they get to shared memory, as
         # warp-group products want them to be for Xᵀ, once only.
+        inside = (rows < row_count)[:, None]
         a, b = _panels(
-            x,
-            rows,
-            left,
-            right,
-            (rows < row_count)[:, None],
-            rank,
-            row_stride,
-            column_stride,
-            LAYOUT,
-            SINGLE,
-            UPCAST,
+            x, rows, left, right, inside, rank, row_stride, column_stride, LAYOUT, SINGLE, UPCAST
         )
         a_high, a_low = _halves(a, UPCAST)
         b_high, b_low = _halves(b, UPCAST)

@@ -150,15 +150,11 @@ def update_options(
 
 def held_columns(dtype: torch.dtype, rank: int, tile: Tile) -> Held | None:
     """How launch B keeps columns of a Gram in shared memory, where it does."""
-    if rank <= tile.block or dtype == torch.float16:
+    if rank <= tile.block:
         return None
-    return (
-        tile.bf16
-        if dtype == torch.bfloat16
-        else tile.tf32
-        if precision_of(dtype) == "tf32"
-        else None
-    )
+    if dtype == torch.bfloat16:
+        return tile.bf16
+    return tile.tf32 if precision_of(dtype) == "tf32" else None
 
 
 def update_launch(
