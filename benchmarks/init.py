@@ -13,6 +13,10 @@ Every row factorizes all matrices of a model, from random (flat) spectra, to bal
 
 in turns. ``error`` is how far the worst ‖W − UVᵀ‖ is above the smallest possible, relative;
 ``balance`` the worst ‖UᵀU − VᵀV‖ ÷ ‖UᵀU‖.
+
+``calibration`` is what the metric of the data costs a transformer layer of BERT's shape: the passes
+over the data alone, and watched by ``frobdecay.calibrate``; ``factorize`` without its moments, and
+with them.
 """
 
 from __future__ import annotations
@@ -25,11 +29,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from benchmarks import measure
 from benchmarks.cases import CASES, Case, Shape
 from benchmarks.measure import Report, Target
+from benchmarks.step import Layer
 from frobdecay.algebra.spectral import randomized_init, spectral_init
+from frobdecay.models.calibration.run import calibrate
 from frobdecay.models.factorize import factorize
 
 __all__ = ["main"]
@@ -38,13 +45,21 @@ Pair = tuple[Tensor, ...]
 EACH, TOGETHER, RANDOMIZED = "one by one", "equal together", "randomized"
 SVD, FACTORIZE = "SVD", "factorize"
 PROMISED, ALLOWED = 2.5, 1e-5
-DEFAULT = "resnet110,bert"
+CALIBRATION = "calibration"
+DEFAULT = f"resnet110,bert,{CALIBRATION}"
 PART = 6
 """Of the matrices of a large model, whose layers are all alike, one in so many is measured."""
 LARGE = 1 << 24
 """Entries of all matrices from which a model is large."""
 STACK = 4
 """Times the largest weight that a stack of equal shapes may take."""
+WATCHED, CALIBRATED = 1.3, 2.0
+"""What is promised of calibration, times the passes that it watches and the plain factors' time."""
+BATCH = 8, 128
+"""Sequences and tokens of one of the batches that are watched."""
+BATCHES = 8
+HEAD = 64
+"""The width of an attention head."""
 
 
 def _by_svd(weight: Tensor, r: int) -> Pair:
@@ -138,11 +153,62 @@ def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple
     return rows, targets
 
 
+class Attending(Layer):
+    """A transformer layer, with its attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (sequences, tokens, width) to the same."""
+        y = self.norm1(x)
+        q, k, v = (
+            each(y).unflatten(-1, (-1, HEAD)).transpose(1, 2) for each in (self.q, self.k, self.v)
+        )
+        x = x + self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+
+def _calibration(device: torch.device, options: Any) -> tuple[Any, Any]:
+    model = Attending(options.width).to(device)
+    batches = [torch.randn(*BATCH, options.width, device=device) for _ in range(BATCHES)]
+
+    @torch.no_grad()
+    def passes() -> None:
+        for batch in batches:
+            model(batch)
+
+    def calibrated() -> Any:
+        return calibrate(model, batches, progress=False)
+
+    def factorized(**init: Any) -> Any:
+        return factorize(copy.deepcopy(model), rank=options.width // 4, **init)
+
+    stats = calibrated()
+    runs = {
+        "passes": passes,
+        "calibrate": calibrated,
+        FACTORIZE: factorized,
+        f"{FACTORIZE}, calibrated": lambda: factorized(init=stats),
+    }
+    rows, targets = [], []
+    timings = measure.interleave(runs, device, seconds=options.seconds, rounds=options.rounds)
+    for key, timing in timings.items():
+        rows.append({"": key, "ms": timing.ms, "samples": timing.samples})
+    (_, plain), (mine, watched), (_, spectral), (theirs, metric) = timings.items()
+    for key, ratio, limit in (
+        (f"{mine} ÷ the passes alone", watched.ms / plain.ms, WATCHED),
+        (f"{theirs} ÷ {FACTORIZE}", metric.ms / spectral.ms, CALIBRATED),
+    ):
+        targets.append(Target(key, ratio, limit))
+    return rows, targets
+
+
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("init", __doc__ or "", seconds=2.0)
-    measure.add_names(made, "--case", CASES, DEFAULT)
+    measure.add_names(made, "--case", [*CASES, CALIBRATION], DEFAULT)
     made.add_argument("--all", action="store_true", help="every layer of large models")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
+    made.add_argument(
+        "--width", type=measure.count, default=768, help=f"of {CALIBRATION}; default: %(default)s"
+    )
     return made
 
 
@@ -150,6 +216,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(report: Report, options: argparse.Namespace) -> None:
     """Measure the cases."""
     for name in options.case:
+        if name == CALIBRATION:
+            rows, targets = _calibration(report.device, options)
+            report.table(f"a layer of width {options.width}, {BATCHES} batches", rows)
+            report.targets += targets
+            continue
         case = CASES[name]
         rows, targets = _measure(name, case, report.device, options)
         report.table(f"{case.title}: {len(case.pairs)} matrices", rows)

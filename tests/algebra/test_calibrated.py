@@ -81,6 +81,27 @@ def test_plain_factors_are_never_better_on_the_data(problem, shrink):
     assert ours <= lost(W, C, spectral_init(W, r)) * (1 + 1e-9) + 1e-9
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("of", ["inputs", "outputs"])
+def test_tall_weights_of_any_condition_are_truncated_best(smallest, of):
+    """Also those whose columns no Cholesky decomposition separates."""
+    generator = seeded(3)
+    P, Q = (torch.linalg.qr(torch.randn(k, 6, generator=generator))[0] for k in (40, 6))
+    W = (P * torch.logspace(0, -1, 6).index_fill(0, torch.tensor([4, 5]), smallest)) @ Q.mT
+    X = torch.randn(6, 90, generator=generator).double()
+    C, wide = X @ X.mT / 90, W.double()
+    s = torch.linalg.svdvals(wide @ torch.linalg.cholesky(C))
+    for r in (2, 5):
+        metric = Metric(C if of == "inputs" else wide @ C @ wide.mT, of)
+        found = metric.factors(W, r)
+        U, V = (factor.double() for factor in found.factors)
+        torch.testing.assert_close(
+            lost(wide, C, (U, V)).sqrt(), s[r:].norm(), rtol=1e-4, atol=1e-6 * float(s[0])
+        )
+        assert found.error == pytest.approx(float(s[r:].norm() / s.norm()), rel=1e-4, abs=2e-7)
+        torch.testing.assert_close(U.mT @ U, V.mT @ V, rtol=1e-4, atol=1e-6)
+
+
 @given(problems(), st.integers(0, 3))
 def test_inputs_all_alike_give_the_spectral_factors(problem, depth):
     """C = I, and λ = 1 for any C; also where the data says nothing, and overcomplete."""

@@ -39,6 +39,9 @@ from frobdecay.algebra.svd import Triples, resolution
 LEAST = 1e-12
 """λ at least: what the moment leaves undecided is decided by the weight itself."""
 
+ROUNDING = 1e-8
+"""How far from orthonormal the columns may be on which a float32 weight is turned."""
+
 
 class Calibrated(NamedTuple):
     """What calibrated initialization makes of a weight.
@@ -91,7 +94,7 @@ class Metric:
         """
         with full_precision(weight.device.type):
             outputs = self._outputs(weight)
-            values = torch.linalg.eigvalsh(self._shrunk(outputs)).flip(-1).clamp_min(0)
+            values = torch.linalg.eigvalsh(outputs.shrunk(self.shrink)).flip(-1).clamp_min(0)
             found = (values * outputs.energy.unsqueeze(-1)).sqrt()
         return found if self.of == "outputs" else times_power(found, outputs.exponent.squeeze(-1))
 
@@ -111,9 +114,10 @@ class Metric:
         r = resolve_rank(rank, *weight.shape[-2:])
         with full_precision(weight.device.type):
             outputs = self._outputs(weight)
-            P = _leading(self._shrunk(outputs), min(r, *weight.shape[-2:]))
-            lost = outputs.energy - (P * (outputs.second @ P)).sum((-2, -1))
-            p, s, q = _decomposed(P, outputs.weight.mT @ P, weight.dtype)
+            P = _leading(outputs.shrunk(self.shrink), min(r, *weight.shape[-2:]))
+            V = outputs.weight.mT @ P
+            lost = outputs.energy - outputs.kept(P, V)
+            p, s, q = _decomposed(P, V, weight.dtype)
             p = p if outputs.basis is None else outputs.basis @ p
             shift = self._shift(weight, p)
             ends = (q, p) if self.of == "rows" else (p, q)
@@ -129,28 +133,19 @@ class Metric:
         """What the weight puts out, in as few numbers as its rank."""
         unit = Unit(weight)
         W, basis = unit.whole(work_dtype(weight)), None
-        second = self.second.to(W)
+        known = self.second.to(W)
         if self.of == "rows":
             W = W.mT
         if W.shape[-2] > W.shape[-1]:
-            basis, W = torch.linalg.qr(W)
-        if self.of == "inputs":
-            second = W @ second @ W.mT
-        elif self.of == "rows":
-            second = (W * second.unsqueeze(-2)) @ W.mT
+            basis, W = _orthonormalized(W, weight.dtype)
+        formed = self.of == "outputs"
+        if not formed:
+            known = W @ known if self.of == "inputs" else W * known.unsqueeze(-2)
         elif basis is not None:
-            second = basis.mT @ second @ basis
-        energy = second.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
-        return _Outputs(W, basis, second, energy.expand(W.shape[:-2]), unit.exponent)
-
-    def _shrunk(self, outputs: _Outputs) -> Tensor:
-        """S_λ ÷ tr S; plain where the data says nothing."""
-        plain = outputs.weight @ outputs.weight.mT
-        size = plain.diagonal(dim1=-2, dim2=-1).sum(-1)
-        energy = outputs.energy
-        share = torch.where(energy > 0, max(self.shrink, LEAST), 1.0)
-        kept = (1 - share) / torch.where(energy > 0, energy, 1.0)
-        return outputs.second * kept[..., None, None] + plain * (share / size)[..., None, None]
+            known = basis.mT @ known @ basis
+        energy = known.diagonal(dim1=-2, dim2=-1).sum(-1) if formed else _inner(known, W)
+        energy = energy.clamp_min(0).expand(W.shape[:-2])
+        return _Outputs(W, basis, known, formed, energy, unit.exponent)
 
     def _shift(self, weight: Tensor, p: Tensor) -> Tensor | None:
         """(W − UVᵀ)μ = (1 − P Pᵀ)Wμ, (*batch, m)."""
@@ -164,21 +159,59 @@ class Metric:
 
 
 class _Outputs(NamedTuple):
-    """W = Q R at unit size, and the second moment of R x.
+    """W = Q R at unit size, and the second moment S of R x.
 
     Attributes:
         weight: R, (*batch, k, n) with k = min(m, n), or W itself where it is not tall.
         basis: Q (*batch, m, k); None for the identity.
-        second: S, (*batch, k, k).
+        known: S, (*batch, k, k), or R C (*batch, k, n), of which S = R C Rᵀ has yet to be formed.
+        formed: whether it was.
         energy: tr S, (*batch).
         exponent: of the unit.
     """
 
     weight: Tensor
     basis: Tensor | None
-    second: Tensor
+    known: Tensor
+    formed: bool
     energy: Tensor
     exponent: Tensor
+
+    def shrunk(self, shrink: float) -> Tensor:
+        """S_λ ÷ tr S; plain where the data says nothing."""
+        W, energy = self.weight, self.energy
+        share = torch.where(energy > 0, max(shrink, LEAST), 1.0)
+        kept = ((1 - share) / torch.where(energy > 0, energy, 1.0))[..., None, None]
+        plain = (share / _inner(W, W))[..., None, None]
+        if self.formed:
+            return self.known * kept + (W @ W.mT) * plain
+        return (self.known * kept + W * plain) @ W.mT
+
+    def kept(self, P: Tensor, V: Tensor) -> Tensor:
+        """Trace of PᵀSP, (*batch), with V = RᵀP."""
+        return _inner(self.known @ P, P) if self.formed else _inner(self.known.mT @ P, V)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Trace of aᵀb, (*batch)."""
+    return (a * b).sum((-2, -1))
+
+
+def _orthonormalized(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Q (*batch, m, k) and R (*batch, k, n) of a tall W.
+
+    Cholesky's WᵀW = RᵀR and Q = W R⁻¹ take half of the time of reflections. Q is then orthonormal
+    to eps₆₄·κ²; where that is not far below what a float32 weight is known to, reflections it is.
+    """
+    if dtype != torch.float64:
+        R, failed = torch.linalg.cholesky_ex(W.mT @ W, upper=True)
+        eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        inverse = torch.linalg.solve_triangular(R, eye, upper=True)
+        square = _inner(R, R) * _inner(inverse, inverse)  # κ², from above
+        if bool(((failed == 0) & (square * torch.finfo(R.dtype).eps < ROUNDING)).all()):
+            return W @ inverse, R
+    Q, R = torch.linalg.qr(W)
+    return Q, R
 
 
 def _leading(second: Tensor, r: int) -> Tensor:
