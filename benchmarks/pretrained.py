@@ -6,7 +6,8 @@ Asked, in this order, of one folder of transformers and two texts:
                 is calibration better, on its own text and on the other?
     cost        bytes on disk, milliseconds and memory: dense, factorized, unrolled
     recover     the calibrated model is trained for a little: without decay, with plain decay of the
-                factors, with Frobenius decay to zero, toward the first factors, toward the weight
+                factors, with Frobenius decay to zero, toward the first factors, toward the weight;
+                and, without decay, from spectral factors and from some that are drawn at random
 
     python -m benchmarks.pretrained encoder FOLDER --text multi30k=DIR --text shakespeare=FILE
     python -m benchmarks.pretrained language FOLDER --gguf FILE --text …
@@ -58,7 +59,12 @@ ARMS = {
     "fd": "Frobenius decay",
     "initial": "Frobenius decay toward the first factors",
     "weight": "Frobenius decay toward the dense weight",
+    "spectral": "no decay, from spectral factors",
+    "random": "no decay, from factors drawn at random",
 }
+STARTS = {"spectral": "spectral", "random": "kaiming"}
+"""Where an arm begins, if not from calibrated factors."""
+UNDECAYED = ("none", *STARTS)
 _SIZES = {
     "encoder": {"calibration": 512, "test": 400, "held": 400, "train": 1024},
     "language": {"calibration": 40, "test": 12, "held": 12, "train": 256},
@@ -229,7 +235,7 @@ def trained(task: Any, model: nn.Module, arm: str, decay: float, seed: int, opti
         groups = [{"params": ours, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         base = torch.optim.AdamW(groups, lr=options.lr)
     optimizer: Any = base
-    if arm not in ("none", "plain"):
+    if arm not in (*UNDECAYED, "plain"):
         optimizer = frobdecay.FrobeniusDecay(base, chosen, decay=decay)
     lessons = [
         lesson
@@ -251,16 +257,18 @@ def trained(task: Any, model: nn.Module, arm: str, decay: float, seed: int, opti
 
 def _recover(task: Any, cells: Cells, options: Any, moments: Callable[[str], Any]) -> None:
     first = next(iter(task.texts))
-    start = None
+    starts: dict[Any, nn.Module] = {}
     for seed in range(options.seeds):
         for arm in options.arms:
-            for decay in options.decays if arm != "none" else [0.0]:
+            for decay in [0.0] if arm in UNDECAYED else options.decays:
 
                 def cell(seed=seed, arm=arm, decay=decay) -> dict[str, Any]:
-                    nonlocal start
-                    if start is None:
-                        start, _ = compressed(task, options.share, "uniform", moments(first))
-                    model = copy.deepcopy(start)
+                    start = STARTS.get(arm), seed if arm == "random" else None
+                    if start not in starts:
+                        torch.manual_seed(seed)
+                        init = STARTS[arm] if arm in STARTS else moments(first)
+                        starts[start], _ = compressed(task, options.share, "uniform", init)
+                    model = copy.deepcopy(starts[start])
                     total = trained(task, model, arm, decay, seed, options)
                     parts = {part: task.quality(model, first, part) for part in ("held", "test")}
                     return {"arm": arm, "decay": decay, "D": round(total, 3), **parts}

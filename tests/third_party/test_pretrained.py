@@ -54,14 +54,14 @@ def test_every_part_runs_and_is_resumed(kind, tmp_path, monkeypatch):
     texts = [f"--text={name}={text_of(tmp_path / name, k)}" for k, name in enumerate("ab")]
     command = [kind, folder, *texts, *SMALL, *SHORT, f"--out={tmp_path}"]
     pretrained.main([*command, "--parts=compress", "--allocations=uniform"])
-    arms = "--arms=none,plain,fd,initial,weight"
+    arms = "--arms=none,plain,fd,initial,weight,spectral,random"
     monkeypatch.setattr("benchmarks.pretrained.interleave", lambda runs, *_, **__: dict.fromkeys(
         runs, pretrained_timing()))  # fmt: skip
     record = pretrained.main([*command, "--parts=compress,cost,recover", arms])
-    assert len(record["cells"]) == 2 + 3 + 3 + 1 + 2 * 5
+    assert len(record["cells"]) == 2 + 3 + 3 + 1 + 2 * 7
     kept = [cell["kept"] for key, cell in record["cells"].items() if key.startswith("compress")]
     assert all(0.4 < share < 0.6 for share in kept)
-    assert [row["chosen"] for row in record["tables"]["After a little training"]] == ["×"] * 5
+    assert [row["chosen"] for row in record["tables"]["After a little training"]] == ["×"] * 7
 
     def forbidden(*_, **__):
         raise AssertionError("it ran again")
