@@ -98,11 +98,13 @@ class StepBound:
             old, share = copies[k], found[self._product[k]]
             assert old is not None
             assert share is not None
+            # Not where it is no number: what the base has made of it stays.
+            share = torch.where(share < 1, share, 1.0)
             share = accumulator.spread(k, share, old).to(old.dtype)
-            cut = share < 1  # not where it is no number: what the base has made of it stays
             if old.dtype == held[k].dtype:
-                held[k].copy_(torch.where(cut, old.lerp_(held[k], share), held[k]))
+                torch.lerp(old, held[k], share, out=held[k])  # of 1 the latter, to the bit
             else:
+                cut = share < 1
                 part = torch.where(cut, (held[k] - old) * share, 0)
                 held[k].copy_(torch.where(cut, old, held[k]))
                 half.append((params[k] if is_sharded(params[k]) else held[k], part))
