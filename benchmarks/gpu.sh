@@ -5,7 +5,8 @@
 #     benchmarks/gpu.sh smoke            # is it right there: under 100 s
 #     benchmarks/gpu.sh measure          # how fast: under 240 s
 #     benchmarks/gpu.sh tune             # what other tiles would do
-#     benchmarks/gpu.sh experiments      # the paper's tables with the preset gpu, nine minutes a call
+#     benchmarks/gpu.sh experiments      # the paper's tables, nine minutes a call
+#     benchmarks/gpu.sh experiments compression:small:5 why:small:3    # name, preset and seeds of some
 #     benchmarks/gpu.sh smoke --device cpu    # the same code in small, without a device
 #
 # Needs torch for CUDA and what `pip install '.[test]'` brings; installs nothing. FROBDECAY_DATA
@@ -20,13 +21,25 @@ unset TRITON_INTERPRET
 shift
 folder=${FROBDECAY_OUT:-benchmarks/results/paper}
 mkdir -p "$folder"
+runs=() options=()
+for word; do
+    if [[ $word == -* || ${#options[@]} != 0 ]]; then options+=("$word"); else runs+=("$word"); fi
+done
+((${#runs[@]})) || runs=(
+    compression:small:5 why:small:3 warmup:small:3 compression:fashion:3 compression:gpu:3
+    pretraining:gpu:3 translation:gpu:3 why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3
+    lora:gpu:3
+)
 failed=()
-for name in compression why tensors distillation translation language lora; do
+for run in "${runs[@]}"; do
     left=$((540 - SECONDS))
     ((left > 20)) || break
-    timeout --kill-after=5 "$left" "$python" -m benchmarks.experiments "$name" --preset gpu --workers 6 "$@" ||
-        failed+=("$name")
-    cp -f "experiments-out/$name-gpu".{json,md,png} "$folder" 2>/dev/null
+    IFS=: read -r name preset seeds <<<"$run"
+    there=()
+    case $run in pretraining:*) ;; *:small:* | *:fashion:*) there=(--device cuda --graph) ;; esac
+    timeout --kill-after=5 "$left" "$python" -m benchmarks.experiments "$name" --preset "$preset" \
+        --seeds "$seeds" --workers 8 "${there[@]}" "${options[@]}" || failed+=("$run")
+    cp -f "experiments-out/$name-$preset".{json,md,png} "$folder" 2>/dev/null
 done
 echo "$SECONDS s; not done: ${failed[*]:-none}"
 ((${#failed[@]} == 0))
