@@ -290,6 +290,17 @@ def test_every_preset_makes_its_jobs(name, preset):
         jobs(name, "huge", 1, None)
 
 
+def test_what_the_script_for_devices_runs_can_be_run():
+    """Each word names an experiment, a preset of it and seeds; graphs are for images."""
+    script = Path(command.__file__).parents[1] / "gpu.sh"
+    shown = script.read_text().partition("|| runs=(")[2].partition(")")[0].split()
+    assert len(shown) > 5
+    for word in shown:
+        name, preset, seeds = word.split(":")
+        graph = {"device": "cuda", "graph": True} if preset in ("small", "fashion") else {}
+        assert jobs(name, preset, int(seeds), None, **graph), word
+
+
 def test_trials_are_shared_between_variants():
     """A dense network is the same at every ratio: trained once, shown in each."""
     found = jobs("compression", "paper", 1, None)
