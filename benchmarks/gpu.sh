@@ -26,8 +26,8 @@ for word; do
     if [[ $word == -* || ${#options[@]} != 0 ]]; then options+=("$word"); else runs+=("$word"); fi
 done
 ((${#runs[@]})) || runs=(
-    compression:small:5 why:small:3 warmup:small:3 compression:fashion:3 compression:gpu:3
-    pretraining:gpu:3 translation:gpu:3 why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3
+    compression:small:5 why:small:3 warmup:small:3 compression:fashion:3 carryover:cpu:3
+    compression:gpu:3 pretraining:gpu:3 translation:gpu:3 why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3
     lora:gpu:3
 )
 failed=()
@@ -36,7 +36,11 @@ for run in "${runs[@]}"; do
     ((left > 20)) || break
     IFS=: read -r name preset seeds <<<"$run"
     there=()
-    case $run in pretraining:*) ;; *:small:* | *:fashion:*) there=(--device cuda --graph) ;; esac
+    case $run in
+        pretraining:*) ;;
+        *:small:* | *:fashion:*) there=(--device cuda --graph) ;;
+        *:cpu:*) there=(--device cuda) ;;
+    esac
     timeout --kill-after=5 "$left" "$python" -m benchmarks.experiments "$name" --preset "$preset" \
         --seeds "$seeds" --workers 8 "${there[@]}" "${options[@]}" || failed+=("$run")
     cp -f "experiments-out/$name-$preset".{json,md,png} "$folder" 2>/dev/null
