@@ -285,6 +285,23 @@ def test_batches_and_a_loop_sum_the_same_and_go_on():
             torch.testing.assert_close(other.sums.moments[key].full(), moment.full())
 
 
+def test_runs_that_share_otherwise_add_up(tmp_path):
+    """Weights that shared an input in one run, and were in groups or alone in the next."""
+    model, batches, _ = made("shared input")
+    stats = calibrate(model, batches[:1])
+    stats.save(tmp_path / "moments.pt")
+    stats = Calibration.load(tmp_path / "moments.pt")
+    for _ in range(2):
+        calibrate(model, batches[1:], stats=stats, groups=3)
+        for name in "qkv":
+            calibrate(model, batches[1:], stats=stats, include=name)
+    whole = calibrate(model, [*batches[:1], *batches[1:] * 4])
+    assert len(stats.sums.moments) == 4
+    plans = [factorize(copy.deepcopy(model), rank=2, init=one) for one in (stats, whole)]
+    for a, b in zip(*(plan.rows for plan in plans), strict=True):
+        assert a.error == pytest.approx(b.error, rel=1e-4)
+
+
 def test_padding_is_left_out():
     """By the batch's mask, by a function, or by hand."""
 

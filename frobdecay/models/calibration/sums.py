@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,16 +80,37 @@ class Sums:
             moment.become(moment.count, *(part.to(device) for part in moment.parts()[1:]))
 
     def join(self, other: Sums) -> None:
-        """Add what another run summed."""
+        """Add what another run summed.
+
+        A moment that the same probes met is added to; where others did, as in a run with other
+        groups of weights, it stays apart: each of them shares all of a moment, or none.
+        """
+        places = {key: self._place(key, other.sharers(key)) for key in other.moments}
         for key, moment in other.moments.items():
-            held = self.moments.get(key)
+            held = self.moments.get(places[key])
             if held is None:
-                self.moments[key] = moment
+                self.moments[places[key]] = moment
             else:
                 for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
                     mine += theirs.to(mine.device)
         self.prints = {**other.prints, **self.prints}
-        self._count(other.calls, other.shared)
+        shared = {
+            name: {places[key]: n for key, n in met.items()} for name, met in other.shared.items()
+        }
+        self._count({places[key]: n for key, n in other.calls.items()}, shared)
+
+    def sharers(self, key: Key) -> set[str]:
+        """Names of the probes that met a moment."""
+        return {name for name, met in self.shared.items() if key in met}
+
+    def _place(self, key: Key, sharers: set[str]) -> Key:
+        """Where what exactly these probes met is summed."""
+        apart: Iterator[Key] = ((f"{key[0]}#run{n}", key[1]) for n in itertools.count(2))
+        return next(
+            place
+            for place in itertools.chain([key], apart)
+            if place not in self.moments or self.sharers(place) == sharers
+        )
 
     def empty(self, shape: _Shape, device: torch.device | str) -> Moment | Frequencies:
         """A moment of nothing."""
