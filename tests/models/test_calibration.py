@@ -352,6 +352,37 @@ def test_encoders_make_no_nested_tensors_while_they_are_watched():
     assert model.use_nested_tensor
 
 
+def test_a_mask_that_fits_nothing_is_warned_of():
+    """Unless it hides nothing, or nothing has the dimensions that it could have fitted."""
+    model, x = mlp(), correlated(4, 6, 16)
+    hiding = torch.ones(4, 5).tril(3)
+    with pytest.warns(UserWarning, match="has the shape of no weight's inputs"):
+        calibrate(model, [x], mask=lambda _: hiding)
+    calibrate(model, [x], mask=lambda _: torch.ones(4, 5))
+    calibrate(model, [x[:, 0]], mask=lambda _: hiding)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_compiled_model_is_watched_eagerly(ran):
+    """What was compiled before holds no hooks; afterwards it is as it was."""
+    model, batches, _ = made("linear")
+    whole = calibrate(model, batches)
+    calls = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    if ran:
+        compiled(batches[0])
+    before = len(calls)
+    for seen in (calibrate(compiled, batches), calibrate(compiled)):
+        if not seen.sums.moments:
+            with seen:
+                for batch in batches:
+                    compiled(batch)
+        assert len(calls) == before
+        assert seen.sums.moments.keys() == whole.sums.moments.keys()
+    compiled(batches[0])
+    assert len(calls) == 1
+
+
 def test_a_model_is_as_it_was():
     """No hooks, no gradients, no statistics, no mode changed."""
     torch.manual_seed(0)
@@ -434,6 +465,23 @@ REFUSED = {
     "an iterator twice": (lambda m: calibrate(m, iter([torch.ones(4, 16)]), groups=2), "groups=2"),
     "no groups": (lambda m: calibrate(m, [], groups=0), "number of passes"),
     "meta": (lambda m: calibrate(m.to("meta"), [torch.ones(4, 16)]), "meta device"),
+    "texts": (lambda m: calibrate(m, ["a text"]), "expected batches of tensors, got the text 'a t"),
+    "a mask's name": (
+        lambda m: calibrate(m, [{"input": torch.ones(4, 16)}], mask="maks"),
+        r"mask='maks' is no key of the batch, .* with the keys \['input'\]",
+    ),
+    "a mask of scores": (
+        lambda m: calibrate(m, [torch.ones(4, 2, 16)], mask=lambda b: torch.tensor([[0.0, -1e9]])),
+        "booleans, or of 0 and 1",
+    ),
+    "a number for a mask": (
+        lambda m: calibrate(m, [torch.ones(4, 16)], mask=lambda b: torch.tensor(1)),
+        r"got \(\) of torch.int64",
+    ),
+    "a mask of four dimensions": (
+        lambda m: calibrate(m, [{"attention_mask": torch.ones(4, 1, 2, 2)}]),
+        r"attention_mask to be of shape \(batch, length\), got \(4, 1, 2, 2\)",
+    ),
     "nothing ran": (lambda m: calibrate(m, [1], lambda model, batch: None), "did not run"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import prod
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import nn
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.reading import Matricization
+from frobdecay.models.calibration.masks import Mask
 from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
 from frobdecay.models.calibration.prints import check_same, print_of
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.store import read, write
 from frobdecay.models.calibration.sums import Sums
-from frobdecay.models.calibration.watch import Mask, Watch
+from frobdecay.models.calibration.watch import Watch
 from frobdecay.models.checkpoints.files import FilePath
 from frobdecay.models.select import Weight
 
@@ -131,6 +133,12 @@ class Calibration:
             raise ValueError(
                 f"no watched weight saw an input in {what}: the loader is empty or exhausted, or "
                 "the model did not run"
+            )
+        if self._watch is not None and self._watch.unfit:
+            warnings.warn(
+                "the mask has the shape of no weight's inputs, so that padding is counted; mask= "
+                "takes a function of the batch, and None where that is meant",
+                stacklevel=2,
             )
         bad = next((key for key, moment in run.moments.items() if not moment.finite()), None)
         if bad is not None:

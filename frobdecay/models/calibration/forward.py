@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Without ``torch.compile``, which knows nothing of hooks that came after it, for a while."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and it takes seconds
+    with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+        yield
+
+
+def check_batches(batches: object) -> None:
+    """Refuse what is one batch.
+
+    Raises:
+        TypeError: saying what is expected.
+    """
+    if isinstance(batches, nn.Module | Tensor | str | Mapping):
+        raise TypeError(
+            f"expected batches to be a loader or a list of batches, got a {type(batches).__name__}"
+        )
+
+
 def default_forward(model: nn.Module, batch: Any) -> object:
     """Run a model on a batch as data loaders make them."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -35,4 +56,9 @@ def default_forward(model: nn.Module, batch: Any) -> object:
         return model(**{name: moved(value) for name, value in batch.items()})
     if isinstance(batch, list | tuple):
         batch = batch[0]
+    if isinstance(batch, str):
+        raise TypeError(
+            f"expected batches of tensors, got the text {batch[:40]!r}; give what the tokenizer "
+            "makes of it, or forward=lambda model, batch: …"
+        )
     return model(moved(batch))

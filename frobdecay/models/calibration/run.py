@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import length_hint
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from frobdecay.models.calibration.calibration import Calibration
-from frobdecay.models.calibration.forward import default_forward, evaluating
+from frobdecay.models.calibration.forward import check_batches, default_forward, evaluating
+from frobdecay.models.calibration.masks import DEFAULT, MaskOf, mask_of
 from frobdecay.models.calibration.probes import Probe, probes
-from frobdecay.models.calibration.watch import Mask
 from frobdecay.models.progress import Progress
 from frobdecay.models.select import Walk, Weight, select
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.names import Selector
 from frobdecay.weights.layouts import is_kind
-
-CROSS = tuple(
-    f"*decoder.*{attention}.*"
-    for attention in (
-        *(f"{name}*.[kv]*" for name in ("EncDecAttention", "encoder_attn", "enc_attn", "cross")),
-        "cross*.c_attn",  # GPT-2's keys and values
-    )
-)
-"""Weights of decoders that multiply what the encoder puts out."""
-
-MaskOf = str | Callable[[Any], Mask] | None
 
 
 def calibrate(
@@ -36,7 +24,7 @@ def calibrate(
     batches: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     *,
-    mask: MaskOf = "attention_mask",
+    mask: MaskOf = DEFAULT,
     include: Selector | None = None,
     exclude: Selector | None = None,
     groups: int = 1,
@@ -85,7 +73,7 @@ def calibrate(
         ):
 
             def act(batch: Any) -> None:
-                found.mask = _mask(model, batch, mask)
+                found.mask = mask_of(model, batch, mask)
                 (forward or default_forward)(model, batch)
                 bar.advance(1)
 
@@ -151,38 +139,9 @@ def _is_data_parallel(walk: Walk) -> bool:
 def _check_passes(batches: Iterable[Any], groups: int) -> None:
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"expected groups to be a number of passes, got {groups!r}")
-    if isinstance(batches, nn.Module | Tensor | str | Mapping):
-        raise TypeError(
-            f"expected batches to be a loader or a list of batches, got a {type(batches).__name__}"
-        )
+    check_batches(batches)
     if groups > 1 and iter(batches) is batches:
         raise ValueError(
             f"groups={groups} passes over the batches, but an iterator has one; give a list or a "
             "loader"
         )
-
-
-def _mask(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
-    """Which rows of a batch count."""
-    if callable(mask):
-        return mask(batch)
-    if mask is None or not isinstance(batch, Mapping):
-        return None
-    found = batch.get(mask)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        return None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        own = _decoder_mask(batch, mask)
-        inside = None if own is None else (own, found)  # what has another length is the encoder's
-        return {**dict.fromkeys(CROSS, found), "*decoder.*": inside, "*lm_head.*": own, "*": found}
-    return found
-
-
-def _decoder_mask(batch: Mapping[str, Any], mask: str) -> Tensor | None:
-    """Which rows of a decoder count: all that are known to be its own, if the batch has no mask."""
-    found = batch.get(f"decoder_{mask}")
-    if isinstance(found, Tensor):
-        return found
-    given = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
-    own = next((one for one in given if isinstance(one, Tensor) and one.ndim > 1), None)
-    return None if own is None else torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)

@@ -15,21 +15,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
+from frobdecay.models.calibration.forward import eagerly
 from frobdecay.models.calibration.inside import Inside
+from frobdecay.models.calibration.masks import Mask, fitting, hides, rows
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.product.names import naming
-
-Mask = Tensor | Mapping[str, Tensor | tuple[Tensor, ...] | None] | None
-"""Rows that count, (batch, length) of booleans; or globs of weights' names, the first of which that
-fits says which, or which several, of which the first counts whose shape fits; None for all."""
 
 _weakly: Any = reductions.StorageWeakRef
 
@@ -54,6 +51,7 @@ class Watch:
 
     Attributes:
         mask: which rows count, of the tensors whose shape begins so.
+        unfit: whether a mask leaves rows out, and what was met did not have its shape, all of it.
     """
 
     def __init__(
@@ -61,11 +59,14 @@ class Watch:
     ) -> None:
         self._sums = sums
         self.mask: Mask = None
+        self.unfit = self._fits = self._hides = False
+        self._eager = eagerly()
         self._live: dict[int, tuple[Any, dict[Any, _Seen]]] = {}
         by_module: defaultdict[int, list[Probe]] = defaultdict(list)
         for probe in probes:
             by_module[id(probe.module)].append(probe)
         self._hooks: list[Any] = []
+        self._eager.__enter__()
         self._nesting: list[Any] = [
             module
             for module in modules
@@ -89,11 +90,12 @@ class Watch:
 
     def count(self, mask: Mask) -> None:
         """Say which rows count from now on; what was met until now was in another batch."""
-        self.mask = mask
+        self._hides, self.mask = hides(mask), mask
         self._live.clear()
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self._eager.__exit__(None, None, None)
         for encoder in self._nesting:
             encoder.use_nested_tensor = True
         for hook in self._hooks:
@@ -115,18 +117,18 @@ class Watch:
             self._sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
         elif not self._shared(probe, inputs):
             assert probe.outputs is not None
-            rows = self._rows(probe, probe.outputs(call))
+            made = self._rows(probe, probe.outputs(call))
             if probe.batch:
-                rows = rows.reshape(len(rows), *probe.batch, -1).movedim(0, -2)
-            self._sums.add(probe, "outputs", rows)
+                made = made.reshape(len(made), *probe.batch, -1).movedim(0, -2)
+            self._sums.add(probe, "outputs", made)
 
     @torch.no_grad()
     def _meet(self, probe: Probe, inputs: Tensor, outputs: Tensor, at: int | None) -> None:
         """Take what one matrix of a stack multiplies, or all of them."""
         with naming(probe.name):
             kept = inputs if probe.of == "inputs" else outputs
-            rows = kept if at is None else kept.reshape(-1, kept.shape[-1])
-            self._sums.add(probe, probe.of, rows, at)
+            each = kept if at is None else kept.reshape(-1, kept.shape[-1])
+            self._sums.add(probe, probe.of, each, at)
 
     def _shared(self, probe: Probe, inputs: Tensor | None) -> bool:
         """Sum the inputs, or note that they were; whether either was done."""
@@ -146,22 +148,16 @@ class Watch:
 
     def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
         """Which rows of a tensor that a probe meets count."""
+        found = fitting(self.mask, probe.name, tensor)
         given = self.mask
-        if isinstance(given, Mapping):
-            fits = (one for glob, one in given.items() if fnmatchcase(probe.name, glob))
-            mask = next(fits, None)
-        else:
-            mask = given
-        several = mask if isinstance(mask, tuple) else () if mask is None else (mask,)
-        shape = tensor.shape[:-1]
-        return next((one for one in several if shape[: one.ndim] == one.shape), None)
+        could = self._hides and isinstance(given, Tensor) and tensor.ndim > given.ndim
+        self._fits |= found is not None
+        self.unfit = not self._fits and (self.unfit or could)
+        return found
 
     def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
         """(…, k) as rows that count."""
-        mask = self._mask(probe, tensor)
-        if mask is not None:
-            tensor = tensor[mask.to(tensor.device, torch.bool)]
-        return tensor.reshape(-1, tensor.shape[-1])
+        return rows(tensor, self._mask(probe, tensor))
 
     def _seen(self, tensor: Tensor, mask: Tensor | None) -> tuple[dict[Any, _Seen], Any]:
         """What was met in this memory, and where in it the tensor lies, with which mask."""
