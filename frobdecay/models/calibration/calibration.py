@@ -11,13 +11,12 @@ from torch import nn
 
 from frobdecay.algebra.calibrated.truncation import Metric
 from frobdecay.algebra.reading import Matricization
-from frobdecay.models.calibration.masks import Mask
 from frobdecay.models.calibration.metrics import metric_of, why_not_read, why_unseen
 from frobdecay.models.calibration.prints import check_same, print_of
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.store import read, write
 from frobdecay.models.calibration.sums import Sums
-from frobdecay.models.calibration.watch import Watch
+from frobdecay.models.calibration.watch import Mask, Watch
 from frobdecay.models.checkpoints.files import FilePath
 from frobdecay.models.select import Weight
 

@@ -72,10 +72,10 @@ def _decoder_mask(batch: Mapping[str, Any], mask: str) -> Tensor | None:
 
 def fitting(mask: Mask, name: str, tensor: Tensor) -> Tensor | None:
     """Which of the rows of (…, k) count, that a weight of this name meets; None for all."""
-    if isinstance(mask, Mapping):
-        mask = next((one for glob, one in mask.items() if fnmatchcase(name, glob)), None)
+    fits = mask.items() if isinstance(mask, Mapping) else [("*", mask)]
+    found = next((one for glob, one in fits if fnmatchcase(name, glob)), None)
     shape = tensor.shape[:-1]
-    return next((one for one in _each(mask) if shape[: one.ndim] == one.shape), None)
+    return next((one for one in _each(found) if shape[: one.ndim] == one.shape), None)
 
 
 def rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -91,11 +91,8 @@ def hides(mask: Mask) -> bool:
     Raises:
         ValueError: numbers other than 0 and 1, as in a mask that is added to scores.
     """
-    every = (
-        [one for each in mask.values() for one in _each(each)]
-        if isinstance(mask, Mapping)
-        else [*_each(mask)]
-    )
+    given = mask.values() if isinstance(mask, Mapping) else [mask]
+    every = [one for some in given for one in _each(some)]
     for one in every:
         if one.ndim == 0 or not ((one == 0) | (one == 1)).all():
             raise ValueError(

@@ -45,7 +45,7 @@ def calibrate(
     Runs the model in evaluation mode, without gradients; nothing of it changes.
 
     Args:
-        model: any module, wrapped or not.
+        model: any module, wrapped or not; one that is compiled runs without that here.
         batches: what a loader yields; a few hundred examples often are enough.
         forward: ``forward(model, batch)``. By default a mapping is passed by its names, of a list
             or a tuple the first, and anything else as it is, on the model's device.
@@ -59,7 +59,8 @@ def calibrate(
         progress: as for ``factorize``.
 
     Raises:
-        TypeError, ValueError: no batches, NaN or infinity, the meta device, or nothing to watch.
+        TypeError, ValueError: no batches, NaN or infinity, a mask that is none, the meta device, or
+            nothing to watch.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
     found.parallel = _is_data_parallel(walk)

@@ -23,7 +23,8 @@ from torch.multiprocessing import reductions
 
 from frobdecay.models.calibration.forward import eagerly
 from frobdecay.models.calibration.inside import Inside
-from frobdecay.models.calibration.masks import Mask, fitting, hides, rows
+from frobdecay.models.calibration.masks import Mask as Mask
+from frobdecay.models.calibration.masks import fitting, hides, rows
 from frobdecay.models.calibration.probes import Probe
 from frobdecay.models.calibration.sums import Key, Sums
 from frobdecay.product.names import naming
