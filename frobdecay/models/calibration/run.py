@@ -59,8 +59,7 @@ def calibrate(
         progress: as for ``factorize``.
 
     Raises:
-        TypeError, ValueError: no batches, NaN or infinity, a mask that is none, the meta device, or
-            nothing to watch.
+        TypeError, ValueError: no batches, NaN, an unfit mask, the meta device, nothing to watch.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
     found.parallel = _is_data_parallel(walk)
