@@ -279,10 +279,17 @@ def _recover(task: Any, cells: Cells, options: Any, moments: Callable[[str], Any
 # --- what is shown --------------------------------------------------------------------------------
 
 
+def _place(key: str) -> tuple[float, int, bool]:
+    """Large shares first, then by allocation; cells come in any order."""
+    _, share, allocation, init = key.split(" ")
+    return -float(share), list(ALLOCATORS).index(allocation), init != "spectral"
+
+
 def tables(task: Any, cells: Cells) -> dict[str, list[dict[str, Any]]]:
     """Title -> rows, of the cells that there are."""
     found: dict[str, list[dict[str, Any]]] = {}
     dense = cells.starting("dense")
+    some = sorted(cells.starting("compress").items(), key=lambda cell: _place(cell[0]))
     rows = [
         {
             "kept": cell["kept"],
@@ -290,7 +297,7 @@ def tables(task: Any, cells: Cells) -> dict[str, list[dict[str, Any]]]:
             "factors": key.split(" ")[3],
             **{f"{name}: {s}": cell[name][s] for name in task.texts for s in task.scores},
         }
-        for key, cell in cells.starting("compress").items()
+        for key, cell in some
     ]
     if rows:
         whole = {f"{n}: {s}": dense[f"dense {n}"][s] for n in task.texts for s in task.scores}
