@@ -27,13 +27,13 @@ class TranslationArm(Arm):
 
     Attributes:
         dense: leaves all as it is.
-        linear_si, attention_si: spectral initialization of the factorized weights; of the
-            query–key and output–value products.
+        linear: initialization of the factorized weights.
+        attention_si: spectral initialization of the query–key and output–value products.
         decayed: which products get Frobenius decay: "linear", "output_value", "query_key".
     """
 
     dense: bool = False
-    linear_si: bool = False
+    linear: str = "kaiming"
     attention_si: bool = False
     decayed: tuple[str, ...] = ()
 
@@ -117,7 +117,7 @@ class TranslationTrial(Training):
                 rank=protocol.rank,
                 include=[nn.Linear, nn.Embedding],
                 exclude=["*.query", "*.key", "*.value", "*attention.output", "*cross.output"],
-                init="spectral" if arm.linear_si else "kaiming",
+                init=arm.linear,
             )
         model.to(protocol.device)
         products = frobdecay.products(model)

@@ -129,7 +129,12 @@ VISION: Mapping[str, Experiment] = {
         "SI and FD together bring a low-rank network of a tenth of the parameters close to the "
         "dense one (93.59 plain, 94.34 with both, 94.49 dense on CIFAR-10, second-hand), above "
         "unstructured sparsity at equal size; one of them alone may be below plain.",
-        {"dense": _DENSE, **_GRID, "pruned": ImageArm(label="magnitude pruning", kind="pruned")},
+        {
+            "dense": _DENSE,
+            **_GRID,
+            "matched": ImageArm(label="low-rank, of the dense norm", init="matched"),
+            "pruned": ImageArm(label="magnitude pruning", kind="pruned"),
+        },
         {
             "paper": {
                 f"{model} {name} {ratio:g}": ImageProtocol(
@@ -165,6 +170,7 @@ VISION: Mapping[str, Experiment] = {
             Claim("SI alone is below plain low-rank (one cell of Table 1)", "lowrank", "si"),
             Claim("FD alone is below plain low-rank (one cell of Table 1)", "lowrank", "fd"),
             Claim("SI & FD is better than unstructured sparsity of that size", "sifd", "pruned"),
+            Claim("SI is better than random factors of the dense norm", "si", "matched"),
         ],
     ),
     "rates": _Experiment(

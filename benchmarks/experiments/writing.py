@@ -46,12 +46,17 @@ TEXT: Mapping[str, Experiment] = {
                 blind=("rank",),
             ),
             "lowrank": TranslationArm(label="low-rank", blind=("weight_decay",)),
-            "si": TranslationArm(label="low-rank + SI", linear_si=True, blind=("weight_decay",)),
+            "matched": TranslationArm(
+                label="low-rank, of the dense norm", linear="matched", blind=("weight_decay",)
+            ),
+            "si": TranslationArm(label="low-rank + SI", linear="spectral", blind=("weight_decay",)),
             "fd": TranslationArm(label="low-rank + FD", decayed=_EVERYTHING),
-            "sifd": TranslationArm(label="SI & FD on linear", linear_si=True, decayed=("linear",)),
+            "sifd": TranslationArm(
+                label="SI & FD on linear", linear="spectral", decayed=("linear",)
+            ),
             "siallfd": TranslationArm(
                 label="SI & FD on linear, QK, OV",
-                linear_si=True,
+                linear="spectral",
                 attention_si=True,
                 decayed=_EVERYTHING,
             ),
@@ -93,11 +98,12 @@ TEXT: Mapping[str, Experiment] = {
         score="test BLEU",
         trial=TranslationTrial,
         some={
-            ("cpu", "rank 0.5"): ("dense", "lowrank", "si", "fd", "sifd", "siallfd"),
-            ("cpu", "rank 0.25"): ("dense", "lowrank", "si", "siallfd"),
+            ("cpu", "rank 0.5"): ("dense", "lowrank", "matched", "si", "fd", "sifd", "siallfd"),
+            ("cpu", "rank 0.25"): ("dense", "lowrank", "matched", "si", "siallfd"),
         },
         claims=[
             Claim("SI is better than plain low-rank", "si", "lowrank"),
+            Claim("SI is better than random factors of the dense norm", "si", "matched"),
             Claim("FD does not work without SI: it is not above plain low-rank", "lowrank", "fd"),
             Claim("SI & FD on everything is better than SI alone", "siallfd", "si"),
             Claim("SI & FD on everything is within 1 BLEU of dense", "siallfd", "dense", 1.0),
@@ -111,11 +117,11 @@ TEXT: Mapping[str, Experiment] = {
         {
             "dense": TranslationArm(label="dense", dense=True, blind=("rank",)),
             "lowrank": TranslationArm(label="low-rank"),
-            "si": TranslationArm(label="low-rank + SI", linear_si=True),
+            "si": TranslationArm(label="low-rank + SI", linear="spectral"),
             "fd": TranslationArm(label="low-rank + FD", decayed=_EVERYTHING),
             "sifd": TranslationArm(
                 label="low-rank + SI & FD",
-                linear_si=True,
+                linear="spectral",
                 attention_si=True,
                 decayed=_EVERYTHING,
             ),
