@@ -233,11 +233,14 @@ def _normal_init(
 
 @torch.no_grad()
 def kaiming_init(weight: Tensor, rank: Rank, *, depth: int = 0) -> tuple[Tensor, ...]:
-    """Draw each factor as if it were a dense layer (He et al.): the usual, poor default.
+    """Draw each factor as if it were a dense matrix (He et al.): the usual, poor default.
 
     U ~ N(0, 2/r) and V ~ N(0, 2/n): the product's entries then have variance 4/n, where the
-    dense He initialization of the same matrix has 2/n. Draws from torch's global generator, as
-    ``torch.nn.init`` does. Arguments and returns as for ``spectral_init``.
+    dense He initialization of the same matrix has 2/n. That is what the paper's code draws for its
+    residual networks, of kernels too: read (o kh)×(i kw), with 2/r where a layer of kh rows would
+    have 2/(r kh), their products have 2 kh times the variance of the dense kernel. Draws from
+    torch's global generator, as ``torch.nn.init`` does. Arguments and returns as for
+    ``spectral_init``.
 
     Examples:
         >>> import torch

@@ -80,10 +80,13 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
     for name in _in_order(dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors)):
         if name in factorized:
             _factorize(layer := nn.Module(), "weight", factorized[name][0])
-        elif name in weights:
-            layer = _layer(weights[name])
-        else:
+        elif name not in weights:
             continue
+        elif weights[name].ndim > 2 and len(weights[name]) == 1:  # no layer: such as of positions
+            _put(model, name.split("."), nn.Parameter(weights[name], requires_grad=False))
+            continue
+        else:
+            layer = _layer(weights[name])
         path = name.removesuffix(".weight") or name
         names[f"{path}.weight"] = name
         _put(model, path.split("."), layer)
@@ -114,12 +117,15 @@ def _in_order(names: Iterable[str]) -> list[str]:
 _OUTPUTS = r"^(fc\d*|cls|score|logits|proj_out|output|pooler)$|head|classifier|unembed"
 
 
-def _put(model: nn.Module, path: Iterable[str], layer: nn.Module) -> None:
+def _put(model: nn.Module, path: Iterable[str], what: nn.Module | nn.Parameter) -> None:
     """Past the checks of names: a file may have any."""
     *around, last = path
     for part in around:
         model = model._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    model._modules[last] = layer
+    if isinstance(what, nn.Parameter):
+        model._parameters[last] = what
+    else:
+        model._modules[last] = what
 
 
 def _layer(tensor: Tensor) -> nn.Module:

@@ -58,7 +58,7 @@ class FrobeniusDecayFactory:
             optimizer: makes the base optimizer from param groups and ``options``.
             args: ``transformers.TrainingArguments``, which say what is not said here.
             weight_decay: of dense weights and products.
-            no_decay: see ``split_param_groups``.
+            no_decay: see ``split_param_groups``; factors among it decay neither way.
             decay: λ of the products, if it is another.
             mode: see ``FrobeniusDecay``.
             backend: see ``FrobeniusDecay``.
@@ -78,9 +78,12 @@ class FrobeniusDecayFactory:
                 said = {"lr": args.learning_rate}
         if optimizer is None:
             raise TypeError("expected optimizer=… or args=TrainingArguments(…), got neither")
-        groups = said.pop("params", None) or split_param_groups(
-            model, 0.0 if weight_decay is None else weight_decay, no_decay=no_decay
-        )
+        groups = said.pop("params", None)
+        if groups is None:
+            groups = split_param_groups(
+                model, 0.0 if weight_decay is None else weight_decay, no_decay=no_decay, decay=decay
+            )
+            decay = None
         base = optimizer(groups, **{**said, **options})
         return FrobeniusDecay(base, model, decay=decay, mode=mode, backend=backend)
 

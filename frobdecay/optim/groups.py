@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
+from frobdecay.optim.rates import DECAY
 from frobdecay.product.find import products
 from frobdecay.product.names import Choice, Named, Selector, around, each, strip_wrappers
 
@@ -23,6 +24,7 @@ def split_param_groups(
     *,
     no_decay: Selector = (),
     planned: Iterable[str] = (),
+    decay: Coefficient | None = None,
 ) -> list[dict[str, Any]]:
     """Make the param groups of a model: the usual two, and one for the factors.
 
@@ -41,8 +43,8 @@ def split_param_groups(
         {dense weights, weight_decay}  {norms, biases, one-dimensional, 0}  {factors, weight_decay}
 
     Every trainable parameter is in one group, a shared one once. ``FrobeniusDecay`` turns the last
-    group's weight decay into that of the products; a plain optimizer decays the factors themselves
-    by it. Parameters on different device meshes get different groups, as fused updates need them.
+    group's weight decay into that of the products; plain optimizers decay the factors themselves.
+    Parameters on different device meshes get different groups, as fused updates need them.
 
     Args:
         model: factorized or not; is not changed.
@@ -50,19 +52,20 @@ def split_param_groups(
         no_decay: more that shall not decay, factors too: exact names or globs of parameters or
             modules (with all below), compiled regular expressions, module types, predicates(name,
             parameter), or a list of those. A factorized weight goes by its own name, too. What a
-            module's ``no_weight_decay()`` names, as timm's models have it, is left out as well.
+            module's ``no_weight_decay()`` names, as of timm's models, is left out as well.
         planned: weights that will be factorized, as ``plan.ranks``: into the factors' group.
+        decay: λ of the products, if it is another: their group's ``frobenius_decay``.
 
     Returns:
         Groups that are not empty, with ``"params"``, ``"param_names"``, ``"weight_decay"``.
 
     Raises:
-        TypeError: no model, or a pattern of another kind.
-        ValueError: a negative or infinite λ, or names and patterns that match nothing.
+        TypeError, ValueError: no model; a negative λ; patterns of another kind or without a match.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")
     check_coefficient(weight_decay, "weight_decay")
+    check_coefficient(0.0 if decay is None else decay, "decay")
     spared = _spared(model, no_decay)
     factors = _factors(model, planned)
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}
@@ -73,16 +76,22 @@ def split_param_groups(
         small = param.ndim <= 1 or name.endswith("bias")
         return _SPARED if small or id(param) in norms else _DENSE
 
-    groups: dict[tuple[str, Any], dict[str, Any]] = {}
+    groups: dict[Any, dict[str, Any]] = {}
     kinds = {name: kind(name, param) for name, param in model.named_parameters()}
     named = sorted(model.named_parameters(), key=lambda item: _ORDER.index(kinds[item[0]]))
     for name, param in (item for item in named if item[1].requires_grad):
-        value = 0.0 if kinds[name] == _SPARED else weight_decay
-        empty: dict[str, Any] = {"params": [], "param_names": [], "weight_decay": value}
+        empty = {"params": [], "param_names": [], **_decays(kinds[name], weight_decay, decay)}
         group = groups.setdefault((kinds[name], getattr(param, "device_mesh", None)), empty)
         group["params"].append(param)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def _decays(kind: str, weight_decay: Coefficient, decay: Coefficient | None) -> dict[str, Any]:
+    """The options of a group that are decays."""
+    if kind == _FACTOR and decay is not None:
+        return {"weight_decay": 0.0, DECAY: decay}
+    return {"weight_decay": 0.0 if kind == _SPARED else weight_decay}
 
 
 def _factors(model: nn.Module, names: Iterable[str]) -> set[int]:

@@ -124,6 +124,21 @@ def test_the_first_and_the_last_layer_are_those_of_the_model(tmp_path, capsys, e
     assert f"{plan.before:,} → {plan.after:,}" in lines[-1] + lines[-2]
 
 
+def test_what_begins_with_an_axis_of_one_is_no_layer(tmp_path, capsys):
+    """Embeddings of positions and class tokens, which are no convolutions of one channel."""
+    tensors = {"pos_embed": (1, 65, 64), "cls_token": (1, 1, 64), "fc1.weight": (256, 64)}
+    given = {name: torch.randn(*shape) for name, shape in tensors.items()}
+    save_file(given, tmp_path / "in.safetensors")
+    assert (
+        _run("factorize", tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--rank=4")
+        == 0
+    )
+    found = load_file(tmp_path / "out.safetensors")
+    assert {name for name in given if name in found} == {"pos_embed", "cls_token"}
+    torch.testing.assert_close(found["pos_embed"], given["pos_embed"])
+    assert "pos_embed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "names",
     [

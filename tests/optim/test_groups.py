@@ -203,6 +203,20 @@ def test_the_factory_builds_it_all(net):
     assert "token" in optimizer.param_groups[1]["param_names"]
 
 
+def test_factors_that_shall_not_decay_do_not_by_a_lambda_of_their_own():
+    """``no_decay`` goes before ``decay``."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    frobdecay.factorize(net, rank=2)
+    optimizer = FrobeniusDecayFactory()(
+        net, optimizer=torch.optim.SGD, weight_decay=0.1, no_decay="0.weight", decay=0.2
+    )
+    decays = {
+        name: g["frobenius_decay"] for g in optimizer.param_groups for name in g["param_names"]
+    }
+    factors = {name: value for name, value in decays.items() if "parametrizations" in name}
+    assert list(factors.values()) == [0.0, 0.0, 0.2, 0.2]
+
+
 def test_the_factory_needs_an_optimizer(net):
     """There is no default that would suit everybody."""
     with pytest.raises(TypeError, match="optimizer="):
