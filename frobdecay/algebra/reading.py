@@ -237,10 +237,7 @@ def _items(side: str, pattern: str) -> Axes:
 
 
 def _fill(
-    tensor_axes: Axes,
-    shape: tuple[int, ...],
-    sizes: dict[str, int],
-    pattern: str,
+    tensor_axes: Axes, shape: tuple[int, ...], sizes: dict[str, int], pattern: str
 ) -> dict[str, int]:
     """Lengths of all axes from the shape and the given ones."""
     known = {a for item in tensor_axes for a in item}

@@ -166,10 +166,7 @@ def split_evenly(p: Tensor, s: Tensor, q: Tensor, r: int, least: float) -> tuple
         )
         for x in flat
     ]
-    return (
-        spread[0].reshape(*left.shape[:-1], r),
-        spread[1].reshape(*right.shape[:-1], r),
-    )
+    return (spread[0].reshape(*left.shape[:-1], r), spread[1].reshape(*right.shape[:-1], r))
 
 
 def orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from frobdecay.models.calibration.forward import default_forward, evaluating
+from frobdecay.models.calibration.forward import default_forward, eagerly, evaluating
 from frobdecay.models.checkpoints.files import FilePath, write_figure
 from frobdecay.models.select import Walk
 from frobdecay.models.tables.table import Column, figure, screen, table
+from frobdecay.product.names import naming
 from frobdecay.weights.layouts import layouts
 
 _REPEATS = 3
@@ -38,10 +40,12 @@ class _Sum:
 
     def add(self, there: Tensor, here: Tensor) -> None:
         """Outputs (…, m) of the original and of the other model."""
-        y, other = (x.detach().reshape(-1, x.shape[-1]).double() for x in (there, here.to(there)))
-        self.lost += float((y - other).square().sum())
+        if there.shape != here.shape:
+            raise ValueError(f"expected outputs like {[*there.shape]}, got {[*here.shape]}")
+        y, other = (x.detach()[None, None].flatten(0, -2).double() for x in (there, here))
+        self.lost += float((y - other.to(y)).square().sum())
         self.total += float(y.square().sum())
-        self.cosines += float(torch.cosine_similarity(y, other, dim=-1).sum())
+        self.cosines += float(torch.cosine_similarity(y, other.to(y), dim=-1).sum())
         self.rows += len(y)
 
     @property
@@ -136,10 +140,7 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module,
-    original: nn.Module,
-    batches: Iterable[Any],
-    forward: Forward | None = None,
+    model: nn.Module, original: nn.Module, batches: Iterable[Any], forward: Forward | None = None
 ) -> Comparison:
     """Compare a factorized, merged or unrolled model's outputs with those of the original.
 
@@ -166,7 +167,7 @@ def compare(
     """
     run, final, seconds = forward or default_forward, _Sum(), None
     there, here = Walk(original).modules, Walk(model).modules
-    both = _Both({n: here[n] for n, m in there.items() if n in here and layouts(m)})
+    both = _Both({n: here[n] for n, m in there.items() if here.get(n, m) is not m and layouts(m)})
     with evaluating(original), evaluating(model):
         for batch in batches:
             with _hooked(there, both.ask):
@@ -192,8 +193,10 @@ class _Both:
     def ask(self, name: str, args: Any, named: Any, made: Any) -> None:
         """Ask a layer what it makes of the original's inputs."""
         if name in self.modules:
-            self._seen[name].append(_first(made))
-            self._alone[name].add(_first(made), _first(self.modules[name](*args, **named)))
+            # A copy, since what comes next may write to it, as nn.ReLU(inplace=True) does.
+            self._seen[name].append(_first(made).clone())
+            with naming(name):
+                self._alone[name].add(_first(made), _first(self.modules[name](*args, **named)))
 
     def meet(self, name: str, args: Any, named: Any, made: Any) -> None:
         """Compare a layer's outputs with what the original's made in this call."""
@@ -226,7 +229,8 @@ def _hooked(modules: Mapping[str, nn.Module], act: Callable[..., None]) -> Itera
         for name, module in modules.items()
     ]
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for one in hooks:
             one.remove()
@@ -234,11 +238,10 @@ def _hooked(modules: Mapping[str, nn.Module], act: Callable[..., None]) -> Itera
 
 def _first(made: Any) -> Tensor:
     """The first tensor of what a module returned; the logits if it has some."""
-    if isinstance(made, Tensor):
-        return made
-    held = made.values() if isinstance(made, Mapping) else made or ()
-    found = getattr(made, "logits", None)
-    found = next((x for x in held if isinstance(x, Tensor)), None) if found is None else found
+    logits = getattr(made, "logits", None)
+    made = made if logits is None else logits
+    held = dict(made) if isinstance(made, Mapping) else vars(made) if is_dataclass(made) else made
+    found = next((x for x in tree_leaves(held) if isinstance(x, Tensor)), None)
     if found is None:
         raise ValueError(f"expected a tensor to compare, got a {type(made).__name__}")
     return found

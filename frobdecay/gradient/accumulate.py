@@ -27,12 +27,7 @@ from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
 from frobdecay.gradient.sharded import Exchange, exchanges, localized
 from frobdecay.product.factor import TABLE, is_sharded, place_of
-from frobdecay.product.product import (
-    Product,
-    as_products,
-    check_product,
-    squared_norm,
-)
+from frobdecay.product.product import Product, as_products, check_product, squared_norm
 
 _GRAD = operator.attrgetter("grad")
 _TABLE = operator.itemgetter(TABLE)
@@ -165,9 +160,7 @@ class Accumulator:
 
     @_disable_dynamo
     def accumulate(
-        self,
-        targets: Sequence[Sequence[Tensor | None]],
-        coefs: Sequence[Sequence[Coefficient]],
+        self, targets: Sequence[Sequence[Tensor | None]], coefs: Sequence[Sequence[Coefficient]]
     ) -> None:
         """Add coefs[k][j] · ∇½‖W_k‖² to targets[k][j], for product k and factor j, in place.
 

@@ -155,11 +155,7 @@ class _Stack:
     """
 
     def __init__(
-        self,
-        slots: list[int],
-        views: list[Tensor],
-        dtype: torch.dtype,
-        columns: int | None = None,
+        self, slots: list[int], views: list[Tensor], dtype: torch.dtype, columns: int | None = None
     ) -> None:
         self.slots, self.views = slots, views
         *rows, r = len(views), *views[0].shape  # of factors without axes, the stack is one row

@@ -85,9 +85,8 @@ def _calibrated(entry: Entry, metric: Metric) -> Sequence[Tensor]:
     entry.error, entry.shift = found.error, found.shift
     if found.plain:
         which = f" in {', '.join(map(str, found.plain))} of {prod(matrix.shape[:-2])}"
-        entry.note = (
-            f"init='spectral'{which if matrix.ndim > 2 else ''}: nothing but zeros was seen"
-        )
+        why = "nothing but zeros was seen" if metric.mean is None else "its outputs did not vary"
+        entry.note = f"init='spectral'{which if matrix.ndim > 2 else ''}: {why}"
     return found.factors
 
 

@@ -32,14 +32,7 @@ from frobdecay.optim.conventions import (
 from frobdecay.optim.decaying import Decay, PenalizedClosure
 from frobdecay.optim.division import Halves, adapt_plain, is_plain, keep_bounds, tensors_of
 from frobdecay.optim.proxy import OptimizerProxy
-from frobdecay.optim.rates import (
-    DECAY,
-    Group,
-    Rate,
-    asked,
-    is_dummy_step,
-    known_value,
-)
+from frobdecay.optim.rates import DECAY, Group, Rate, asked, is_dummy_step, known_value
 from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.optim.stability import Watch
 from frobdecay.product.find import VERSION
@@ -226,10 +219,7 @@ class FrobeniusDecay(OptimizerProxy):
 
     @torch.no_grad()
     def _add_decay(
-        self,
-        closure: Callable[[], Any] | None,
-        rates: list[Rate | None],
-        bound: Any,
+        self, closure: Callable[[], Any] | None, rates: list[Rate | None], bound: Any
     ) -> _Step:
         engine, late = self._engine, None
         if closure is not None or reads_the_parameter(self._base):
@@ -323,13 +313,7 @@ class FrobeniusDecay(OptimizerProxy):
         index = len(self.param_groups)
         probe = {**self.defaults, **param_group, "params": tensors_of(param_group)}
         (division,) = plan_groups(
-            self._base,
-            [probe],
-            products,
-            self._decay,
-            self._mode,
-            first=index,
-            own_first=True,
+            self._base, [probe], products, self._decay, self._mode, first=index, own_first=True
         )
         self._base.add_param_group(param_group)
         self.param_groups[index:] = division.commit(self.param_groups[index], self._bound)

@@ -115,13 +115,7 @@ class Recorded(nn.Module):
                 f"model reads them as {ours}; factorize the model the same way"
             )
         super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 

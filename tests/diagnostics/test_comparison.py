@@ -1,6 +1,8 @@
 """Comparison: errors of layers alone, in place and of the model, on any form of it."""
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,13 +59,77 @@ def test_it_prints_and_is_drawn(tmp_path):
     assert (tmp_path / "layers.svg").stat().st_size > 1000
 
 
+def test_what_comes_next_may_write_to_a_layers_outputs():
+    """As activations in place do."""
+    model, original = pair()
+    expected = compare(model, original, BATCHES)
+    for one in (model, original):
+        one[1] = nn.Hardtanh()
+    expected = compare(model, original, BATCHES)
+    for one in (model, original):
+        one[1].inplace = True
+    assert compare(model, original, BATCHES).layers == expected.layers
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda m, **how: m.compile(**how) or m])
+def test_compiled_models_that_ran_are_compared(compiled):
+    """Layer by layer."""
+    torch._dynamo.reset()
+    both = pair()
+    expected = compare(*both, BATCHES)
+    both = [compiled(one, backend="eager") for one in both]
+    with torch.no_grad():
+        for one in both:
+            one(BATCHES[0])
+    assert compare(*both, BATCHES).layers == expected.layers
+
+
+def test_layers_that_both_models_have_are_not_listed():
+    """Nor is a model other than itself."""
+    model, original = pair()
+    model[3] = original[3]
+    assert [row.name for row in compare(model, original, BATCHES).layers] == ["0", "2"]
+    found = compare(original, original, BATCHES)
+    assert (found.layers, found.error, found.cosine) == ((), 0, pytest.approx(1))
+
+
+@dataclass
+class Answer:
+    """What some models return."""
+
+    words: list
+    scores: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: (None, y),
+        lambda y: [3, {"scores": y, "more": y * 0}],
+        lambda y: Answer(["no tensor"], y),
+        lambda y: SimpleNamespace(logits=y),
+        lambda y: SimpleNamespace(logits=[y]),
+        lambda y: y.square().sum(),
+    ],
+)
+def test_the_first_tensor_that_is_returned_is_compared(answer):
+    """In whatever it is."""
+    model, original = pair()
+    found = compare(model, original, BATCHES, lambda model, batch: answer(model(batch)))
+    assert found.layers == compare(model, original, BATCHES).layers
+    assert found.error > 0.01
+
+
 def test_what_cannot_be_compared_is_refused():
     """By name."""
     model, original = pair()
     with pytest.raises(ValueError, match="empty or exhausted"):
         compare(model, original, [])
-    with pytest.raises(ValueError, match="expected a tensor"):
-        compare(model, original, BATCHES, lambda model, batch: None)
+    for nothing in (None, 3, (), {}, "text"):
+        with pytest.raises(ValueError, match="expected a tensor"):
+            compare(model, original, BATCHES, lambda model, batch, nothing=nothing: nothing)
+    with pytest.raises(ValueError, match=r"0: expected outputs like \[9, 16\], got"):
+        compare(nn.Sequential(nn.Linear(12, 1)), original, BATCHES)
 
     def halves(one, batch):
         return one[:1](batch) if one is model else one(batch)

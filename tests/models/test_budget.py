@@ -244,6 +244,49 @@ def test_bad_budgets(act, case):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("allocate", ["energy", "sensitivity"])
+def test_weights_whose_outputs_never_vary_get_the_least(allocate):
+    """They keep all at any rank."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(24, 24), nn.Linear(24, 24)])
+    x = torch.randn(50, 24)
+
+    def forward(model, batch):
+        return model[0](batch) + model[1](torch.ones(5, 24))
+
+    more = {"evaluate": lambda m: float((m[0](x) - 1).square().mean().detach())}
+    more = more if ALLOCATORS[allocate].measures else {}
+    options = {"include": "*", "allocate": allocate, "init": calibrate(model, [x[:5]] * 9, forward)}
+    with torch.no_grad():
+        ranks = plan_ranks(model, ratio=0.5, **options, **more).ranks
+    assert ranks["1.weight"] < ranks["0.weight"]
+    assert sum(ranks.values()) == 12
+
+
+def _trained(model):
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    return 1.0
+
+
+def _replaced(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    return 1.0
+
+
+def _factorized(model):
+    factorize(model, rank=2, include="0")
+    return 1.0
+
+
+@pytest.mark.parametrize("evaluate", [_trained, _replaced, _factorized])
+@pytest.mark.parametrize("rule", [{"tolerance": 0.5}, {"ratio": 0.5, "allocate": "sensitivity"}])
+def test_a_loss_that_changes_the_model_is_refused(rule, evaluate):
+    """Two losses of it are not to be compared."""
+    with pytest.raises(ValueError, match=r"evaluate\(model\) changed 0\."):
+        plan_ranks(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), evaluate=evaluate, **rule)
+
+
 def test_an_error_of_the_loss_restores_the_weights():
     """Whatever it is."""
     model = _spectral(0.5, 0.5)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import pickle
 import re
 
@@ -282,7 +283,9 @@ def test_batches_and_a_loop_sum_the_same_and_go_on():
     for other in (loop, on, halves):
         assert other.sums.moments.keys() == whole.sums.moments.keys()
         for key, moment in whole.sums.moments.items():
-            torch.testing.assert_close(other.sums.moments[key].full(), moment.full())
+            torch.testing.assert_close(
+                other.sums.moments[key].full(), moment.full(), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_runs_that_share_otherwise_add_up(tmp_path):
@@ -457,7 +460,80 @@ def test_layers_with_a_forward_of_their_own_are_listed():
     assert remarks[1] is None
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(12, 10), (10, 12)])
+@pytest.mark.parametrize(
+    ("scale", "mean"), [(1e20, 0), (1e35, 0), (1e-25, 0), (1e-37, 0), (1, 1e4), (1e20, 1e4)]
+)
+def test_inputs_of_any_size_and_mean_are_truncated_best(scale, mean, widths, bias):
+    """Whose squares leave float32, or whose digits they do: the least error is known in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*widths, bias=bias))
+    if bias:
+        with torch.no_grad():
+            model[0].bias.mul_(scale)
+    x = (correlated(80, widths[0]) + mean) * scale
+    y = x.double() / scale @ model[0].weight.detach().double().T
+    plan = factorize(model, rank=3, init=calibrate(model, [x[:50], x[50:]]))
+    about = y - y.mean(0) if bias else y
+    values = torch.linalg.svdvals(about)
+    least = float(values[3:].norm() / values.norm())
+    assert plan.rows[0].error == pytest.approx(least, rel=0.02, abs=1e-6)
+    ours = x.double() / scale @ model[0].weight.detach().double().T
+    if bias:
+        ours = ours - ours.mean(0) + y.mean(0)
+    assert float((ours - y).norm() / about.norm()) == pytest.approx(least, rel=0.02, abs=1e-6)
+    assert plan.rows[0].reason is None
+
+
+def test_outputs_that_never_vary_are_plain_and_listed():
+    """One example, or one again and again; whatever its size."""
+    for x in (correlated(1, 8), correlated(1, 8).expand(33, 8), torch.zeros(4, 8)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4, bias=False))
+        expected = model(x)
+        plan = factorize(model, rank=2, init=calibrate(model, [x * 1e3]), include="0")
+        assert plan.rows[0].reason == "init='spectral': its outputs did not vary"
+        torch.testing.assert_close(model(x * 1e3), model(x * 1e3))
+        assert expected.shape == model(x).shape
+
+
+def test_hooks_that_change_what_a_layer_returns_change_no_moment():
+    """They come after; a layer whose forward is replaced is listed."""
+    torch.manual_seed(0)
+    x, plain = correlated(30, 12), nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 8))
+    hooked = copy.deepcopy(plain)
+    hooked[0].register_forward_hook(lambda module, args, out: 7 * out)
+    moments = [calibrate(m, [x]).sums.moments["0.weight", "outputs"] for m in (plain, hooked)]
+    torch.testing.assert_close(moments[1].full(), moments[0].full())
+    forward = plain[0].forward
+    plain[0].forward = lambda x: 7 * forward(x)
+    assert "forward of its own" in calibrate(plain, [x]).unwatched["0.weight"]
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda m, **how: m.compile(**how) or m])
+def test_compiled_models_are_watched(compiled, capfd):
+    """Also if they ran before."""
+    torch._dynamo.reset()
+    model, batches, _ = made("linear")
+    expected = calibrate(model, batches).sums
+    other = compiled(model, backend="eager")
+    with torch.no_grad():
+        other(batches[0])
+    for key, moment in calibrate(other, batches).sums.moments.items():
+        torch.testing.assert_close(moment.full(), expected.moments[key].full())
+    assert "ignored" not in capfd.readouterr().err
+
+
 REFUSED = {
+    "too large for float32": (
+        lambda m: calibrate(
+            m,
+            [torch.ones(4, 16).diff(dim=0, prepend=torch.zeros(1, 16)) * 1e25],
+            stats=Calibration(dtype=torch.float32),
+        ),
+        "infinity",
+    ),
     "empty": (lambda m: calibrate(m, []), "no watched weight saw an input"),
     "exhausted": (lambda m: calibrate(m, iter(())), "empty or exhausted"),
     "NaN": (lambda m: calibrate(m, [torch.full((4, 16), torch.nan)]), "NaN or infinity in batch 1"),
@@ -501,9 +577,30 @@ def test_a_failed_run_adds_nothing():
     model, batches, _ = made("linear")
     stats = calibrate(model, batches)
     before = stats.sums.moments["0.weight", "inputs"].full()
-    with pytest.raises(ValueError, match="infinity"):
-        calibrate(model, [batches[0], batches[0] / 0], stats=stats)
-    assert torch.equal(stats.sums.moments["0.weight", "inputs"].full(), before)
+    for groups in (1, 2):
+        passes = iter([[batches[0]] * 2, [batches[0], batches[0] / 0]][-groups:])
+
+        class Loader:
+            def __iter__(self, passes=passes):
+                return iter(next(passes))
+
+        with pytest.raises(ValueError, match="infinity"):
+            calibrate(model, Loader(), stats=stats, groups=groups)
+        assert torch.equal(stats.sums.moments["0.weight", "inputs"].full(), before)
+        assert stats.sums.calls["0.weight", "inputs"] == len(batches)
+
+
+@pytest.mark.parametrize("width", [1, 9])
+def test_moments_of_another_model_are_not_added_to(width):
+    """Not even where they could be, as those of one input."""
+    model, batches, _ = made("linear")
+    stats = calibrate(model, batches)
+    before = copy.deepcopy(stats.sums.moments)
+    other = nn.Sequential(nn.Linear(width, 24))
+    with pytest.raises(ValueError, match="another model"):
+        calibrate(other, [torch.ones(4, width)], stats=stats)
+    for key, moment in stats.sums.moments.items():
+        assert torch.equal(moment.full(), before[key].full())
 
 
 @pytest.mark.parametrize(
@@ -610,6 +707,50 @@ def test_files_of_something_else_are_refused(file, tmp_path):
         pytest.importorskip("safetensors.torch").save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="not a file of moments"):
         Calibration.load(path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    """Whatever of them does not fit the rest."""
+    model, batches, _ = made("linear")
+    path, broken = tmp_path / "moments.pt", tmp_path / "broken.pt"
+    calibrate(model, batches).save(path)
+    whole = torch.load(path)
+    header = "frobdecay.calibration"
+    said = json.loads(whole[header])
+    half = next(iter(said["shared"].items()))
+    damages = [
+        *({name: part[..., :-1]} for name, part in whole.items() if name[0] == "0" and part.ndim),
+        {"0.0": whole["0.0"].float()},
+        {"0.0": torch.ones(2)},
+        {"0.2": whole["0.2"] * torch.nan},
+        {"0.2": whole["0.2"].half()},
+        {"0.2": "text"},
+        {"0.2": None},
+        *(
+            {header: json.dumps(said | change)}
+            for change in (
+                {"dtype": "load"},
+                {"dtype": ["float64"]},
+                {"shrink": "much"},
+                {"shrink": None},
+                {"unwatched": 3},
+                {"shared": {half[0]: [[99, 1]]}},
+                {"shared": {half[0]: [["x", 1]]}},
+                {"shared": 3},
+                {"moments": [["0.weight", "weights", 1]]},
+                {"moments": 3},
+                {"prints": 3},
+                {"version": 99},
+            )
+        ),
+        {header: "[" * 100_000},
+        {header: "3"},
+        {header: None},
+    ]
+    for damage in damages:
+        torch.save(whole | damage, broken)
+        with pytest.raises(ValueError, match=r"broken\.pt: not a file of moments"):
+            Calibration.load(broken)
 
 
 def test_memory_is_told_before_it_starts():

@@ -1,18 +1,22 @@
 """First and second moments of what a layer sees, summed over batches as they come.
 
 A batch is multiplied in its own dtype, in float32 at least, and added to sums in float64, so that
-the number of batches costs no digits. A second moment is symmetric: only the blocks on and below
-the diagonal are computed, ten of sixteen.
+the number of batches costs no digits. Nor does a mean that is large beside what varies: rows are
+summed less a pivot, the mean of the first. Nor does their size: they are multiplied at unit size,
+see ``scaling.py``. A second moment is symmetric: only the blocks on and below the diagonal are
+computed, ten of sixteen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import log2
 
 import torch
 from torch import Tensor
 
 from frobdecay.algebra.precision import full_precision
+from frobdecay.algebra.scaling import exponents, times_power
 
 ROWS, BLOCKS, NARROW = 1 << 14, 4, 256
 """Rows that are multiplied at once; blocks along an axis, for matrices that are not narrow."""
@@ -45,7 +49,9 @@ class Moment(_Sums):
     Attributes:
         count: number of rows, (*batch).
         first: (*batch, k).
-        second: (*batch, k, k), what is above the diagonal's blocks is zero; see ``full``.
+        second: (*batch, k, k), of which only the half on and below the diagonal counts; see
+            ``full``.
+        pivot: (*batch, k), what rows are summed less of, until ``parts`` or ``full`` is asked for.
     """
 
     names = ("count", "first", "second")
@@ -56,6 +62,7 @@ class Moment(_Sums):
         self.count = torch.zeros(batch, dtype=torch.float64, device="cpu")
         self.first = torch.zeros(*batch, size, dtype=dtype, device=device)
         self.second = torch.zeros(*batch, size, size, dtype=dtype, device=device)
+        self.pivot: Tensor | None = None
 
     @torch.no_grad()
     def add(self, rows: Tensor, at: int | None = None) -> None:
@@ -66,25 +73,46 @@ class Moment(_Sums):
             at: that one.
         """
         rows = rows.detach()
-        count, first, second = (
-            held if at is None else held[at] for held in (self.count, self.first, self.second)
+        self.pivot = torch.zeros_like(self.first) if self.pivot is None else self.pivot
+        count, first, second, pivot = (
+            held if at is None else held[at]
+            for held in (self.count, self.first, self.second, self.pivot)
         )
         with full_precision(rows.device.type):
-            for part in torch.split(rows, ROWS, -2):
+            for part in torch.split(rows, ROWS, -2) if rows.numel() else ():
                 wide = part.to(torch.promote_types(part.dtype, torch.float32))
+                if bool((count == 0).any()):
+                    mean = wide.mean(-2, dtype=pivot.dtype).to(pivot)
+                    pivot += mean * (count == 0).unsqueeze(-1).to(pivot)
+                wide = wide - pivot.to(wide).unsqueeze(-2)
                 first += wide.sum(-2, dtype=first.dtype).to(first.device)
+                limit = round(log2(torch.finfo(second.dtype).max))
+                exponent = exponents(wide, (-2, -1)).clamp(2 - limit, limit)
+                size = times_power(torch.ones_like(exponent, dtype=second.dtype), 2 * exponent)
+                wide, size = times_power(wide, -exponent), size.to(second.device)
                 for block in _blocks(wide.shape[-1]):
                     found = wide[..., block].mT @ wide[..., : block.stop]
-                    second[..., block, : block.stop] += found.to(second.device)
-        count += rows.shape[-2]
+                    second[..., block, : block.stop].addcmul_(found.to(second), size)
+                count += part.shape[-2]
 
     def finite(self) -> bool:
-        """Whether no row held NaN or infinity."""
-        return bool(self.first.isfinite().all())
+        """Whether no row held NaN or infinity, nor what its square leaves the sums' dtype with."""
+        sums = self.first, self.second.diagonal(dim1=-2, dim2=-1)
+        return all(bool(part.isfinite().all()) for part in sums)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The sums, of whole rows."""
+        if (pivot := self.pivot) is not None:
+            self.pivot, k = None, pivot.shape[-1]
+            n = self.count.to(pivot).unsqueeze(-1)
+            for one, other in ((self.first, pivot), (pivot, self.first + n * pivot)):
+                self.second.view(-1, k, k).baddbmm_(one.reshape(-1, k, 1), other.reshape(-1, 1, k))
+            self.first += n * pivot
+        return super().parts()
 
     def full(self) -> Tensor:
         """Σ w x xᵀ in float64, both halves."""
-        lower = self.second.double().tril()
+        lower = self.parts()[-1].double().tril()
         return lower + lower.tril(-1).mT
 
 

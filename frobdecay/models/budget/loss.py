@@ -36,10 +36,16 @@ class Loss:
             instead: weights, and what they hold meanwhile.
 
         Raises:
-            TypeError, ValueError: what ``evaluate`` returns is no finite number.
+            TypeError, ValueError: what ``evaluate`` returns is no finite number, or it changed a
+                parameter.
         """
         with _replaced(instead):
+            before = self._written()
             found: Any = self.evaluate(self.model)
+            if changed := before ^ self._written():
+                raise ValueError(
+                    f"evaluate(model) changed {min(changed)[0]}; it has to change none"
+                )
         try:
             value = float(found.detach() if isinstance(found, Tensor) else found)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -49,6 +55,11 @@ class Loss:
         if not isfinite(value):
             raise ValueError(f"expected evaluate(model) to return a finite loss, got {value}")
         return value
+
+    def _written(self) -> set[tuple[str, int, int]]:
+        """Which parameters there are, and how often each was written to."""
+        own = [(name, p) for name, p in self.model.named_parameters() if not p.is_inference()]
+        return {(name, id(p), p._version) for name, p in own}
 
 
 @contextmanager

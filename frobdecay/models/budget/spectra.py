@@ -20,11 +20,11 @@ def singular_values(matrix: Tensor) -> Tensor:
 def shares(sigma: Tensor) -> Tensor:
     """The share of Σσ² that each further rank keeps, (k,), of all matrices of a batch together.
 
-    In float64, on the CPU.
+    In float64, on the CPU; zeros where there are only zeros.
     """
     squares = (sigma / sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny)).square()
     joint = squares.reshape(-1, squares.shape[-1]).sum(0)
-    return (joint / joint.sum()).cpu().double()
+    return (joint / joint.sum().clamp_min(torch.finfo(joint.dtype).tiny)).cpu().double()
 
 
 def first_reaching(kept: Tensor, energy: float) -> int:

@@ -164,14 +164,8 @@ class Calibration:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model."""
-        return {
-            **self.__dict__,
-            "probes": [],
-            "weights": [],
-            "modules": [],
-            "_watch": None,
-            "_run": None,
-        }
+        model: dict[str, Any] = {"probes": [], "weights": [], "modules": []}
+        return self.__dict__ | model | {"_watch": None, "_run": None}
 
     def save(self, path: FilePath) -> None:
         """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.

@@ -69,9 +69,12 @@ class _Sum(NamedTuple):
         return _Sum(self.number, (W @ self.first.unsqueeze(-1)).squeeze(-1), W @ self.second @ W.mT)
 
     def about_mean(self) -> _Sum:
-        """Of x less its mean, which stays ``first``."""
+        """Of x less its mean, which stays ``first``; what varies by rounding only does not."""
         outer = self.first.unsqueeze(-1) * self.first.unsqueeze(-2)
-        return self._replace(second=self.second - outer / self.number[..., None, None].clamp_min(1))
+        second = self.second - outer / self.number[..., None, None].clamp_min(1)
+        square, varies = (each.diagonal(dim1=-2, dim2=-1) for each in (self.second, second))
+        kept = (varies > 1e-13 * square).to(second)
+        return self._replace(second=second * kept.unsqueeze(-1) * kept.unsqueeze(-2))
 
 
 def metric_of(
@@ -152,7 +155,7 @@ def _joined(
     for key in met:
         held = sums.moments[key]
         assert isinstance(held, Moment)
-        one = _Sum(*(part.to(W) for part in (held.count, held.first, held.full())))
+        one = _Sum(*(part.to(W) for part in (*held.parts()[:2], held.full())))
         if key[1] == "outputs":
             one = one if b is None else one.without(b)
         elif by_outputs:

@@ -90,7 +90,7 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
         of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
         size = min(view.rows, view.columns)
         return [Probe(weight.name, module, of, size, view.batch, attribute=weight.attribute)]
-    if not type(module).forward.__module__.startswith(KNOWN):
+    if not str(module.forward.__module__).startswith(KNOWN):  # its own, or that of its class
         return f"{type(module).__name__} has a forward of its own"
     if weight.attribute == "weight":
         if isinstance(module, nn.Linear) or is_kind(module, CONV1D):

@@ -12,6 +12,7 @@ from frobdecay.models.calibration.calibration import Calibration
 from frobdecay.models.calibration.forward import check_batches, default_forward, evaluating
 from frobdecay.models.calibration.masks import DEFAULT, MaskOf, mask_of
 from frobdecay.models.calibration.probes import Probe, probes
+from frobdecay.models.calibration.sums import Sums
 from frobdecay.models.progress import Progress
 from frobdecay.models.select import Walk, Weight, select
 from frobdecay.product.factor import is_sharded
@@ -85,7 +86,9 @@ def _run(
     batches: Iterable[Any], act: Callable[[Any], None], groups: int, found: Calibration
 ) -> None:
     """Pass over the batches, for one part of the probes after the other."""
-    whole, counts = found.probes, list[int]()
+    whole, counts, known = found.probes, list[int](), found.sums
+    found.sums = Sums(known.dtype, known.device)  # added to what is known when all is done
+    found.sums.prints |= known.prints
     step = -(-len(whole) // groups)
     try:
         for start in range(0, len(whole), step):
@@ -101,8 +104,9 @@ def _run(
                     )
             if groups > 1:
                 found.sums.to("cpu")
+        known.join(found.sums)
     finally:
-        found.probes = whole
+        found.probes, found.sums = whole, known
 
 
 def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[str, str]]:

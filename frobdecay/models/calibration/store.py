@@ -21,6 +21,7 @@ from frobdecay.models.checkpoints.files import (
 from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 
 HEADER, VERSION = "frobdecay.calibration", 1
+PARTS = {"inputs": 3, "outputs": 3, "rows": 2}
 
 
 def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
@@ -71,15 +72,19 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
         said = json.loads(text)
         if said["version"] != VERSION:
             raise ValueError(f"of version {said['version']}, which this one does not read")
-        sums = Sums(getattr(torch, said["dtype"]), "cpu")
-        keys = [(name, of) for name, of, _ in said["moments"]]
-        sums.calls = {key: said["moments"][k][2] for k, key in enumerate(keys)}
+        sums = Sums({"float64": torch.float64, "float32": torch.float32}[said["dtype"]], "cpu")
+        keys = [(str(name), str(of)) for name, of, _ in said["moments"]]
+        sums.calls = {key: int(said["moments"][k][2]) for k, key in enumerate(keys)}
         sums.shared = {name: {keys[k]: n for k, n in met} for name, met in said["shared"].items()}
-        sums.prints = said.get("prints", {})  # which older files lack
+        sums.prints = dict(said.get("prints", {}))  # which older files lack
         for k, key in enumerate(keys):
-            parts = [tensors[f"{k}.{i}"] for i in range(2 if key[1] == "rows" else 3)]
-            sums.moments[key] = sums.empty((key[1], (), 0), "cpu")
-            sums.moments[key].become(*parts)
-        return sums, {"shrink": said["shrink"], "unwatched": said["unwatched"]}
-    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+            parts = [tensors[f"{k}.{i}"] for i in range(PARTS[key[1]])]
+            held = sums.empty((key[1], tuple(parts[0].shape), parts[-1].shape[-1]), "meta")
+            fitting = [(part.shape, part.dtype) for part in held.parts()]
+            held.become(*parts)
+            if [(part.shape, part.dtype) for part in parts] != fitting or not held.finite():
+                raise ValueError(f"the {key[1]} of {key[0]} are no sums")
+            sums.moments[key] = held
+        return sums, {"shrink": float(said["shrink"]), "unwatched": dict(said["unwatched"])}
+    except (TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error

@@ -84,14 +84,21 @@ class Sums:
 
         A moment that the same probes met is added to; where others did, as in a run with other
         groups of weights, it stays apart: each of them shares all of a moment, or none.
+
+        Raises:
+            ValueError: of a model with other shapes; nothing is added.
         """
         places = {key: self._place(key, other.sharers(key)) for key in other.moments}
         for key, moment in other.moments.items():
-            held = self.moments.get(places[key])
+            known = self.moments.get(places[key], moment)
+            if known.second.shape != moment.second.shape:
+                raise ValueError(f"{' of '.join(key[::-1])}: stats= is of another model's shapes")
+        for key, moment in other.moments.items():
+            held, parts = self.moments.get(places[key]), moment.parts()
             if held is None:
                 self.moments[places[key]] = moment
             else:
-                for mine, theirs in zip(held.parts(), moment.parts(), strict=True):
+                for mine, theirs in zip(held.parts(), parts, strict=True):
                     mine += theirs.to(mine.device)
         self.prints = {**other.prints, **self.prints}
         shared = {

@@ -12,6 +12,7 @@ every weight takes its own.)
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -77,17 +78,15 @@ class Watch:
         for encoder in self._nesting:
             encoder.use_nested_tensor = False
         for some in by_module.values():
-            module = some[0].module
-            stacks = [probe for probe in some if probe.attribute]
+            module, stacks = some[0].module, [probe for probe in some if probe.attribute]
+            register = functools.partial(module.register_forward_hook, prepend=True)
+            # Before other hooks, which may return something else than the module.
             if stacks:
                 inside = Inside(module, stacks, self._meet)
-                self._hooks += [
-                    module.register_forward_pre_hook(inside.open),
-                    module.register_forward_hook(inside.close, always_call=True),
-                ]
+                opened = module.register_forward_pre_hook(inside.open)
+                self._hooks += [opened, register(inside.close, always_call=True)]
             else:
-                hook = self._hook(some)
-                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._hooks.append(register(self._hook(some), with_kwargs=True))
 
     def count(self, mask: Mask) -> None:
         """Say which rows count from now on; what was met until now was in another batch."""

@@ -149,9 +149,7 @@ def load_factorized(model: M, path: FilePath) -> M:
     return model
 
 
-def _read(
-    path: FilePath,
-) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any]], dict[str, str]]:
+def _read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any]], dict[str, str]]:
     """Tensors, records and ties of a file, or of those of a folder.
 
     Raises:
