@@ -16,7 +16,7 @@ from frobdecay.cli.read import Checkpoint, read, why_unread
 from frobdecay.cli.show import Row, plot, report
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.spectra import measure_all
-from frobdecay.models.checkpoints.records import factor_key, factors_of, weight_of
+from frobdecay.models.checkpoints.records import factor_key, weight_of
 from frobdecay.models.plan import RankPlan
 from frobdecay.weights.lowrank import LowRank
 
@@ -79,7 +79,7 @@ def _rows(checkpoint: Checkpoint) -> list[Row]:
 
 def _factorized(checkpoint: Checkpoint, name: str) -> Row:
     record = checkpoint.records[name]
-    made, factors = factors_of(name, record, checkpoint.tensors)
+    made, factors = checkpoint.factorized[name]
     shape, kind = tuple(record["shape"]), str(record["kind"])
     row = Row(name, shape, kind, sum(factor.numel() for factor in factors))
     row.rank, view = made.config()["rank"], made.matricize(shape)

@@ -13,7 +13,6 @@ from frobdecay.cli.write import TORCH, check_target, write
 from frobdecay.models.checkpoints.records import (
     dense_weight,
     factor_key,
-    factors_of,
     weight_of,
 )
 from frobdecay.models.checkpoints.streams import Part
@@ -61,8 +60,8 @@ def _checked(checkpoint: Checkpoint) -> dict[str, int]:
     if not checkpoint.records:
         raise ValueError("nothing to merge: it has no factorized weights")
     return {
-        name: prod(record["shape"]) * checkpoint.tensors[factor_key(name, 0)].itemsize
-        for name, record in checkpoint.records.items()
+        name: prod(made.shape) * factors[0].itemsize
+        for name, (made, factors) in checkpoint.factorized.items()
     }
 
 
@@ -81,7 +80,6 @@ def _parts(
 
 def _merged(name: str, checkpoint: Checkpoint, size: int, bar: Progress) -> Part:
     record, tensors = checkpoint.records[name], checkpoint.tensors
-    factors_of(name, record, tensors)  # refuses what does not fit, before anything is written
 
     def make() -> Sequence[Tensor]:
         bar.advance(size)

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from frobdecay.models.checkpoints.records import (
     factor_key,
     factors_of,
     parse_records,
-    rebuild,
     weight_of,
 )
 
@@ -65,7 +65,7 @@ class Checkpoint:
         found = self.tensors.items()
         return {name: tensor for name, tensor in found if weight_of(name) not in self.records}
 
-    @property
+    @cached_property
     def factorized(self) -> dict[str, tuple[Any, list[Tensor]]]:
         """Weight -> its parametrization and its factors; as ``factors_of``."""
         return {name: factors_of(name, one, self.tensors) for name, one in self.records.items()}
@@ -98,12 +98,11 @@ def check_factors(checkpoint: Checkpoint) -> None:
             f"it has factors of {checkpoint.unknown[:8]}, but not how they are to be read; load it "
             "into the factorized model, and save that with save_factorized"
         )
-    for name, record in records.items():
-        rebuild(name, record)
     if lost := [name for name in records if factor_key(name, 0) not in tensors]:
         raise ValueError(f"the factors of {lost[:8]} are missing")
     if both := [name for name in records if name in tensors]:
         raise ValueError(f"it has both the factors of {both[:8]} and the dense weights")
+    checkpoint.factorized  # noqa: B018 - refuses what does not fit
 
 
 def why_unread(tensor: Tensor) -> str | None:

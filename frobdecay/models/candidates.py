@@ -45,8 +45,19 @@ def candidates(
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
     on_tied: OnTied,
+    left: Mapping[str, str],
 ) -> list[Entry]:
-    """All chosen weights, with how they are read or the reason against them."""
+    """All chosen weights, with how they are read or the reason against them.
+
+    Args:
+        walk: over the model.
+        include: and the others, as for ``plan_ranks``.
+        exclude: what not.
+        parametrization: of the weights.
+        options: of the parametrization.
+        on_tied: what to do with shared weights.
+        left: name of a shared weight that is to stay tied all the same -> why.
+    """
     if on_tied not in ("skip", "untie", "error"):
         raise ValueError(f"expected on_tied to be 'skip', 'untie' or 'error', got {on_tied!r}")
     tied = ties(walk)
@@ -64,14 +75,16 @@ def candidates(
         if entry.weight.met:
             entry.reason = entry.reason or _unknown(entry.weight)
         shared = tie_against(entry.weight, tied) if entry.reason is None else None
-        if shared and on_tied == "untie":
+        staying = left.get(entry.weight.name)
+        if shared and on_tied == "untie" and staying is None:
             names = tied[id(entry.weight.tensor)]
             entry.untied = tuple(name for name in names if name not in entry.weight.names)
         else:
-            entry.reason = entry.reason or shared
+            entry.reason = entry.reason or staying or shared
         if entry.reason is None:
             _fit(entry, parametrization, options, tensors)
-        if entry.reason is not None and (entry.weight.named or (shared and on_tied == "error")):
+        strict = (entry.weight.named and staying is None) or (shared and on_tied == "error")
+        if entry.reason is not None and strict:
             raise ValueError(f"{entry.weight.name} cannot be factorized: {entry.reason}")
     _count_copies(walk, found)
     check_any(walk.model, found, [entry.open for entry in found])

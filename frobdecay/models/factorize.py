@@ -22,7 +22,7 @@ from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Walk, bias_of
 from frobdecay.models.stacking import with_factors
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
-from frobdecay.models.ties import forget_ties, other_ties, untie
+from frobdecay.models.ties import forget_ties, other_ties
 from frobdecay.product.names import Selector, naming
 from frobdecay.weights.lowrank import LowRank
 
@@ -80,7 +80,7 @@ def factorize(
         init: "spectral", another initialization of ``LowRank``'s, or what ``calibrate`` returned.
         on_tied: what to do with weights that several modules share: "skip" leaves them dense and
             lists them, an error only where they were named; "error" refuses all; "untie" gives
-            each that was chosen a copy of its own, which counts as the model's and stays untied.
+            each that gets factors those of its own, which count as the model's and stay untied.
         optimizer: which trains the model already, or several: factors take the weights' places in
             the param groups, and what it remembers of the weights is carried over, momentum
             exactly; see ``gradient/carry.py``. Schedulers and hooks stay. Wrap it afterwards.
@@ -107,24 +107,18 @@ def _execute(
 ) -> None:
     """Put factors in the places of all weights that have a rank, or change nothing."""
     chosen = [entry for entry in found if entry.made is not None]
-    untied = [entry.weight for entry in found if entry.untied]
-    dense = [entry.weight for entry in found if entry.untied and entry.made is None]
     for entry in chosen:
         if entry.weight.tensor is not None and entry.weight.tensor.is_meta:
             check_values(entry.weight)
     weights = [entry.weight for entry in chosen]
-    places = [(w.name, w.module, w.attribute) for w in (*weights, *dense)]
-    carried = Carried(optimizer, places)
-    others = other_ties(walk, untied)
+    carried = Carried(optimizer, [(w.name, w.module, w.attribute) for w in weights])
+    others = other_ties(walk, weights)
     inside = [weight.module for weight in weights]
-    touched = [*inside, *(weight.module for weight in dense)]
     bar = Progress(sum(entry.work for entry in chosen), progress, "factorizing")
-    with bar, transaction(touched):
+    with bar, transaction(inside):
         for entry, factors in with_factors(chosen):
             _put(entry, factors)
             bar.advance(entry.work)
-        for weight in dense:  # factors are a copy already
-            untie(weight)
         settle_recurrent(inside)
         restorable(inside)
         carried.map()

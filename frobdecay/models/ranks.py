@@ -99,6 +99,7 @@ def plan_entries(
     parametrization: Callable[..., nn.Module],
     options: Mapping[str, Any],
     on_tied: OnTied,
+    left: Mapping[str, str] | None = None,
 ) -> tuple[list[Entry], int]:
     """The work of ``plan_ranks`` and the first half of ``factorize``; ``rules`` are a ``Goal``'s.
 
@@ -113,7 +114,7 @@ def plan_entries(
     if isinstance(rule, Mapping):
         rule = _checked(walk, rule)
         chosen = list(rule) if include is None else include
-    found = candidates(walk, chosen, exclude, parametrization, options, on_tied)
+    found = candidates(walk, chosen, exclude, parametrization, options, on_tied, left or {})
     before += sum(entry.copied for entry in found)
     if isinstance(goal.rank, RankPlan):
         _check_plan(found, goal.rank)
@@ -125,7 +126,13 @@ def plan_entries(
             entry.settle(entry.energy_rank(goal.energy))
     else:
         _within_budget(walk, found, goal, before, include is not None)
-    return found, before
+    idle = [entry for entry in found if entry.untied and entry.made is None]
+    if not idle:
+        return found, before
+    # A weight that is untied to stay dense costs its copy, for nothing: once more without.
+    more = {e.weight.name: f"{e.reason}; stays tied to {', '.join(e.untied)}" for e in idle}
+    rest = parametrization, options, on_tied
+    return plan_entries(walk, rules, include, exclude, *rest, {**(left or {}), **more})
 
 
 def _within_budget(walk: Walk, found: list[Entry], goal: Goal, before: int, included: bool) -> None:

@@ -8,30 +8,21 @@ is saved with all of them, and loaded so by transformers 5, which says so in a w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from inspect import getattr_static
 from typing import Any
-
-from torch import nn
 
 from frobdecay.models.select import Walk, Weight
 
 Ties = dict[str, str]
 
 
-def untie(weight: Weight) -> None:
-    """Give the module a copy of the weight that it shares; for use in a transaction."""
-    tensor = weight.tensor
-    assert tensor is not None
-    own = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-    weight.module._parameters[weight.attribute] = own
-
-
 def other_ties(walk: Walk, untied: Iterable[Weight]) -> list[tuple[Any, Ties, Ties]]:
     """Look up, while all weights are dense, what stays tied in transformers' models.
 
     Returns:
-        The models that lose a tie, with their own ties that stay, and with those below too.
+        The models that lose a tie, with their own ties that stay, and with those below too. Where
+        the weight that others are tied to is untied, the first of them takes its place.
     """
     names = {name for weight in untied for name in weight.names}
     others: list[tuple[Any, Ties, Ties]] = []
@@ -42,12 +33,22 @@ def other_ties(walk: Walk, untied: Iterable[Weight]) -> list[tuple[Any, Ties, Ti
             # Its own are patterns, which it expands to names.
             tables = (module.get_expanded_tied_weights_keys(), every)  # type: ignore[operator]
             own, rest = (
-                {to: by for to, by in table.items() if not {prefix + to, prefix + by} & names}
-                for table in tables
+                _staying(table, {n.removeprefix(prefix) for n in names}) for table in tables
             )
             if rest != every:
                 others.append((module, own, rest))
     return others
+
+
+def _staying(table: Ties, untied: Set[str]) -> Ties:
+    """The ties among the other weights."""
+    heirs: Ties = {}
+    found: Ties = {}
+    for to, by in table.items():
+        heir = heirs.setdefault(by, to) if by in untied and to not in untied else by
+        if to not in untied and to != heir:
+            found[to] = heir
+    return found
 
 
 def forget_ties(others: Iterable[tuple[Any, Ties, Ties]]) -> None:

@@ -384,15 +384,29 @@ def test_untied_weights_get_a_copy_of_their_own(include, copies):
     assert "untied from" in str(plan)
 
 
-def test_untied_weights_that_do_not_pay_are_dense_copies():
-    """The plan's count holds for them, too."""
-    model = _tied()
-    model.append(nn.Linear(20, 400))
+def test_what_stays_dense_stays_tied():
+    """A copy of it would cost its parameters and change nothing; the budget has no copies in it."""
+    model = _tied().append(nn.Linear(20, 400))
+    before = sum(p.numel() for p in model.parameters())
     plan = factorize(model, ratio=0.96, on_tied="untie")
-    assert model[0].weight is not model[2].weight
-    dense = [row.reason for row in plan.rows if row.rank is None]
-    assert sum("; does not pay" in why or "; kept dense" in why for why in dense) == 2
-    assert plan.after == sum(p.numel() for p in model.parameters())
+    assert model[0].weight is model[2].weight
+    remarks = {row.name: row.reason for row in plan.rows}
+    assert remarks["0.weight"] == "kept dense: the first layer; stays tied to 2.weight"
+    assert "untied" not in str(plan)
+    assert (plan.before, plan.after) == (before, sum(p.numel() for p in model.parameters()))
+
+
+def test_the_rest_of_a_tie_stays_tied():
+    """Of three, one gets factors of its own, and the plan says so when it is made, too."""
+    model = _tied().append(nn.Linear(16, 20))
+    model[3].weight = model[0].weight
+    rule = {"rank": {"3": 4}, "include": ["0", "2", "3"], "on_tied": "untie"}
+    dry = plan_ranks(model, **rule)
+    plan = factorize(model, rank=dry, on_tied="untie", include=["0", "2", "3"])
+    assert plan.ranks == dry.ranks == {"3.weight": 4}
+    assert model[0].weight is model[2].weight
+    assert plan.before == sum(p.numel() for p in _tied().parameters()) + 20 * 16 + 20
+    assert plan.after == dry.after == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.covers("P19")

@@ -334,7 +334,7 @@ def _assigns(model):
 # What changes a model -> whether it works on a factorized one.
 ACTS = {
     "factorize": (lambda model: factorize(model, rank=2), False),
-    "untie": (lambda model: factorize(model, ratio=0.9, on_tied="untie"), False),
+    "untie": (lambda model: factorize(model, rank=2, on_tied="untie"), False),
     "merge": (merge, True),
     "unroll": (frobdecay.unroll, True),
     "assign": (_assigns, True),

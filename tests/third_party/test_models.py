@@ -498,6 +498,21 @@ def test_untied_weights_are_their_own(family):
 
 
 @column("tied weights")
+def test_the_rest_of_a_tie_of_many_is_saved_and_loaded(tmp_path):
+    """Where the weight that the others are tied to gets factors, one of them takes its place."""
+    model, inputs = MODELS["T5"]()
+    rest = ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+    factorize(model, rank={"shared": 8}, include=rest, on_tied="untie")
+    randomize(model)
+    assert model.encoder.embed_tokens.weight is model.lm_head.weight
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.encoder.embed_tokens.weight is loaded.lm_head.weight
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@column("tied weights")
 @pytest.mark.parametrize("family", families(*TIED))
 def test_untying_counts_the_copies(family):
     """All of a tie: one copy less than there are names, in the plan and in its dry run."""
