@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from math import inf
+from textwrap import TextWrapper
 from typing import Any
 
 from frobdecay.cli import factorize as factorizing
@@ -15,7 +16,7 @@ from frobdecay.cli import inspect as inspecting
 from frobdecay.cli import merge as merging
 from frobdecay.cli.write import TORCH
 from frobdecay.models.budget.allocation import ALLOCATORS
-from frobdecay.models.tables.table import printable
+from frobdecay.models.tables.table import printable, screen
 
 
 def _share(text: str) -> float:
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line by default.
 
     Returns:
-        0, or 2 after an error, which is one line on stderr.
+        0, or 2 after an error, which is one line on stderr where that is no terminal.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -141,6 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         else:
             text = str(error) or type(error).__name__
-        print(f"frobdecay: error: {printable(' '.join(text.split()))}", file=sys.stderr)
+        print(_shown(f"frobdecay: error: {text}", screen(errors=True)), file=sys.stderr)
         return 2
     return 0
+
+
+def _shown(text: str, width: int | None) -> str:
+    """In one line, or on a terminal in its own lines, none longer than that is wide."""
+    lines = [" ".join(text.split())] if width is None else text.splitlines()
+    whole: Any = {"break_long_words": False, "break_on_hyphens": False}
+    fill = TextWrapper(width or sys.maxsize, subsequent_indent="  ", **whole).fill
+    return "\n".join(fill(printable(line)) for line in lines)

@@ -79,11 +79,10 @@ def _parts(
 
 
 def _merged(name: str, checkpoint: Checkpoint, size: int, bar: Progress) -> Part:
-    record, tensors = checkpoint.records[name], checkpoint.tensors
+    made, factors = checkpoint.factorized[name]
 
     def make() -> Sequence[Tensor]:
         bar.advance(size)
-        return [dense_weight(name, record, tensors)]
+        return [dense_weight(made, factors)]
 
-    dtype = tensors[factor_key(name, 0)].dtype
-    return Part((name,), (tuple(record["shape"]),), dtype, make)
+    return Part((name,), (tuple(made.shape),), factors[0].dtype, make)

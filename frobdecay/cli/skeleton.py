@@ -92,7 +92,9 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
         _put(model, path.split("."), layer)
     there = sum(tensor.numel() for tensor in weights.values())
     there += sum(factor.numel() for _, factors in factorized.values() for factor in factors)
-    model.register_parameter("rest", nn.Parameter(_empty((checkpoint.total - there,))))
+    model.register_parameter(
+        "(all other tensors)", nn.Parameter(_empty((checkpoint.total - there,)))
+    )
     return Skeleton(model, names, [])
 
 

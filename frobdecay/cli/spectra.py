@@ -18,7 +18,7 @@ from frobdecay.cli.read import Checkpoint, check_memory
 from frobdecay.cli.show import Row
 from frobdecay.diagnostics.measurement import measure
 from frobdecay.models.budget.spectra import energy_rank, singular_values
-from frobdecay.models.checkpoints.records import dense_weight, factors_of
+from frobdecay.models.checkpoints.records import dense_weight
 from frobdecay.models.progress import Progress, decomposition
 from frobdecay.product.product import Product
 from frobdecay.weights.lowrank import LowRank
@@ -82,14 +82,14 @@ def _tensor(row: Row, checkpoint: Checkpoint) -> Tensor:
     if row.kind == "dense":
         tensor = checkpoint.tensors[row.name]
     else:
-        factors = factors_of(row.name, checkpoint.records[row.name], checkpoint.tensors)[1]
+        made, factors = checkpoint.factorized[row.name]
         check_memory(prod(row.shape) * factors[0].itemsize)
-        tensor = dense_weight(row.name, checkpoint.records[row.name], checkpoint.tensors)
+        tensor = dense_weight(made, factors)
     return tensor.float() if tensor.itemsize == 1 else tensor  # eight bits are for storage only
 
 
 def _product(name: str, checkpoint: Checkpoint) -> Product:
-    made, factors = factors_of(name, checkpoint.records[name], checkpoint.tensors)
+    made, factors = checkpoint.factorized[name]
     holder = nn.Module()
     for i, factor in enumerate(factors):
         holder.register_parameter(f"original{i}", nn.Parameter(factor, requires_grad=False))

@@ -131,8 +131,6 @@ def _count_copies(walk: Walk, found: list[Entry]) -> None:
     """Note what the copies add: the last of those that share a parameter adds nothing."""
     for entry in found:
         entry.untied = entry.untied if entry.open else ()
-    if not any(entry.untied for entry in found):
-        return
     left = Counter(id(weight.tensor) for weight in walk.weights)
     for entry in found:
         if entry.untied:

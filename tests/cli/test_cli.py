@@ -72,6 +72,33 @@ def _refused(capsys, *arguments):
     return err
 
 
+def test_errors_are_one_line_for_programs_and_fit_a_terminal(tmp_path, capsys, monkeypatch):
+    """There they keep the lines that they have, too."""
+    _saved(tmp_path / "model.pt")
+    arguments = ["factorize", tmp_path / "model.pt", tmp_path / "out.safetensors"]
+    everything = [*arguments, "--rank", "2", "--exclude", "*"]
+    line = _refused(capsys, *everything)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert _run(*everything) == 2
+    err = capsys.readouterr().err
+    assert err.split() == line.split()
+    assert "\n  0.weight: excluded\n  3.weight: excluded\n" in err
+    assert _run(*arguments, "--ratio", "0.001") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert all(len(line) <= 60 or " " not in line.strip() for line in lines)
+
+
+def test_other_tensors_are_no_weight_to_choose(tmp_path, capsys):
+    """They count with the model's parameters, under a name that no weight has."""
+    _saved(tmp_path / "model.pt")
+    arguments = ["factorize", tmp_path / "model.pt", tmp_path / "out.safetensors"]
+    assert "'rest' matches nothing" in _refused(
+        capsys, *arguments, "--rank", "2", "--include", "rest"
+    )
+
+
 # --- inspect ------------------------------------------------------------------------------------
 
 
@@ -741,6 +768,7 @@ def test_missing_packages_are_named_where_they_are_needed(tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, f"{package}.torch", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "500")
     if package == "rich":
         assert _run("inspect", path) == 0
         assert "2×2" in capsys.readouterr().out

@@ -36,17 +36,15 @@ def mask_of(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
     """
     if callable(mask):
         return mask(batch)
-    if mask is None or (mask == DEFAULT and not isinstance(batch, Mapping)):
+    held = batch if isinstance(batch, Mapping) else {}
+    found = None if mask is None else held.get(mask)
+    if mask is None or (mask == DEFAULT and found is None):
         return None
-    keys = list(batch) if isinstance(batch, Mapping) else []
-    if mask not in keys and mask != DEFAULT:
-        raise ValueError(
-            f"mask={mask!r} is no key of the batch, a {type(batch).__name__} with the keys {keys}; "
-            "give one, a function of the batch, or None to count padding"
-        )
-    found = batch.get(mask)
     if found is None:
-        return None
+        raise ValueError(
+            f"mask={mask!r} is no key of the batch, a {type(batch).__name__} with the keys "
+            f"{list(held)}; give one, a function of the batch, or None to count padding"
+        )
     if not isinstance(found, Tensor) or found.ndim != 2:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(

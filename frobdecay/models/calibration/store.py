@@ -74,8 +74,9 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
             raise ValueError(f"of version {said['version']}, which this one does not read")
         sums = Sums({"float64": torch.float64, "float32": torch.float32}[said["dtype"]], "cpu")
         keys = [(str(name), str(of)) for name, of, _ in said["moments"]]
-        sums.calls = {key: int(said["moments"][k][2]) for k, key in enumerate(keys)}
-        sums.shared = {name: {keys[k]: n for k, n in met} for name, met in said["shared"].items()}
+        sums.calls.update({key: int(said["moments"][k][2]) for k, key in enumerate(keys)})
+        for name, met in said["shared"].items():
+            sums.shared[name].update({keys[k]: int(n) for k, n in met})
         sums.prints = dict(said.get("prints", {}))  # which older files lack
         for k, key in enumerate(keys):
             parts = [tensors[f"{k}.{i}"] for i in range(PARTS[key[1]])]

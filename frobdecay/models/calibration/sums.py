@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ class Sums:
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.moments: dict[Key, Moment | Frequencies] = {}
-        self.calls: dict[Key, int] = {}
-        self.shared: dict[str, dict[Key, int]] = {}
+        self.calls: Counter[Key] = Counter()
+        self.shared: defaultdict[str, Counter[Key]] = defaultdict(Counter)
         self.prints: dict[str, Print] = {}
         self.dtype, self.device = dtype, device
 
@@ -50,8 +51,7 @@ class Sums:
 
     def note(self, name: str, key: Key) -> None:
         """Note that a probe met what a moment has just summed."""
-        met = self.shared.setdefault(name, {})
-        met[key] = met.get(key, 0) + 1
+        self.shared[name][key] += 1
 
     def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
         """Sum the rows of one call, of all matrices of a stack or of one."""
@@ -70,7 +70,7 @@ class Sums:
             moment.add(rows, at)
         else:
             moment.add(rows)
-        self.calls[key] = self.calls.get(key, 0) + 1
+        self.calls[key] += 1
         self.note(probe.name, key)
         return key
 
@@ -140,7 +140,7 @@ class Sums:
         theirs: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(theirs, (shapes, self.calls, self.shared), group=group)
         joined: dict[Key, _Shape] = {}
-        self.calls, self.shared = {}, {}
+        self.calls, self.shared = Counter(), defaultdict(Counter)
         for other, calls, shared in theirs:
             for key, shape in other.items():
                 if joined.setdefault(key, shape) != shape:
@@ -156,12 +156,9 @@ class Sums:
 
     def _count(self, calls: Mapping[Key, int], shared: Mapping[str, Mapping[Key, int]]) -> None:
         """Add to the numbers of calls."""
-        for key, number in calls.items():
-            self.calls[key] = self.calls.get(key, 0) + number
+        self.calls.update(calls)
         for name, met in shared.items():
-            mine = self.shared.setdefault(name, {})
-            for key, number in met.items():
-                mine[key] = mine.get(key, 0) + number
+            self.shared[name].update(met)
 
 
 def _reduced_on(device: torch.device, group: Any) -> torch.device:

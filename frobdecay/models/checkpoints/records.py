@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -175,13 +175,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def dense_weight(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    """Multiply the factors of one weight out, from a table of tensors by ``state_dict`` key.
-
-    Raises:
-        ValueError: factors that are missing or do not fit their record.
-    """
-    made, factors = factors_of(name, record, tensors)
+def dense_weight(made: Any, factors: Sequence[Tensor]) -> Tensor:
+    """Multiply out what ``factors_of`` found."""
     made.materialized = True
     dense: Tensor = made(*factors)
     return dense

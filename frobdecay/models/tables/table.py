@@ -79,10 +79,10 @@ def times(sizes: int | Sequence[int]) -> str:
     return str(sizes) if isinstance(sizes, int) else "×".join(map(str, sizes))
 
 
-def screen() -> int | None:
+def screen(errors: bool = False) -> int | None:
     """Columns of the terminal; None where other programs read on, for which no line is broken."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size().columns if terminal else None
+    stream = sys.stderr if errors else sys.stdout
+    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 
 
 def table(
