@@ -79,12 +79,6 @@ class Checkpoint:
             if tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))
         )
 
-    @property
-    def unknown(self) -> list[str]:
-        """Names of weights whose factors are here, but not how they are to be read."""
-        names = dict.fromkeys(filter(None, map(weight_of, self.tensors)))
-        return [name for name in names if name not in self.records]
-
 
 def check_factors(checkpoint: Checkpoint) -> None:
     """Refuse factors that are missing, beside the dense weight, or that nobody knows how to read.
@@ -93,9 +87,9 @@ def check_factors(checkpoint: Checkpoint) -> None:
         ValueError: naming them.
     """
     tensors, records = checkpoint.tensors, checkpoint.records
-    if checkpoint.unknown:
+    if unknown := [n for n in dict.fromkeys(map(weight_of, tensors)) if n and n not in records]:
         raise ValueError(
-            f"it has factors of {checkpoint.unknown[:8]}, but not how they are to be read; load it "
+            f"it has factors of {unknown[:8]}, but not how they are to be read; load it "
             "into the factorized model, and save that with save_factorized"
         )
     if lost := [name for name in records if factor_key(name, 0) not in tensors]:

@@ -189,11 +189,11 @@ def _filled(
                 if name in factorized:  # after the dense ones: what was tied is untied
                     path, _, attribute = here.rpartition(".")
                     _factorize(model.get_submodule(path), attribute, factorized[name][0])
-                    break
-                filled.add(id(known[here]))
-                parameter = nn.Parameter(weights[name], requires_grad=False)
-                for module, attribute in places[id(known[here])]:
-                    module._parameters[attribute] = parameter
+                else:
+                    filled.add(id(known[here]))
+                    parameter = nn.Parameter(weights[name], requires_grad=False)
+                    for module, attribute in places[id(known[here])]:
+                        module._parameters[attribute] = parameter
                 break
     absent = [
         name

@@ -20,6 +20,8 @@ from frobdecay.models.calibration.watch import Mask, Watch
 from frobdecay.models.checkpoints.files import FilePath
 from frobdecay.models.select import Weight
 
+_UNFIT = "no weight's inputs have the shape of the mask: padding counts; mask=None if that is meant"
+
 
 class Calibration:
     """Second moments of what weights see: the metric of calibrated spectral initialization.
@@ -134,11 +136,7 @@ class Calibration:
                 "the model did not run"
             )
         if self._watch is not None and self._watch.unfit:
-            warnings.warn(
-                "the mask has the shape of no weight's inputs, so that padding is counted; mask= "
-                "takes a function of the batch, and None where that is meant",
-                stacklevel=2,
-            )
+            warnings.warn(_UNFIT, stacklevel=2)
         bad = next((key for key, moment in run.moments.items() if not moment.finite()), None)
         if bad is not None:
             raise ValueError(

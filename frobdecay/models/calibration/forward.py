@@ -58,7 +58,6 @@ def default_forward(model: nn.Module, batch: Any) -> object:
         batch = batch[0]
     if isinstance(batch, str):
         raise TypeError(
-            f"expected batches of tensors, got the text {batch[:40]!r}; give what the tokenizer "
-            "makes of it, or forward=lambda model, batch: …"
+            f"expected tensors, got the text {batch[:20]!r}; tokenize it, or give forward="
         )
     return model(moved(batch))

@@ -40,16 +40,11 @@ def mask_of(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
     found = None if mask is None else held.get(mask)
     if mask is None or (mask == DEFAULT and found is None):
         return None
-    if found is None:
-        raise ValueError(
-            f"mask={mask!r} is no key of the batch, a {type(batch).__name__} with the keys "
-            f"{list(held)}; give one, a function of the batch, or None to count padding"
-        )
     if not isinstance(found, Tensor) or found.ndim != 2:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"expected the batch's {mask} to be of shape (batch, length), got {what}; give mask= a "
-            "function of the batch that returns such a one, or None to count padding"
+            f"expected mask={mask!r} to be one of the batch's keys {list(held)}, a tensor of shape "
+            f"(batch, length), got {what}; give another, a function of the batch, or None"
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         own = _decoder_mask(batch, mask)

@@ -90,7 +90,7 @@ class Watch:
 
     def count(self, mask: Mask) -> None:
         """Say which rows count from now on; what was met until now was in another batch."""
-        self._hides, self.mask = hides(mask), mask
+        self._hides, self.mask = hides(mask) and isinstance(mask, Tensor), mask
         self._live.clear()
 
     def remove(self) -> None:
@@ -149,10 +149,8 @@ class Watch:
     def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
         """Which rows of a tensor that a probe meets count."""
         found = fitting(self.mask, probe.name, tensor)
-        given = self.mask
-        could = self._hides and isinstance(given, Tensor) and tensor.ndim > given.ndim
         self._fits |= found is not None
-        self.unfit = not self._fits and (self.unfit or could)
+        self.unfit = not self._fits and (self.unfit or (self._hides and tensor.ndim > 2))
         return found
 
     def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
