@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from frobdecay.models.calibration.forward import default_forward, eagerly, evaluating
+from frobdecay.models.calibration.forward import (
+    check_batches,
+    default_forward,
+    eagerly,
+    evaluating,
+)
+from frobdecay.models.calibration.masks import DEFAULT, Mask, MaskOf, fitting, hides, mask_of, rows
 from frobdecay.models.checkpoints.files import FilePath, write_figure
 from frobdecay.models.select import Walk
 from frobdecay.models.tables.table import Column, figure, screen, table
@@ -38,11 +44,12 @@ class _Sum:
     cosines: float = 0.0
     rows: int = 0
 
-    def add(self, there: Tensor, here: Tensor) -> None:
-        """Outputs (…, m) of the original and of the other model."""
+    def add(self, there: Tensor, here: Tensor, name: str, mask: Mask) -> None:
+        """Outputs (…, m) of the original and of the other model, of which a mask hides some."""
         if there.shape != here.shape:
             raise ValueError(f"expected outputs like {[*there.shape]}, got {[*here.shape]}")
-        y, other = (x.detach()[None, None].flatten(0, -2).double() for x in (there, here))
+        y, other = (x.detach() if x.ndim else x.detach()[None] for x in (there, here))
+        y, other = (rows(x, fitting(mask, f"{name}.", x)).double() for x in (y, other))
         self.lost += float((y - other.to(y)).square().sum())
         self.total += float(y.square().sum())
         self.cosines += float(torch.cosine_similarity(y, other.to(y), dim=-1).sum())
@@ -140,7 +147,11 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, original: nn.Module, batches: Iterable[Any], forward: Forward | None = None
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    mask: MaskOf = DEFAULT,
 ) -> Comparison:
     """Compare a factorized, merged or unrolled model's outputs with those of the original.
 
@@ -161,19 +172,25 @@ def compare(
         original: with modules of the same names.
         batches: as for ``calibrate``.
         forward: as for ``calibrate``; the first tensor of what it returns is compared.
+        mask: as for ``calibrate``: rows of padding are not compared.
 
     Raises:
-        ValueError: no batches, modules in common that did not run alike, or no tensor returned.
+        TypeError, ValueError: no batches, modules in common that did not run alike, or no tensor
+            returned.
     """
+    check_batches(batches)
     run, final, seconds = forward or default_forward, _Sum(), None
     there, here = Walk(original).modules, Walk(model).modules
     both = _Both({n: here[n] for n, m in there.items() if here.get(n, m) is not m and layouts(m)})
     with evaluating(original), evaluating(model):
         for batch in batches:
+            hides(hidden := mask_of(original, batch, mask))  # refuses what is none
+            both.mask = hidden
             with _hooked(there, both.ask):
                 expected = _first(run(original, batch))
             with _hooked(both.modules, both.meet):
-                final.add(expected, _first(run(model, batch)))
+                made = _first(run(model, batch))
+            final.add(expected, made, "decoder", hidden)  # where there are two
             both.check()
             seconds = seconds or _times(run, original, model, batch)
     if not seconds:
@@ -189,20 +206,22 @@ class _Both:
         self.modules = modules
         self._alone, self._inside = ({name: _Sum() for name in modules} for _ in range(2))
         self._seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+        self.mask: Mask = None
 
-    def ask(self, name: str, args: Any, named: Any, made: Any) -> None:
+    def ask(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
         """Ask a layer what it makes of the original's inputs."""
         if name in self.modules:
             # A copy, since what comes next may write to it, as nn.ReLU(inplace=True) does.
             self._seen[name].append(_first(made).clone())
             with naming(name):
-                self._alone[name].add(_first(made), _first(self.modules[name](*args, **named)))
+                found = _first(self.modules[name](*args, **named))
+                self._alone[name].add(_first(made), found, name, self.mask)
 
-    def meet(self, name: str, args: Any, named: Any, made: Any) -> None:
+    def meet(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
         """Compare a layer's outputs with what the original's made in this call."""
         if not self._seen[name]:
             raise ValueError(f"{name} ran more often than in the original")
-        self._inside[name].add(self._seen[name].pop(0), _first(made))
+        self._inside[name].add(self._seen[name].pop(0), _first(made), name, self.mask)
 
     def check(self) -> None:
         """Refuse a layer that ran less often than in the original."""
@@ -219,13 +238,9 @@ class _Both:
 
 @contextmanager
 def _hooked(modules: Mapping[str, nn.Module], act: Callable[..., None]) -> Iterator[None]:
-    """Call ``act(name, args, named, made)`` after the forward passes of some modules."""
-
-    def hook(name: str, module: nn.Module, args: Any, named: Any, made: Any) -> None:
-        act(name, args, named, made)
-
+    """Call ``act(name, module, args, named, made)`` after the forward passes of some modules."""
     hooks = [
-        module.register_forward_hook(partial(hook, name), with_kwargs=True)
+        module.register_forward_hook(partial(act, name), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:

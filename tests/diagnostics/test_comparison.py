@@ -45,6 +45,26 @@ def test_errors_are_those_of_the_outputs(form):
     assert not any(m._forward_hooks for one in (model, original) for m in one.modules())
 
 
+def test_padding_is_not_compared():
+    """By the batch's mask, as calibration leaves it out; None compares all rows."""
+
+    class Masked(nn.Sequential):
+        def forward(self, x, attention_mask=None):
+            return super().forward(x)
+
+    model, original = (Masked(*one) for one in pair())
+    x, mask = torch.randn(3, 6, 12, generator=seeded(3)), torch.ones(3, 6).tril(2)
+    batch = {"x": x, "attention_mask": mask}
+    plain = [{"x": x[mask.bool()]}]
+    found, expected = compare(model, original, [batch]), compare(model, original, plain)
+    assert (found.error, found.cosine) == pytest.approx((expected.error, expected.cosine))
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert (a.alone, a.error, a.cosine) == pytest.approx((b.alone, b.error, b.cosine), abs=1e-6)
+    every, expected = (compare(model, original, [b], mask=None) for b in (batch, {"x": x}))
+    assert every.error == pytest.approx(expected.error)
+    assert every.error != pytest.approx(found.error, rel=1e-3)
+
+
 def test_it_prints_and_is_drawn(tmp_path):
     """With what it costs."""
     found = compare(*pair(), BATCHES)
@@ -141,3 +161,10 @@ def test_what_cannot_be_compared_is_refused():
             BATCHES,
             lambda m, b: halves(m, b) @ torch.ones(halves(m, b).shape[-1], 1),
         )
+
+
+def test_one_batch_is_refused():
+    """It would be taken for as many as it has rows."""
+    model, original = pair()
+    with pytest.raises(TypeError, match="a loader or a list of batches, got a Tensor"):
+        compare(model, original, BATCHES[0])
