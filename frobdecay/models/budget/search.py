@@ -101,8 +101,8 @@ class Search:
         if not any(entry.made is not None for entry in undecided):
             raise ValueError(
                 f"tolerance={tolerance} cannot be met: evaluate gives {dense:.6g} for the dense "
-                f"model and {worse:.6g} at ratio {low:.4g}, above {limit:.6g}; allow more, try "
-                "another allocate=, or exclude= the weights that matter most"
+                f"model and {worse:.6g} at ratio {low:.4g}, above {limit:.6g}; allow more "
+                "(of 0, no share is), try another allocate=, or exclude= what matters most"
             )
 
     def _keep(self, budget: float) -> list[Entry]:
