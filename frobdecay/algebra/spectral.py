@@ -180,8 +180,10 @@ def orthonormal_rows(k: int, r: int, like: Tensor) -> Tensor:
 
 def check_depth(depth: int) -> None:
     """Refuse what counts no inner factors."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"expected depth to be a number of inner factors, got {depth!r}")
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"expected depth to be a number of inner factors, got {depth!r}")
+    if depth < 0:
+        raise ValueError(f"expected depth to be at least 0, got {depth}")
 
 
 def with_inner(left: Tensor, right: Tensor, depth: int) -> tuple[Tensor, ...]:

@@ -34,13 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, beside, common_dtype, in_front, matrix_gram
+from frobdecay.algebra.precision import beside, common_dtype, in_front, matrix_gram
+from frobdecay.gradient.bucketed import Coefs, Targets
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded, whole
 from frobdecay.product.product import Product, as_products
-
-Targets = Sequence[Tensor | None]
-Coefs = Sequence[Coefficient]
 
 
 @dataclass(frozen=True)

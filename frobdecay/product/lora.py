@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from frobdecay.algebra.scaling import DTYPES
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.factor import Factor, axes_in
 from frobdecay.product.product import Product
@@ -49,7 +50,6 @@ _VARIANTS = {
     "Kasa": "KaSA has singular values between A and B",
     "BdLora": "its factors are block-diagonal",
 }
-_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Layout(NamedTuple):
@@ -194,7 +194,7 @@ def _base(module: Any, called: str, layout: _Layout) -> Factor:
     why = None
     if f"{_LORA}.MultiheadAttention" in kinds:
         why = "PEFT replaces the weights of nn.MultiheadAttention in every forward pass"
-    elif weight is None or type(weight) is not nn.Parameter or weight.dtype not in _DENSE:
+    elif weight is None or type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
         got = "none" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
         why = f"its {attribute} is {got}: quantized, parametrized or sharded weights are not read"
     elif getattr(layer, "groups", 1) > 1:

@@ -20,6 +20,7 @@ from frobdecay.algebra.scaling import check_not_zero, check_weight
 from frobdecay.algebra.spectral import (
     INITS,
     Init,
+    check_depth,
     kaiming_init,
     plain_rank,
     randomized_init,
@@ -78,10 +79,7 @@ class LowRank(Recorded):
     ) -> None:
         super().__init__()
         rank = plain_rank(rank)
-        if isinstance(depth, bool) or not isinstance(depth, int):
-            raise TypeError(f"expected depth to be a number of inner factors, got {depth!r}")
-        if depth < 0:
-            raise ValueError(f"expected depth to be at least 0, got {depth}")
+        check_depth(depth)
         self.rank, self.depth = rank, depth
         self.pattern, self.axes = pattern, dict(axes or {})
         self.init = resolve_init(init)

@@ -327,8 +327,10 @@ def test_wrong_init_and_depth_are_refused():
     """An unknown init lists the known ones; depth counts inner factors."""
     with pytest.raises(ValueError, match="'kaiming', 'matched', 'randomized', 'spectral'"):
         resolve_init("svd")
-    with pytest.raises(ValueError, match="number of inner factors"):
+    with pytest.raises(ValueError, match="depth to be at least 0, got -1"):
         spectral_init(torch.ones(2, 2), 1, depth=-1)
+    with pytest.raises(TypeError, match="number of inner factors, got True"):
+        spectral_init(torch.ones(2, 2), 1, depth=True)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class Sums:
                 return Frequencies(size, device)
             return Moment(batch, size, self.dtype, device)
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self) -> None:
         """Sum over processes, each of which has seen its own share of the batches.
 
         Raises:
@@ -137,8 +137,8 @@ class Sums:
             key: (key[1], tuple(moment.count.shape), moment.second.shape[-1])
             for key, moment in self.moments.items()
         }
-        theirs: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(theirs, (shapes, self.calls, self.shared), group=group)
+        theirs: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(theirs, (shapes, self.calls, self.shared))
         joined: dict[Key, _Shape] = {}
         self.calls, self.shared = Counter(), defaultdict(Counter)
         for other, calls, shared in theirs:
@@ -150,8 +150,8 @@ class Sums:
             moment = self.moments.get(key) or self.empty(joined[key], self.device or "cpu")
             self.moments[key] = moment
             for part in moment.parts():
-                sent = part.to(_reduced_on(part.device, group))
-                dist.all_reduce(sent, group=group)
+                sent = part.to(_reduced_on(part.device))
+                dist.all_reduce(sent)
                 part.copy_(sent)
 
     def _count(self, calls: Mapping[Key, int], shared: Mapping[str, Mapping[Key, int]]) -> None:
@@ -161,9 +161,9 @@ class Sums:
             self.shared[name].update(met)
 
 
-def _reduced_on(device: torch.device, group: Any) -> torch.device:
+def _reduced_on(device: torch.device) -> torch.device:
     """Where the processes exchange what lies on a device."""
-    backend = dist.get_backend(group)
+    backend = dist.get_backend()
     if backend == "nccl" and device.type == "cpu":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if backend == "gloo" else device

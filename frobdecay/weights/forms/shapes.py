@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.reading import Matricization, written
+from frobdecay.algebra.scaling import DTYPES
 from frobdecay.weights.forms.matrix import matrix
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor
@@ -23,9 +24,6 @@ from frobdecay.weights.product_tensor import ProductTensor
 _NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half", "bfloat16")
-
-# Dtypes that products are formed in: to cast a weight to any other is not to cast its factors.
-_PRODUCTS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 @form(Tensor.permute, torch.permute)
@@ -82,7 +80,8 @@ def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: 
     factors = [function(f, *given, **named) for f in input.factors]
     if not isinstance(factors[0], Tensor):
         return factors[0]
-    if factors[0].dtype not in _PRODUCTS and factors[0].dtype != input.factors[0].dtype:
+    # To cast a weight to a dtype that no product is formed in is not to cast its factors.
+    if factors[0].dtype not in DTYPES and factors[0].dtype != input.factors[0].dtype:
         return NotImplemented
     same = all(new is old for new, old in zip(factors, input.factors, strict=True))
     return input if same else input.like(factors)
