@@ -21,6 +21,9 @@ from frobdecay.algebra.scaling import exponents, times_power
 ROWS, BLOCKS, NARROW = 1 << 14, 4, 256
 """Rows that are multiplied at once; blocks along an axis, for matrices that are not narrow."""
 
+MODEST = 20
+"""Exponents of two of the largest entry, up or down, with which squares keep their digits."""
+
 
 class _Sums:
     """Sums in the attributes that a subclass names."""
@@ -85,14 +88,17 @@ class Moment(_Sums):
                     mean = wide.mean(-2, dtype=pivot.dtype).to(pivot)
                     pivot += mean * (count == 0).unsqueeze(-1).to(pivot)
                 wide = wide - pivot.to(wide).unsqueeze(-2)
-                first += wide.sum(-2, dtype=first.dtype).to(first.device)
-                limit = round(log2(torch.finfo(second.dtype).max))
-                exponent = exponents(wide, (-2, -1)).clamp(2 - limit, limit)
-                size = times_power(torch.ones_like(exponent, dtype=second.dtype), 2 * exponent)
-                wide, size = times_power(wide, -exponent), size.to(second.device)
+                first += wide.sum(-2).to(first)
+                exponent = exponents(wide, (-2, -1))
+                modest = bool((exponent.abs() <= MODEST).all())
+                if not modest:
+                    limit = round(log2(torch.finfo(second.dtype).max))
+                    exponent = exponent.clamp(2 - limit, limit)
+                    size = times_power(torch.ones_like(exponent, dtype=second.dtype), 2 * exponent)
+                    wide = times_power(wide, -exponent)
                 for block in _blocks(wide.shape[-1]):
-                    found = wide[..., block].mT @ wide[..., : block.stop]
-                    second[..., block, : block.stop].addcmul_(found.to(second), size)
+                    found = (wide[..., block].mT @ wide[..., : block.stop]).to(second.device)
+                    second[..., block, : block.stop] += found if modest else found * size.to(second)
                 count += part.shape[-2]
 
     def finite(self) -> bool:
