@@ -14,6 +14,7 @@ from gloo import run
 from torch import nn
 
 from frobdecay import CP, Calibration, LowRank, TensorTrain, Tucker, calibrate, factorize, merge
+from frobdecay.algebra.calibrated.truncation import Metric
 
 
 def correlated(*shape, seed=0):
@@ -151,6 +152,22 @@ def distance(module, calls, about=False):
     )
     size = theirs - theirs.mean(axes, keepdim=True) if about else theirs
     return float((ours - theirs).norm() / size.norm())
+
+
+def test_words_that_were_not_met_are_not_given_up():
+    """Each counts for a little, so that they lose less, and those that were met hardly more."""
+    sizes = 3.0 ** -torch.arange(8)
+    W = torch.randn(400, 8, generator=seeded(0))
+    W[:30] *= sizes
+    W[30:] *= sizes.flip(0)
+    model = nn.Sequential(nn.Embedding.from_pretrained(W.clone(), freeze=False))
+    stats = calibrate(model, [torch.randint(30, (10, 100), generator=seeded(1))])
+    often = stats.sums.moments["0.weight", "rows"].second / 1000
+    factorize(model, rank=4, init=stats)
+    U, V = Metric(often, "rows").factors(W, 4).factors
+    ours, theirs = ((made - W).norm(dim=1) / W.norm(dim=1) for made in (model[0].weight, U @ V.T))
+    assert ours[30:].mean() < 0.5 * theirs[30:].mean()
+    assert ours[:30].mean() < 0.1
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -95,7 +95,8 @@ def metric_of(
     if all(of == "rows" for met in parts for _, of in met):
         (key,) = parts[0]
         held = sums.moments[key]
-        return Metric(held.second / held.count.item(), "rows", None, shrink)
+        often, count = held.second / held.count.item(), held.count.item()
+        return Metric(often, "rows", None, max(shrink, _smoothing(often, count, tensor)))
     W = view.matrix(tensor.detach()).double()
     b = None if bias is None else bias.detach().double().reshape(W.shape[:-1])
     found = [_joined(met, sums, W, b) for met in parts]
@@ -106,6 +107,22 @@ def metric_of(
     total = total.about_mean() if centred else total
     mean = total.first / total.number.unsqueeze(-1).clamp_min(1) if centred else None
     return Metric(total.second / total.number.max().clamp_min(1), of, mean, shrink)
+
+
+SEEN = 0.1
+"""How often every row of a table counts as looked up, beside the times that it was."""
+
+
+def _smoothing(often: Tensor, count: float, table: Tensor) -> float:
+    """λ with which rows that were not looked up are not given up (Lidstone's smoothing).
+
+    To add ``SEEN`` to every row's count is to shrink towards the plain metric. On a sentence
+    encoder whose table of 30,522 tokens was cut on 8,000 of 1,300 kinds that was better than none
+    at each of three ranks, for the text that was seen and for another.
+    """
+    squares = table.detach().to(often).square().sum(-1)
+    plain = SEEN / count * float(squares.sum())
+    return plain / (plain + float(often @ squares)) if plain else 0.0
 
 
 def _parts(sums: Sums, weight: Weight) -> list[Mapping[Key, int]]:
