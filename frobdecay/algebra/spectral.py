@@ -120,7 +120,6 @@ def _decomposed(
     check_weight(weight)
     *batch, m, n = weight.shape
     r = resolve_rank(rank, m, n)
-    check_depth(depth)
     matrices = weight.detach().reshape(-1, m, n)
     count = max(1, BLOCK // (m * n))
     parts = [matrices[start : start + count] for start in range(0, len(matrices), count)]

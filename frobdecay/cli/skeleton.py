@@ -124,10 +124,8 @@ def _put(model: nn.Module, path: Iterable[str], what: nn.Module | nn.Parameter) 
     *around, last = path
     for part in around:
         model = model._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-    if isinstance(what, nn.Parameter):
-        model._parameters[last] = what
-    else:
-        model._modules[last] = what
+    held: Any = model._parameters if isinstance(what, nn.Parameter) else model._modules
+    held[last] = what
 
 
 def _layer(tensor: Tensor) -> nn.Module:

@@ -108,8 +108,8 @@ def _toward_weight(product: Product, weight: Any) -> Product:
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"{name}: expected its dense weight among those to decay toward, got "
-            f"{'none' if weight is None else type(weight).__name__}; it is to be called like the "
-            "product; exclude= leaves it out"
+            f"{'none' if weight is None else type(weight).__name__}; pass the model as it was "
+            "before it was factorized, or its state_dict(); exclude= leaves the product out"
         )
     view = parametrization.matricization
     if weight.is_meta:

@@ -722,7 +722,10 @@ def test_files_of_something_else_are_refused(file, tmp_path):
         torch.save({"weight": torch.ones(2)}, path)
     else:
         pytest.importorskip("safetensors.torch").save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="not a file of moments"):
+    with pytest.raises(ValueError, match="not a file of moments: it has none"):
+        Calibration.load(path)
+    path.write_text("some words, and no archive\n" * 9)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         Calibration.load(path)
 
 

@@ -21,6 +21,7 @@ from frobdecay.models.checkpoints.files import (
 from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 
 HEADER, VERSION = "frobdecay.calibration", 1
+_UNFIT = (TypeError, LookupError, AttributeError, ValueError)
 PARTS = {"inputs": 3, "outputs": 3, "rows": 2}
 
 
@@ -66,9 +67,11 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
             with readable(path) as name:
                 tensors = torch.load(name, map_location="cpu", weights_only=True)
             text = tensors.pop(HEADER, None)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, *_UNFIT) as error:
             raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
     try:
+        if text is None:
+            raise ValueError("it has none in it, as Calibration.save writes them")
         said = json.loads(text)
         if said["version"] != VERSION:
             raise ValueError(f"of version {said['version']}, which this one does not read")
@@ -87,5 +90,5 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
                 raise ValueError(f"the {key[1]} of {key[0]} are no sums")
             sums.moments[key] = held
         return sums, {"shrink": float(said["shrink"]), "unwatched": dict(said["unwatched"])}
-    except (TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
+    except (*_UNFIT, RecursionError) as error:
         raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
