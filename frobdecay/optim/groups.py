@@ -65,7 +65,6 @@ def split_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")
     check_coefficient(weight_decay, "weight_decay")
-    check_coefficient(0.0 if decay is None else decay, "decay")
     spared = _spared(model, no_decay)
     factors = _factors(model, planned)
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}

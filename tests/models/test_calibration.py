@@ -725,7 +725,7 @@ def test_files_of_something_else_are_refused(file, tmp_path):
     with pytest.raises(ValueError, match="not a file of moments: it has none"):
         Calibration.load(path)
     path.write_text("some words, and no archive\n" * 9)
-    with pytest.raises(ValueError, match=re.escape(str(path))):
+    with pytest.raises(ValueError, match="not a file of moments, but text"):
         Calibration.load(path)
 
 

@@ -18,10 +18,9 @@ from frobdecay.models.checkpoints.files import (
     write_safetensors,
     write_torch,
 )
-from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
+from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
 
 HEADER, VERSION = "frobdecay.calibration", 1
-_UNFIT = (TypeError, LookupError, AttributeError, ValueError)
 PARTS = {"inputs": 3, "outputs": 3, "rows": 2}
 
 
@@ -59,15 +58,17 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: it holds something else.
     """
-    if recognized(path) == SAFETENSORS:
+    if (kind := recognized(path)) == SAFETENSORS:
         tensors, metadata = read_safetensors(path)
         text: Any = metadata.get(HEADER)
+    elif kind not in (ZIP, PICKLE):
+        raise ValueError(f"{os.fsdecode(path)}: not a file of moments, but {kind}")
     else:
         try:
             with readable(path) as name:
                 tensors = torch.load(name, map_location="cpu", weights_only=True)
             text = tensors.pop(HEADER, None)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, *_UNFIT) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
     try:
         if text is None:
@@ -90,5 +91,5 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
                 raise ValueError(f"the {key[1]} of {key[0]} are no sums")
             sums.moments[key] = held
         return sums, {"shrink": float(said["shrink"]), "unwatched": dict(said["unwatched"])}
-    except (*_UNFIT, RecursionError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error
