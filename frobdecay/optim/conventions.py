@@ -25,7 +25,7 @@ _OPTIONS = {
 }
 _COUPLED = {
     "torch": """
-        Adadelta Adagrad Adam Adamax ASGD LBFGS NAdam RAdam RMSprop Rprop SGD""",
+        Adadelta Adagrad Adam Adamax ASGD LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam""",
     "pytorch_optimizer": """
         ADOPT APOLLO ASGD AccSGD AdEMAMix AdaBelief AdaBound AdaDelta AdaFactor AdaGC AdaGO
         AdaHessian AdaMax AdaMod AdaMuon AdaNorm AdaPNM AdaSmooth AdaTAM Adai Adalite AdamC AdamG
