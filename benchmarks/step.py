@@ -14,11 +14,10 @@ Every row is a whole step (forward, backward, zero_grad, the optimizer) of one f
                        factors as they are at the beginning
 
 in turns. What the decay adds is the difference of the optimizer's parts; that of whole steps is of
-the size of their noise. ResNet-32 has its first convolution and
-classifier dense and takes 128 images. The BERT layers are the linear layers of BERT-base between
-normalizations and GELU, at rank 192, without attention itself, which would only make the share of
-the decay smaller. What the decay may take of their step is 1.3 times its share of the flops,
-2r ÷ (3 · tokens).
+the size of their noise. ResNet-32 has its first convolution and classifier dense and takes 128
+images. The BERT layers are the linear layers of BERT-base between normalizations and GELU, at rank
+192, without attention itself, which would only make the share of the decay smaller. What the decay
+may take of their step is 1.3 times its share of the flops, 2r ÷ (3 · tokens).
 """
 
 from __future__ import annotations

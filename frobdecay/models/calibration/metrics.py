@@ -116,9 +116,7 @@ SEEN = 0.1
 def _smoothing(often: Tensor, count: float, table: Tensor) -> float:
     """λ with which rows that were not looked up are not given up (Lidstone's smoothing).
 
-    To add ``SEEN`` to every row's count is to shrink towards the plain metric. On a sentence
-    encoder whose table of 30,522 tokens was cut on 8,000 of 1,300 kinds that was better than none
-    at each of three ranks, for the text that was seen and for another.
+    To add ``SEEN`` to every row's count is to shrink towards the plain metric.
     """
     squares = table.detach().to(often).square().sum(-1)
     plain = SEEN / count * float(squares.sum())
