@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gpu import features, kernels, models, steps, tiles, timing
-from benchmarks.gpu.parts import PARTS, Part, run_parts
+from benchmarks.gpu.parts import PARTS, PATIENCE, Part, run_parts
 from benchmarks.measure import Report
 
 __all__ = ["main"]
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = options.device == "cpu"  # what that takes is no result
     folder = options.out or Path("out" if small else "benchmarks/results")
     begin, kept = time.monotonic(), _Kept(folder, options.mode, bool(options.only))
-    budget = options.budget or (600 if small else MODES[options.mode])
+    budget = options.budget or MODES[options.mode] * (PATIENCE if small else 1)
     failed = run_parts(names, options.device, budget, kept.keep, options.logs)
     for error in list(failed.values())[:1]:
         print(f"== the first error\n{error}")

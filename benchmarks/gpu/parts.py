@@ -28,6 +28,8 @@ RUN = ["-m", "benchmarks.gpu"]
 """How Python runs this package."""
 TAIL = 6_000
 """Characters of a failed part's output that are shown."""
+PATIENCE = 10
+"""How many times its seconds a part has on a CPU, whose cores others use: that is no result."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Part:
         name: in the table.
         mode: ``smoke``, ``measure`` or ``tune``.
         run: what it does, within the process that is its own.
-        seconds: after which it is stopped.
+        seconds: after which it is stopped on a device.
         alone: whether nothing may run beside it, because it times something.
         under: a program that runs it, with its arguments; left out where it is not installed.
     """
@@ -79,10 +81,11 @@ class _Running:
     output: Path
     report: Path
     start: float
+    seconds: int
 
     def over(self) -> bool:
         """Whether it has ended; it is stopped where its time is over."""
-        if self.process.poll() is None and time.monotonic() - self.start > self.part.seconds:
+        if self.process.poll() is None and time.monotonic() - self.start > self.seconds:
             self.process.kill()
             self.process.wait()
         return self.process.poll() is not None
@@ -94,13 +97,15 @@ def _start(one: Part, device: str, folder: Path) -> _Running:
     inner = [sys.executable, *RUN, "part", one.name]
     command = [*one.under, *inner, "--device", device, "--json", str(report)]
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    seconds = one.seconds
     if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        seconds *= PATIENCE
     if one.under:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else most wrong addresses are ours
     with output.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    return _Running(one, process, output, report, time.monotonic())
+    return _Running(one, process, output, report, time.monotonic(), seconds)
 
 
 def _end(running: _Running, keep: Callable[[str, dict[str, Any]], None]) -> str | None:
@@ -108,8 +113,8 @@ def _end(running: _Running, keep: Callable[[str, dict[str, Any]], None]) -> str 
     seconds, code = time.monotonic() - running.start, running.process.returncode
     text = running.output.read_text(errors="replace")
     verdict = "passed" if code == 0 else f"FAILED (exit status {code})"
-    if code != 0 and seconds > running.part.seconds:
-        verdict = f"STOPPED after {running.part.seconds} s"
+    if code != 0 and seconds > running.seconds:
+        verdict = f"STOPPED after {running.seconds} s"
     print(f"== {running.part.name}: {verdict}, {seconds:.0f} s")
     print(text[-TAIL:] if code else text, flush=True)
     record = {"seconds": round(seconds, 1), "outcome": verdict}

@@ -45,6 +45,7 @@ def test_a_part_that_fails_leaves_the_others(added, tmp_path, monkeypatch):
         "sys.exit(name == 'bad')\n"
     )
     monkeypatch.setattr(parts, "RUN", [str(script), "-m", "benchmarks.gpu"])
+    monkeypatch.setattr(parts, "PATIENCE", 1)
     kept = {}
     failed = run_parts(["good", "bad", "slow one"], "cpu", 100, kept.__setitem__, tmp_path / "logs")
     assert set(failed) == {"bad", "slow one"}
