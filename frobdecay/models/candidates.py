@@ -98,12 +98,11 @@ def _calibrate(found: list[Entry], stats: Metrics, tied: Mapping[int, list[str]]
     """Give each weight the metric in which it is truncated, or say that it has none."""
     for entry in found:
         view, weight = entry.view, entry.weight
-        kind = type(entry.make(1)) if entry.make is not None else None
-        if not isinstance(view, Matricization) or kind is None or not issubclass(kind, LowRank):
+        kind = type(entry.made_at(1))
+        if not isinstance(view, Matricization) or not issubclass(kind, LowRank):
             raise ValueError(
                 f"{weight.name}: calibrated initialization is of matrices, U Vᵀ, but the "
-                f"parametrization is {kind.__name__ if kind else None}; take LowRank for it, or "
-                "init='spectral'"
+                f"parametrization is {kind.__name__}; take LowRank for it, or init='spectral'"
             )
         if reason := stats.why_not(weight, view):
             entry.note = f"init='spectral': {reason}"
@@ -121,8 +120,7 @@ def _calibrate(found: list[Entry], stats: Metrics, tied: Mapping[int, list[str]]
 
 def _unknown(weight: Weight) -> str:
     """Why a parameter of a module type without a default is left dense."""
-    assert weight.tensor is not None
-    how = "" if weight.tensor.ndim == 2 else ", with a pattern,"
+    how = "" if weight.parameter.ndim == 2 else ", with a pattern,"
     kind = type(weight.module).__name__
     return f"a parameter of {kind}, a module type without a default; name it{how} to factorize"
 
@@ -152,8 +150,7 @@ def _fit(
     tensors: bool,
 ) -> None:
     """Fill in how the weight is read and parametrized, or the reason why it cannot be."""
-    tensor = entry.weight.tensor
-    assert tensor is not None
+    tensor = entry.weight.parameter
     given = getattr(parametrization, "keywords", {})
     pattern, axes = given.get("pattern"), given.get("axes")
     # Those that read tensors have a default of their own.
@@ -175,8 +172,7 @@ def _fit(
 
 def _default(weight: Weight, pattern: str | None) -> tuple[str, Mapping[str, int]]:
     """The pattern of a name, or the default one, and its axes, by the module's type."""
-    assert weight.tensor is not None
-    shape = tuple(weight.tensor.shape)
+    shape = tuple(weight.parameter.shape)
     layout = weight.layout or (default_layout(2) if len(shape) == 2 else None)
     if layout is None:
         raise ValueError(
@@ -213,8 +209,7 @@ def _make(parametrization: Callable[..., nn.Module], options: Mapping[str, Any],
 
 def _check_numbers(entry: Entry, derives: bool) -> None:
     """Refuse NaN; leave zeros dense, whose factors would be zero and never train."""
-    tensor = entry.weight.tensor
-    assert tensor is not None
+    tensor = entry.weight.parameter
     if tensor.is_meta:
         return
     check_values(entry.weight)

@@ -130,8 +130,7 @@ def _execute(
 
 def _put(entry: Entry, factors: Sequence[Tensor]) -> None:
     """Put the factors in the weight's place; note the relative error, unless it is known."""
-    dense, module, attribute = entry.weight.tensor, entry.weight.module, entry.weight.attribute
-    assert dense is not None
+    dense, module, attribute = entry.weight.parameter, entry.weight.module, entry.weight.attribute
     with naming(entry.weight.name), torch.no_grad():
         place(module, attribute, entry.made, factors)
         if entry.error is None:

@@ -68,8 +68,7 @@ def check_values(weight: Weight) -> None:
     Raises:
         ValueError: on the meta device, or NaN or infinity in it.
     """
-    tensor = weight.tensor
-    assert tensor is not None
+    tensor = weight.parameter
     if tensor.is_meta:
         raise ValueError(
             f"{weight.name} is on the meta device and holds no numbers; materialize it "
@@ -162,8 +161,7 @@ def _normed(weight: Weight) -> str | None:
 
 def _not_plain(weight: Weight) -> str | None:
     """Tensors that only look like a matrix of numbers."""
-    tensor = weight.tensor
-    assert tensor is not None
+    tensor = weight.parameter
     if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
         return "sharded (DTensor); factorize before fully_shard or parallelize_module"
     if reason := why_partitioned(weight.module, weight.attribute, tensor):
@@ -178,8 +176,7 @@ def _not_plain(weight: Weight) -> str | None:
 
 
 def _not_a_matrix(weight: Weight) -> str | None:
-    tensor = weight.tensor
-    assert tensor is not None
+    tensor = weight.parameter
     if tensor.numel() == 0:
         return f"empty, of shape {tuple(tensor.shape)}; there is nothing to factorize"
     if tensor.ndim < 2:

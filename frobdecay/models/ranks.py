@@ -183,8 +183,7 @@ def _check_plan(found: list[Entry], plan: RankPlan) -> None:
         row = next((rows[name] for name in entry.weight.names if name in rows), None)
         if not entry.open or row is None:
             continue
-        assert entry.make is not None
-        own = entry.make(1)
+        own = entry.made_at(1)
         same = type(own) is type(row.made) and row.shape == entry.shape
         if not same or entry.size(row.rank) != row.after:  # type: ignore[arg-type]
             raise ValueError(

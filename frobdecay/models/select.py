@@ -75,6 +75,13 @@ class Weight:
         return self.module._parameters.get(self.attribute)
 
     @property
+    def parameter(self) -> Tensor:
+        """The same, where it is known to be one."""
+        found = self.tensor
+        assert found is not None
+        return found
+
+    @property
     def layout(self) -> Layout | None:
         """How its module type's weight is read as a matrix, if the type is known."""
         return layouts(self.module).get(self.attribute)

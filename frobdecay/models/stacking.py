@@ -40,8 +40,7 @@ def with_factors(chosen: Sequence[Entry]) -> Iterator[tuple[Entry, Sequence[Tens
     stacks = {id(entry): stack for stack in _stacks(chosen) for entry in stack}
     ready: dict[int, Sequence[Tensor]] = {}
     for entry in chosen:
-        key, tensor = id(entry), entry.weight.tensor
-        assert tensor is not None
+        key, tensor = id(entry), entry.weight.parameter
         with naming(entry.weight.name):
             if key in stacks and key not in ready:
                 ready |= _decomposed(stacks[key])
@@ -77,10 +76,9 @@ def _alike(entry: Entry) -> Any:
 
 def _calibrated(entry: Entry, metric: Metric) -> Sequence[Tensor]:
     """Factors in the metric of the data; the error and what moves the bias are noted."""
-    made, tensor = entry.made, entry.weight.tensor
-    assert tensor is not None
+    made = entry.made
     made.adopt(entry.shape)
-    matrix = made.matricization.matrix(tensor.detach())
+    matrix = made.matricization.matrix(entry.weight.parameter.detach())
     found = metric.factors(matrix, made.rank, depth=made.depth)
     entry.error, entry.shift = found.error, found.shift
     if found.plain:
@@ -94,9 +92,8 @@ def _decomposed(stack: Sequence[Entry]) -> dict[int, Sequence[Tensor]]:
     """Factors of the weights of a stack, by entry's id, each with memory of its own."""
     matrices = []
     for entry in stack:
-        assert entry.weight.tensor is not None
         entry.made.adopt(entry.shape)
-        matrices.append(entry.made.matricization.matrix(entry.weight.tensor.detach()))
+        matrices.append(entry.made.matricization.matrix(entry.weight.parameter.detach()))
     joined = torch.cat([matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices])
     done = spectral_init(joined, stack[0].made.rank, depth=stack[0].made.depth)
     counts = [prod(matrix.shape[:-2]) for matrix in matrices]

@@ -469,10 +469,10 @@ def test_layers_with_a_forward_of_their_own_are_listed():
 
     torch.manual_seed(0)
     model = nn.Sequential(Standardized(16, 16), nn.Linear(16, 16))
-    remarks = [
-        row.reason
-        for row in factorize(model, rank=2, init=calibrate(model, [correlated(9, 16)])).rows
-    ]
+    stats = calibrate(model, [correlated(9, 16)])
+    dense = factorize(copy.deepcopy(model), rank={"1": 2}, include="*", init=stats).rows[0]
+    assert dense.reason == "no rank given for it"  # and nothing of an initialization
+    remarks = [row.reason for row in factorize(model, rank=2, init=stats).rows]
     assert "Standardized has a forward of its own" in remarks[0]
     assert remarks[1] is None
 

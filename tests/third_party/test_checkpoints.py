@@ -327,6 +327,26 @@ def test_missing_factors_are_refused(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def _no_record(content):
+    del content["quantization_config"]["weights"][NAME]
+
+
+def _no_records(content):
+    del content["quantization_config"], content["transformers_weights"]
+
+
+@pytest.mark.parametrize("change", [_no_record, _no_records])
+@pytest.mark.parametrize("body", [False, True])
+def test_factors_without_a_record_are_refused(tmp_path, change, body):
+    """The library would draw the weight anew: a config.json of another model, or a dense one."""
+    model, _ = _saved(tmp_path)
+    _edited(tmp_path, change)
+    name = NAME.removeprefix("bert.") if body else NAME
+    kind = transformers.AutoModel if body else type(model)
+    with pytest.raises(ValueError, match=rf"cannot load .*factors of .*'{name}'.*save the model"):
+        kind.from_pretrained(tmp_path)
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 

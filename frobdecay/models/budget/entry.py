@@ -92,13 +92,17 @@ class Entry:
         assert self.view is not None
         return decomposition(self.view.matrix_shape, len(self.view.batch))
 
+    def made_at(self, rank: Rank) -> Any:
+        """The parametrization at a rank."""
+        assert self.make is not None
+        return self.make(rank)
+
     def _at(self, rank: Rank) -> tuple[Any, Any]:
         """The parametrization at a rank, or at the floor, and its rank in numbers of columns."""
-        assert self.make is not None
-        made = self.make(rank)
+        made = self.made_at(rank)
         found = made.resolve(self.shape)
         if isinstance(found, int) and found < self.floor:
-            return self.make(self.floor), self.floor
+            return self.made_at(self.floor), self.floor
         return made, found
 
     def rank_at(self, scale: Rank) -> Any:
@@ -108,8 +112,7 @@ class Entry:
 
     def size(self, rank: Rank) -> int:
         """Parameters of the factors."""
-        assert self.make is not None
-        return parameters(self.make(rank), self.shape)
+        return parameters(self.made_at(rank), self.shape)
 
     def size_at(self, scale: Rank) -> int:
         """Parameters at a rank, of the dense weight where factors have more."""
@@ -128,9 +131,8 @@ class Entry:
                 f"{self.weight.name} is read as a tensor, whose energy is no sum over ranks; plan "
                 "with rank= or ratio=, allocate='fraction' or 'uniform'"
             )
-        assert self.weight.tensor is not None
         with naming(self.weight.name):
-            matrix = self.view.matrix(self.weight.tensor.detach())
+            matrix = self.view.matrix(self.weight.parameter.detach())
             own = singular_values(matrix) if self.metric is None else self.metric().spectrum(matrix)
             return shares(own)
 
@@ -141,25 +143,22 @@ class Entry:
     @torch.no_grad()
     def truncated(self, rank: Rank) -> tuple[Tensor, Tensor]:
         """The weight, and what it would be at a rank, both dense."""
-        assert self.make is not None
-        assert self.weight.tensor is not None
-        made = self.make(rank)
+        made = self.made_at(rank)
         made.materialized = True
         with naming(self.weight.name):
             if self.metric is not None:
                 assert isinstance(self.view, Matricization)
                 made.adopt(self.shape)
-                matrix = self.view.matrix(self.weight.tensor.detach())
+                matrix = self.view.matrix(self.weight.parameter.detach())
                 factors = self.metric().factors(matrix, made.rank, depth=made.depth).factors
             else:
-                factors = getattr(made, "approximate", made.right_inverse)(self.weight.tensor)
+                factors = getattr(made, "approximate", made.right_inverse)(self.weight.parameter)
             product: Tensor = made(*factors)
-        return self.weight.tensor, product
+        return self.weight.parameter, product
 
     def take(self, rank: Rank) -> None:
         """Have this rank."""
-        assert self.make is not None
-        self.made = self.make(rank)
+        self.made = self.made_at(rank)
 
     def settle(self, rank: Rank) -> None:
         """Take the rank if it pays, else say that it does not."""
@@ -175,8 +174,9 @@ class Entry:
     def row(self) -> PlanRow:
         """The entry as a row of the plan."""
         name, shape, dense = self.weight.name, self.shape, self.dense
-        remarks = [f"untied from {', '.join(self.untied)}"] if self.untied else []
-        remark = "; ".join([*remarks, *filter(None, [self.reason, self.note])]) or None
+        untied = f"untied from {', '.join(self.untied)}" if self.untied else None
+        said = (self.reason,) if self.made is None else (untied, self.note)
+        remark = "; ".join(filter(None, said)) or None
         if self.there is not None:
             row = PlanRow.of(name, shape, self.there, reason=remark)
             return replace(row, before=dense, made=None)

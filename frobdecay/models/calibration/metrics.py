@@ -90,8 +90,7 @@ def metric_of(
         shrink: λ.
     """
     parts = _parts(sums, weight)
-    tensor, bias = weight.tensor, bias_of(weight)
-    assert tensor is not None
+    tensor, bias = weight.parameter, bias_of(weight)
     if all(of == "rows" for met in parts for _, of in met):
         (key,) = parts[0]
         held = sums.moments[key]

@@ -79,8 +79,7 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
         weight: with a tensor.
         tree: the model's modules by name.
     """
-    module, tensor = weight.module, weight.tensor
-    assert tensor is not None
+    module, tensor = weight.module, weight.parameter
     holder = _attention(weight, tree)
     if holder is not None:
         return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]
@@ -125,22 +124,17 @@ def _convolution(name: str, module: _ConvNd) -> Probe:
     narrow = groups == 1 and module.in_channels < module.out_channels
     if alone and narrow and not isinstance(module, _ConvTransposeNd):
         steps: Any = tuple(slice(None, None, step) for step in module.stride)
-        return Probe(
-            name,
-            module,
-            "inputs",
-            module.in_channels,
-            inputs=lambda call: first(call)[(..., *steps)].movedim(-1 - axes, -1),
-        )
-    batch = (groups,) if groups > 1 else ()
-    return Probe(
-        name,
-        module,
-        "outputs",
-        module.out_channels // groups,
-        batch,
-        outputs=lambda call: result(call).movedim(-1 - axes, -1),
-    )
+
+        def inputs(call: Call) -> Tensor:
+            return first(call)[(..., *steps)].movedim(-1 - axes, -1)
+
+        return Probe(name, module, "inputs", module.in_channels, inputs=inputs)
+
+    def outputs(call: Call) -> Tensor:
+        return result(call).movedim(-1 - axes, -1)
+
+    size, batch = module.out_channels // groups, (groups,) if groups > 1 else ()
+    return Probe(name, module, "outputs", size, batch, outputs=outputs)
 
 
 def _packed(weight: Weight, module: nn.MultiheadAttention) -> list[Probe]:
@@ -154,10 +148,9 @@ def _packed(weight: Weight, module: nn.MultiheadAttention) -> list[Probe]:
 
         return get
 
-    tensor = weight.tensor
-    assert tensor is not None
+    size = weight.parameter.shape[1]
     parts = {"q_proj_weight": [0], "k_proj_weight": [1], "v_proj_weight": [2]}
     return [
-        Probe(f"{weight.name}#{k}", module, "inputs", tensor.shape[1], inputs=argument(k))
+        Probe(f"{weight.name}#{k}", module, "inputs", size, inputs=argument(k))
         for k in parts.get(weight.attribute, [0, 1, 2])
     ]

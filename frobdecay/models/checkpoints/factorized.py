@@ -225,11 +225,8 @@ def fit(walk: Walk, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weig
             continue
         if reason := reason_against(weight):
             raise ValueError(f"{name} cannot be factorized: {reason}")
-        assert weight.tensor is not None
-        if tuple(weight.tensor.shape) != shape:
-            raise ValueError(
-                f"it has {name} of shape {shape}, the model of {tuple(weight.tensor.shape)}"
-            )
+        if (here := tuple(weight.parameter.shape)) != shape:
+            raise ValueError(f"it has {name} of shape {shape}, the model of {here}")
         fresh.append((weight, made))
     return fresh
 

@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -29,6 +29,7 @@ from frobdecay.models.checkpoints.records import (
     HEADER,
     check_structure,
     record_of,
+    weight_of,
 )
 from frobdecay.models.fitness import unwrapped
 from frobdecay.models.select import Walk
@@ -130,7 +131,11 @@ def register() -> None:
 
 
 def register_saving() -> None:
-    """Have ``save_pretrained`` say in config.json how the weights are factorized."""
+    """Have ``save_pretrained`` say in config.json how the weights are factorized.
+
+    And ``from_pretrained`` refuse factors that config.json does not know, also of a folder whose
+    config.json has no records, where the registry is not asked.
+    """
     # The registry is asked there only for a quantizer that the model has, whose answer takes the
     # place of the state_dict that the caller gave.
     model: Any = importlib.import_module("transformers.modeling_utils").PreTrainedModel
@@ -150,6 +155,14 @@ def register_saving() -> None:
         return made | hint(made.get(METHOD))
 
     model.save_pretrained, config.to_diff_dict = save_pretrained, to_diff_dict
+    adjust = model._adjust_missing_and_unexpected_keys  # which sees what no weight was found for
+
+    @functools.wraps(adjust)
+    def checked(self: Any, loading_info: Any) -> None:
+        _check_known(self, loading_info)
+        adjust(self, loading_info)
+
+    model._adjust_missing_and_unexpected_keys = checked
 
 
 # --- save ---------------------------------------------------------------------------------------
@@ -221,16 +234,36 @@ def _here(
     walk: Walk, records: Mapping[str, Mapping[str, Any]], architectures: list[str]
 ) -> dict[str, Mapping[str, Any]]:
     """Records by this model's names: with or without a head it has others, and fewer weights."""
-    model: Any = walk.model
     known = {name for weight in walk.weights for name in weight.names}
-    prefix = f"{model.base_model_prefix}."
     found = {}
     for name, record in records.items():
-        names = (name, prefix + name, name.removeprefix(prefix))
-        here = next((each for each in names if each in known), name)
-        if here in known or type(model).__name__ in architectures:
+        here = _spelled(name, walk.model, known)
+        if here in known or type(walk.model).__name__ in architectures:
             found[here] = record
     return found
+
+
+def _spelled(name: str, model: Any, known: Collection[str]) -> str:
+    """A weight's name with or without the body's prefix, as it is known."""
+    prefix = f"{model.base_model_prefix}."
+    names = (name, prefix + name, name.removeprefix(prefix))
+    return next((each for each in names if each in known), name)
+
+
+def _check_known(model: Any, info: Any) -> None:
+    """Refuse factors of weights that the model has dense, and would draw or tie anew.
+
+    Raises:
+        ValueError: names the weights.
+    """
+    factors = filter(None, map(weight_of, info.unexpected_keys))
+    known = dict(model.named_parameters(remove_duplicate=False))
+    if lost := sorted({_spelled(name, model, known) for name in factors} & known.keys()):
+        raise ValueError(
+            f"cannot load {model.config.name_or_path}: its files hold factors of {lost[:8]}, of "
+            "which its config.json has no record, as config.save_pretrained alone writes it; save "
+            "the model again by its own save_pretrained, after import frobdecay"
+        )
 
 
 def _settled(model: nn.Module) -> nn.Module:
@@ -252,11 +285,13 @@ def _settled(model: nn.Module) -> nn.Module:
             f"cannot load {config.name_or_path}: its files lack {missing[:8]}, or have them of "
             "other shapes than its config.json says; save the model again"
         )
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(name, None)
-    for config in {
-        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
-    }.values():
-        for name in (METHOD, "_is_quantized"):
-            vars(config).pop(name, None)
+    for held in (model, *(m.config for m in model.modules() if hasattr(m, "config"))):
+        for name in (
+            "hf_quantizer",
+            "quantization_method",
+            "is_quantized",
+            METHOD,
+            "_is_quantized",
+        ):
+            vars(held).pop(name, None)
     return model
