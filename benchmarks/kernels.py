@@ -44,7 +44,6 @@ TARGETS = (*DTYPES, torch.float64)
 _ARGUMENTS = {  # kernel -> dtypes of its tensors
     "gram": (torch.int64, torch.float32, torch.float32, torch.int32),
     "update": (torch.int64, torch.float32, torch.int64, torch.int64),
-    "norm": (torch.int64, torch.float32, torch.float32),
 }
 _INSTRUCTIONS = {  # partial sums, .cg, apart
     "wide loads": r"ld\.global(?!\.cg)\S*\.(v4\.b32|v2\.b64)|cp\.async\.cg",
@@ -60,7 +59,7 @@ class Variant(NamedTuple):
     """A kernel and what a launch compiles it for.
 
     Attributes:
-        kernel: gram, update or norm.
+        kernel: gram or update.
         rank: the largest one that it is for.
         options: constants, warps and stages, sorted by name.
     """
@@ -103,7 +102,6 @@ def variants(capability: int) -> Iterator[Variant]:
                     if target == dtype or not in_place:
                         about = dtype, target, layouts, rank, in_place, tile
                         add("update", rank, kernels.update_options(*about))
-    add("norm", MAX_RANK, kernels.norm_options())
     return (Variant(kernel, rank, options) for (kernel, options), rank in found.items())
 
 

@@ -3,6 +3,7 @@
 import torch
 from cases import seeded
 
+from frobdecay.algebra.precision import common_dtype, full_precision
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product
 
@@ -27,6 +28,26 @@ def exact(product: Product) -> tuple[torch.Tensor, list[torch.Tensor]]:
     found = torch.autograd.grad(value, list(wide.values()))
     by_id = dict(zip(wide, found, strict=True))
     return value.detach(), [by_id[id(p)] for p in product.params]
+
+
+def gradients(product: Product) -> tuple[torch.Tensor, ...]:
+    """The gradient of ½‖W‖_F² for every parameter of a product, by its structure's formula.
+
+    Returns:
+        Tensors of the parameters' shapes and dtypes (float32 for half-precision parameters).
+    """
+    coefs = [product.scale**2] * len(product.factors)
+    with torch.no_grad(), full_precision(product.params[0].device.type):
+        grads = product.structure.gradients(product.views(), product.batch, coefs)
+    out = []
+    for factor, grad in zip(product.factors, grads, strict=True):
+        assert grad is not None
+        param = factor.param  # with its strides, of which the pattern may make a view
+        dtype = common_dtype([param])
+        full = grad.new_empty_strided(param.shape, param.stride(), dtype=dtype).zero_()
+        factor.view(full).copy_(grad)  # through the view: no inverse of the pattern is needed
+        out.append(full)
+    return tuple(out)
 
 
 class _Owner:

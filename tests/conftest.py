@@ -24,11 +24,11 @@ def interpret_kernels() -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from frobdecay.gradient.triton.executor import squared_norms
+        from frobdecay.gradient.accumulate import Accumulator
         from frobdecay.product.product import Product
 
         one = torch.ones(1, 1, device="cpu")
-        squared_norms(Product.of(one, one))
+        Accumulator(Product.of(one, one), "triton").accumulate([[one.clone(), None]], [[1.0, 1.0]])
     finally:
         del os.environ["TRITON_INTERPRET"]
 

@@ -9,6 +9,7 @@ import time
 
 import torch
 import torch.distributed.checkpoint as dcp
+from closeness import gradients
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import frobdecay
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.sharded import check_replicas
-from frobdecay.product.product import Product, gradients, squared_norm
+from frobdecay.product.product import Product, squared_norm
 
 PLACEMENTS = {
     "R": Replicate(),

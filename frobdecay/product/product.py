@@ -20,7 +20,6 @@ from frobdecay.algebra.network import MOST_BATCH, Network, as_chain, chain
 from frobdecay.algebra.precision import (
     Coefficient,
     check_coefficient,
-    common_dtype,
     full_precision,
 )
 from frobdecay.algebra.shifted import Shifted
@@ -297,26 +296,6 @@ def product_norm(product: Product) -> Tensor:
     if not isinstance(product, Product):
         raise TypeError(f"expected one Product, got a {type(product).__name__}")
     return squared_norm(product).clamp_min(0).sqrt()
-
-
-def gradients(product: Product) -> tuple[Tensor, ...]:
-    """Compute the gradient of ½‖W‖_F² for every parameter of a product, without autograd.
-
-    Returns:
-        Tensors of the parameters' shapes and dtypes (float32 for half-precision parameters).
-    """
-    coefs = [product.scale**2] * len(product.factors)
-    with torch.no_grad(), full_precision(product.params[0].device.type):
-        grads = product.structure.gradients(product.views(), product.batch, coefs)
-    out = []
-    for factor, grad in zip(product.factors, grads, strict=True):
-        assert grad is not None
-        param = factor.param  # with its strides, of which the pattern may make a view
-        dtype = common_dtype([param])
-        full = grad.new_empty_strided(param.shape, param.stride(), dtype=dtype).zero_()
-        factor.view(full).copy_(grad)  # through the view: no inverse of the pattern is needed
-        out.append(full)
-    return tuple(out)
 
 
 def as_products(products: Product | Iterable[Product]) -> list[Product]:

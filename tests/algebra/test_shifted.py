@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closeness import TOLERANCE
+from closeness import TOLERANCE, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import frobdecay
 from frobdecay.algebra import shifted
 from frobdecay.algebra.shifted import Shifted
-from frobdecay.product.product import Product, gradients, penalty, squared_norm
+from frobdecay.product.product import Product, penalty, squared_norm
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 

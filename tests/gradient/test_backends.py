@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare, seeded
-from closeness import TOLERANCE, close, exact
+from closeness import TOLERANCE, close, exact, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from optim_cases import Net
@@ -30,7 +30,7 @@ from frobdecay.models.factorize import factorize
 from frobdecay.product import find
 from frobdecay.product.departure import Departure
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import Product, gradients, penalty
+from frobdecay.product.product import Product, penalty
 
 # The backends that refuse none in the table; kernels that do have tests of their own.
 GENERAL = [

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import gradients
 from optim_cases import Net, assert_identical, train, values
 from torch import nn, optim
 from torch.optim import lr_scheduler
@@ -12,7 +13,7 @@ from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import Product, gradients
+from frobdecay.product.product import Product
 
 LAMBDA = 0.05
 

@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+from closeness import gradients
 from optim_cases import Net, assert_identical, values
 from torch import Tensor, nn
 
 import frobdecay
 from frobdecay import Flambe, FrobeniusDecay
-from frobdecay.product.product import Product, gradients
+from frobdecay.product.product import Product
 
 OPTIONS = {
     "defaults": {},

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import seeded
+from closeness import gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from optim_cases import Net, assert_identical, torch_table, train, values
@@ -17,7 +18,7 @@ from frobdecay.diagnostics import measure
 from frobdecay.optim import stability
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import Product, gradients, penalty
+from frobdecay.product.product import Product, penalty
 
 LAMBDA = 0.05
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from closeness import gradients
 from optim_cases import Net, assert_identical, train, values
 from torch import nn, optim
 from torch.optim.optimizer import (
@@ -14,7 +15,7 @@ from torch.optim.optimizer import (
 from benchmarks.measure import no_waiting
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import Product, gradients
+from frobdecay.product.product import Product
 
 LAMBDA = 0.05
 

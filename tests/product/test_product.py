@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from cases import PRODUCTS, Sizes, bare, seeded
-from closeness import TOLERANCE, close, exact
+from closeness import TOLERANCE, close, exact, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,7 +22,7 @@ from frobdecay.diagnostics import measure
 from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.product import find
 from frobdecay.product.factor import Factor
-from frobdecay.product.product import Product, gradients, penalty, product_norm, squared_norm
+from frobdecay.product.product import Product, penalty, product_norm, squared_norm
 
 sizes = st.integers(1, 8)
 ALL = pytest.mark.parametrize("make", PRODUCTS.values(), ids=PRODUCTS)

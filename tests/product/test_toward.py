@@ -6,13 +6,14 @@ import io
 import pytest
 import torch
 from cases import PRODUCTS, Sizes
+from closeness import gradients
 from torch import nn
 
 import frobdecay
 from frobdecay import FrobeniusDecay, LowRank, Product, factorize, penalty, products
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient.accumulate import Accumulator
-from frobdecay.product.product import gradients, squared_norm
+from frobdecay.product.product import squared_norm
 from frobdecay.product.toward import toward
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from closeness import gradients
 from torch import Tensor, nn
 
 from frobdecay import Flambe, FrobeniusDecay
-from frobdecay.product.product import Product, gradients
+from frobdecay.product.product import Product
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import gradients
 from torch import Tensor, nn
 
 import frobdecay
-from frobdecay.product.product import Product, gradients, product_norm
+from frobdecay.product.product import Product, product_norm
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,11 +30,10 @@ from torch.autograd.graph import increment_version
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets, overlapping
 from frobdecay.gradient.graphs import is_capturing
-from frobdecay.gradient.triton.refusals import load_kernels, refusals
+from frobdecay.gradient.triton.refusals import load_kernels
 from frobdecay.gradient.triton.sheets import Form, sheets
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
 from frobdecay.gradient.triton.tiles import Tile, capability_of, programs_for, tile_for
-from frobdecay.product.product import Product, listed
 
 if TYPE_CHECKING:
     from frobdecay.gradient.triton.launches import Launch
@@ -89,8 +88,6 @@ class Grouped:
         self._slots = self._make_slots(jobs)
         self._overlapping = overlapping([slot.view for slot in self._slots])
         self._parts = self._plan_grams()
-        pairs = [[u.gram, u.partner_gram, u.length] for u in self._slots[::2]]
-        self._pairs = self._int64(pairs)
         self._updates: list[_Update] = []
         self._addresses: list[list[int]] = []
         self._tables: dict[tuple[torch.dtype, torch.dtype, bool], tuple[Tensor, int]] = {}
@@ -181,16 +178,6 @@ class Grouped:
             tensors = update.table, self._grams, table[update.row], table[-2]
             known[key] = self._kernels.update_launch(*tensors, **options)
         return known[key]
-
-    def squared_norms(self) -> Tensor:
-        """‖U Vᵀ‖² of every pair, float32, from the Grams of the last launch: no factor is read.
-
-        After a coupled step these are the norms as they are, after a decoupled one those before.
-        """
-        norms = torch.empty(len(self._pairs), dtype=torch.float32, device=self.device)
-        with self.on_device():
-            self._kernels.norm_launch(self._pairs, self._grams, norms)()
-        return norms
 
     def _bind(self, targets: Targets, coefs: Coefs, form: object) -> Tensor:
         """The table of this call on the device, see ``_upload``."""
@@ -364,29 +351,3 @@ def _on(device: torch.device, coef: Coefficient) -> Tensor | None:
     if not isinstance(coef, Tensor) or (coef.device.type == "cpu" != device.type):
         return None
     return coef.to(device, torch.float32)
-
-
-def squared_norms(products: Product | Iterable[Product]) -> Tensor:
-    """Compute ‖W‖_F² of all pairs in two launches.
-
-    Args:
-        products: of two factors each, on one CUDA device, rank at most ``MAX_RANK``.
-
-    Returns:
-        float32, (products,).
-
-    Raises:
-        ValueError: products that the kernels cannot take, with the reasons.
-    """
-    found = listed(products)
-    reasons = [reason for product in found for reason in refusals(product)]
-    if reasons or not found:
-        raise ValueError("expected pairs for the kernels: " + ("; ".join(reasons) or "got none"))
-    with torch.no_grad():
-        plan = Grouped([Job(p.views(), p.batch, p.structure) for p in found])
-        with plan.on_device():
-            plan.launch_grams()
-        scales = torch.tensor(
-            [product.scale**2 for product in found], dtype=torch.float32, device="cpu"
-        )
-        return plan.squared_norms() * scales.to(plan.device, non_blocking=True)

@@ -4,7 +4,6 @@ For pairs W_k = U_k V_kᵀ (heads are pairs of their own), of any number and any
 
     launch A    G_s = X_sᵀ X_s                     one Gram for each side s, X = U or V
     launch B    target_s += coef_s · X_s G_s'      s' the other side of the same pair
-    (norms)     ‖W_k‖² = Σ G_U ∘ G_V               from the Grams of A
 
 **Memory traffic.** A reads the factors once, B reads them once more and reads and writes the
 targets once: 2(m+n)r + 2(m+n)r numbers a pair, the least that is possible where the factors do
@@ -368,19 +367,3 @@ def update_kernel(
                         record, grams, address, coef, first, SOURCE, TARGET, VECTOR, LAYOUT, ROWS,
                         BLOCK, COLUMNS, HELD, IN_PLACE, TERMS, PRECISION, TURNED, UPCAST,
                     )  # fmt: skip
-
-
-@triton.jit
-def norm_kernel(records, grams, norms, BLOCK: tl.constexpr):
-    """The inner product of two stretches of Grams."""
-    pair = tl.program_id(0)
-    left = tl.multiple_of(grams + tl.load(records + 3 * pair), 16)
-    right = tl.multiple_of(grams + tl.load(records + 3 * pair + 1), 16)
-    length = tl.load(records + 3 * pair + 2) // 16 * 16  # as it is: of whole tiles
-    across = tl.arange(0, BLOCK)
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    for start in range(0, length, BLOCK):
-        inside = start + across < length
-        a = tl.load(left + start + across, mask=inside, other=0.0)
-        total += a * tl.load(right + start + across, mask=inside, other=0.0)
-    tl.store(norms + pair, tl.sum(total, 0))

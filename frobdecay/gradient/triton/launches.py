@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, norm_kernel, update_kernel
+from frobdecay.gradient.triton.kernels import INTERPRETED, gram_kernel, update_kernel
 from frobdecay.gradient.triton.tiles import Held, Tile
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -170,22 +170,6 @@ def update_launch(
         options: from ``update_options``.
     """
     return Launch(update_kernel, (table, grams, targets, coefs), options)
-
-
-def norm_options() -> dict[str, Any]:
-    """What the kernel of the norms is compiled for, see ``gram_options``."""
-    return {"BLOCK": 1024, "num_warps": 4, "num_stages": 3}
-
-
-def norm_launch(table: Tensor, grams: Tensor, norms: Tensor) -> Launch:
-    """Prepare to compute ‖W‖² of every pair, the sum over its heads, from the Grams.
-
-    Args:
-        table: int64 (pairs, 3): places of both sides' Grams, and their common length.
-        grams: float32, as launch A wrote them.
-        norms: float32, (pairs,), written.
-    """
-    return Launch(norm_kernel, (table, grams, norms), norm_options())
 
 
 def precision_of(dtype: torch.dtype) -> str:

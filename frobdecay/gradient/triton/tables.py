@@ -32,9 +32,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-GRAM_WIDTH = 14
-UPDATE_WIDTH = 12
-
 MAX_STRIDE = 2**31 // 512
 """Of rows and columns: places in a tile, of up to 256 rows and 256 columns, have 32 bits."""
 
