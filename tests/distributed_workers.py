@@ -640,6 +640,12 @@ def refusals(rank, world):
         copies = DTensor.from_local(U + rank, mesh, [Replicate()])
         check_replicas(Product.of(put(V), copies, name="name"))
 
+    def replay():
+        product = Product.of(put(U), put(V), name="name")
+        recorder = frobdecay.diagnostics.Recorder(product, quantities=["norm"])
+        recorder.step()
+        recorder.replay_(0)
+
     torch.manual_seed(0)
     U, V = torch.randn(8, 2), torch.randn(6, 2)
     actions = {
@@ -651,6 +657,7 @@ def refusals(rank, world):
         "toward a dense weight": toward_a_dense_weight,
         "partial gradient": backward,
         "balance": lambda: frobdecay.balance_(Product.of(put(U), put(V), name="name")),
+        "replay": replay,
         "other rank": other_rank,
         "other values": other_values,
         "other copies": other_copies,

@@ -15,7 +15,6 @@ The quantities are defined in ``measurement.py``.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, nan
 from pathlib import Path
@@ -23,8 +22,10 @@ from typing import Any
 
 import torch
 
+from frobdecay.algebra.network import Network
 from frobdecay.diagnostics.measurement import QUANTITIES, LearningRate, Measurement, measure, total
 from frobdecay.models.checkpoints.files import FilePath, replacing, write_figure
+from frobdecay.product.balance import check_writable
 from frobdecay.product.product import Product, as_products, product_norm
 from frobdecay.product.toward import itself
 
@@ -120,8 +121,8 @@ class Recorder:
 
         Raises:
             ValueError: a step that was not recorded, norms that were not, a recorded or present
-                norm of zero or NaN, or factors that cannot be scaled alone (frozen ones, one
-                parameter twice, sums with a constant); nothing was changed then.
+                norm of zero or NaN, or factors that cannot be scaled alone (frozen, computed or
+                sharded ones, one parameter twice) or beside a W₀; nothing was changed then.
 
         Examples:
             >>> import torch
@@ -139,10 +140,15 @@ class Recorder:
                 f"steps of {self.quantities} recorded; record with every=1"
             )
         products = [itself(product) for product in self.products]
-        _check_scalable(products)
+        check_writable([(product, product.factors) for product in products], "replaying")
         row = self.steps.index(step)
         factors: list[float] = []
         for product, present in zip(products, _norms(products), strict=True):
+            if not isinstance(product.structure, Network):
+                raise ValueError(
+                    f"{product.name}: expected a product of factors alone, got a "
+                    f"{product.structure.name} one, whose constant part is not scaled with them"
+                )
             recorded = self.history[product.name]["norm"][row]
             if not (0.0 not in (present, recorded) and isfinite(present) and isfinite(recorded)):
                 raise ValueError(
@@ -188,21 +194,25 @@ class Recorder:
             state: from ``state_dict``.
 
         Raises:
-            ValueError: another version, or a history of other products or quantities.
+            ValueError: another version, or a history of other products, quantities or lengths;
+                nothing was changed then.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"expected a recorder's state, version 1, got {state.get('version')}")
-        names = {product.name for product in self.products}
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != 1 or not {"next", "steps", "history"} <= state.keys():
+            raise ValueError(f"expected a recorder's state, version 1, got version {version}")
+        names, steps = {product.name for product in self.products}, list(state["steps"])
         if set(state["history"]) != names:
             differ = sorted(names ^ set(state["history"]))
             raise ValueError(f"expected a history of the same products; these differ: {differ}")
-        kept = {quantity for table in state["history"].values() for quantity in table}
-        if kept != set(self.quantities):
-            raise ValueError(
-                f"expected a history of {self.quantities}, got {tuple(sorted(kept))}; make the "
-                "recorder with these quantities"
-            )
-        self.steps, self._next = list(state["steps"]), int(state["next"])
+        for name, table in state["history"].items():
+            if set(table) != set(self.quantities):
+                raise ValueError(
+                    f"expected a history of {self.quantities}, got {tuple(sorted(table))} of "
+                    f"{name}; make the recorder with these quantities"
+                )
+            if any(len(values) != len(steps) for values in table.values()):
+                raise ValueError(f"expected {len(steps)} numbers of {name}, one for each step")
+        self.steps, self._next = steps, int(state["next"])
         self.history = {
             name: {quantity: list(table[quantity]) for quantity in self.quantities}
             for name, table in state["history"].items()
@@ -291,22 +301,6 @@ def _norms(products: Sequence[Product]) -> list[float]:
         for k, value in zip(members, values, strict=True):
             found[k] = value
     return found
-
-
-def _check_scalable(products: Sequence[Product]) -> None:
-    """Refuse products that are not scaled by scaling their factors, before any is."""
-    uses = Counter(
-        (id(factor.param), factor.pattern, factor.index)
-        for product in products
-        for factor in product.factors
-    )
-    for product in products:
-        for factor in product.factors:
-            where = f"{product.name} ({factor.attribute})"
-            if uses[id(factor.param), factor.pattern, factor.index] > 1:
-                raise ValueError(f"{where} is a factor more than once and cannot be scaled alone")
-            if isinstance(factor.param, torch.nn.Parameter) and not factor.param.requires_grad:
-                raise ValueError(f"{where} is frozen; replaying would move it: unfreeze it first")
 
 
 _LEGEND = 8  # as many products as a legend can name without hiding the lines

@@ -66,7 +66,6 @@ def _moving(product: Product) -> list[Factor]:
 
 
 def _check_balanceable(products: list[Product]) -> None:
-    seen: defaultdict[int, list[tuple[str, Factor]]] = defaultdict(list)
     for product in products:
         if product.fixed is not None:
             raise ValueError(
@@ -78,29 +77,48 @@ def _check_balanceable(products: list[Product]) -> None:
                 f"{product.name}: expected a chain of factors, U M.. Vᵀ, got "
                 f"{product.structure.name}, whose balance is not defined"
             )
+    check_writable([(product, _moving(product)) for product in products], "balancing")
+    for product in products:
         for factor in _moving(product):
-            where, param = f"{product.name} ({factor.attribute})", factor.param
-            if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
-                raise ValueError(f"{where} is frozen; balancing would move it: unfreeze it first")
-            if _is_computed(factor):
-                raise ValueError(f"{where} is computed and cannot be written to; merge it first")
-            if is_sharded(param):
-                raise ValueError(f"{where} is sharded (DTensor); balance before sharding the model")
-            for name, other in seen[id(param)]:
-                if not _apart(factor, other):
-                    raise ValueError(
-                        f"{where} is also a factor of {name}; balancing one product would "
-                        "change the other: balance only one of them"
-                    )
-            seen[id(param)].append((product.name, factor))
-            if not is_finite(factor.view(param)):
-                raise ValueError(f"{where} is not finite; initialize it first")
+            if not is_finite(factor.view(factor.param)):
+                raise ValueError(
+                    f"{product.name} ({factor.attribute}) is not finite; initialize it first"
+                )
         for view in product.views()[1:-1]:
             if view.ndim > product.batch + 2 or view.shape[-1] != view.shape[-2]:
                 raise ValueError(
                     f"{product.name}: expected square inner factors to become the identity, got "
                     f"{tuple(view.shape)}"
                 )
+
+
+def check_writable(moving: Iterable[tuple[Product, Sequence[Factor]]], act: str) -> None:
+    """Refuse factors that cannot be written to, or not without changing another product.
+
+    Args:
+        moving: products, and the factors of each that are to be written to.
+        act: what would write to them, for the message.
+
+    Raises:
+        ValueError: a factor that is frozen, computed, sharded, or also a factor elsewhere.
+    """
+    seen: defaultdict[int, list[tuple[str, Factor]]] = defaultdict(list)
+    for product, factors in moving:
+        for factor in factors:
+            where, param = f"{product.name} ({factor.attribute})", factor.param
+            if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
+                raise ValueError(f"{where} is frozen; {act} would move it: unfreeze it first")
+            if _is_computed(factor):
+                raise ValueError(f"{where} is computed and cannot be written to; merge it first")
+            if is_sharded(param):
+                raise ValueError(f"{where} is sharded (DTensor); {act} comes before sharding")
+            for name, other in seen[id(param)]:
+                if not _apart(factor, other):
+                    raise ValueError(
+                        f"{where} is also a factor of {name}; {act} one product would change the "
+                        "other: take only one of them"
+                    )
+            seen[id(param)].append((product.name, factor))
 
 
 def _is_computed(factor: Factor) -> bool:

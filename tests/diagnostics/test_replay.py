@@ -8,7 +8,9 @@ from cases import PRODUCTS, seeded
 from torch import nn
 
 import frobdecay
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.diagnostics import Recorder
+from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, product_norm
 
 SCALABLE = sorted(set(PRODUCTS) - {"symmetric"})
@@ -123,6 +125,33 @@ def twice():
     return recorder
 
 
+def recorded(*factors, **options):
+    """The norm of one product, of which a factor has changed since."""
+    recorder = Recorder(Product("fc", factors, **options), quantities=["norm"])
+    recorder.step()
+    with torch.no_grad():
+        factors[-1].param.mul_(4)
+    return recorder
+
+
+def twice_in_two_ways():
+    """One parameter is both factors, once seen turned."""
+    layer = nn.Linear(4, 4)
+    return recorded(Factor(layer, "weight"), Factor(layer, "weight", "r n -> n r"))
+
+
+def computed():
+    """A weight that is made anew at every look."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    return recorded(Factor(normed, "weight"), Factor(nn.Linear(5, 4), "weight", "r n -> n r"))
+
+
+def beside_a_constant():
+    """A sum W₀ + BA, which is not scaled as its factors are."""
+    layers = nn.Linear(4, 5), nn.Linear(1, 5), nn.Linear(1, 4)
+    return recorded(*(Factor(layer, "weight") for layer in layers), structure=Shifted((1.0,)))
+
+
 @pytest.mark.covers("C21")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -131,7 +160,10 @@ def twice():
         (unrecorded, "expected a step whose norms were recorded, got 0"),
         (norms_not_kept, "expected a step whose norms were recorded"),
         (frozen, "frozen"),
-        (twice, "more than once"),
+        (twice, "also a factor of"),
+        (twice_in_two_ways, "fc.*also a factor of fc"),
+        (computed, "fc .weight. is computed"),
+        (beside_a_constant, "fc: expected a product of factors alone, got a shifted one"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(make, message):
@@ -159,3 +191,25 @@ def test_a_history_of_other_quantities_is_refused():
     full.step()
     with pytest.raises(ValueError, match="make the recorder with these quantities"):
         Recorder(product, quantities=["norm"]).load_state_dict(full.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state["history"]["b"].clear(), "expected a history of .*norm.*of b"),
+        (lambda state: state["history"]["b"]["norm"].append(1.0), "expected 1 numbers of b"),
+        (lambda state: state.pop("history"), "expected a recorder's state"),
+    ],
+    ids=["quantity", "length", "history"],
+)
+def test_a_damaged_history_is_refused(damage, message):
+    """Before anything of it is taken over."""
+    pairs = [Product.of(torch.ones(3, 1), torch.ones(2, 1), name=name) for name in "ab"]
+    recorder = Recorder(pairs, quantities=["norm"])
+    recorder.step()
+    state, before = recorder.state_dict(), recorder.state_dict()
+    state["next"] = 7
+    damage(state)
+    with pytest.raises(ValueError, match=message):
+        recorder.load_state_dict(state)
+    assert recorder.state_dict() == before

@@ -761,7 +761,7 @@ def test_balancing_refuses_sharded_weights():
     """Every process has a part of them only."""
     module = layer()
     fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"is sharded .*; balance before"):
+    with pytest.raises(ValueError, match=r"is sharded .*; balancing comes before"):
         balance_(products(module))
 
 
