@@ -4,9 +4,10 @@
     python -m benchmarks.experiments compression --preset paper --data cifar-10-python.tar.gz
     python -m benchmarks.experiments report benchmarks/results/paper
 
-Trials that are done are not run again, and an interrupted one continues at its last checkpoint:
-give the same command. ``report`` makes tables and pictures anew from a JSON file, or from all of a
-directory and then the page of claims, too.
+Trials that are done are not run again, nor those that another experiment with the same ``--out``
+has done; an interrupted one continues at its last checkpoint: give the same command. ``report``
+makes tables and pictures anew from a JSON file, or from all of a directory and then the page of
+claims, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.experiments import tables, verdicts
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
-from benchmarks.experiments.engine import run_all
+from benchmarks.experiments.engine import run_all, share
 from benchmarks.experiments.verdicts import Judged, judge
 from benchmarks.measure import count, described
 from benchmarks.report import environment
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device(chosen[0].make.keywords["protocol"].device)  # type: ignore[attr-defined]
     about = environment(device)
     side = {"workers": options.workers, "threads": options.threads}
+    if shared := share(chosen, options.out / stem, options.out.glob("*/")):
+        console.print(f"run by another experiment already: {', '.join(shared)}")
     try:
         trials = run_all(chosen, options.out / stem, **side, fresh=device.type == "cpu")
     except ValueError as error:

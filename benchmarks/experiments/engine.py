@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -30,7 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Job", "Trial", "run_all", "run_one"]
+__all__ = ["Job", "Trial", "run_all", "run_one", "share"]
 
 SAVE_EVERY = 30.0
 """Seconds between two checkpoints, at least."""
@@ -150,6 +150,37 @@ def run_all(
         first = next(iter(failed.values()))
         raise RuntimeError(said) from (first if isinstance(first, BaseException) else None)
     return [json.loads(_result(out, job.key).read_text()) for job in jobs]
+
+
+def share(jobs: Sequence[Job], out: Path, others: Iterable[Path]) -> list[str]:
+    """Copy results of trials that another experiment has run: the same settings and seed.
+
+    Trials that others come after are not copied: they leave more than a result.
+
+    Args:
+        jobs: what is to be run.
+        out: directory of its results.
+        others: directories of other experiments' results.
+
+    Returns:
+        The keys of what was copied.
+    """
+    needed = {key for job in jobs for key in job.after}
+    free = [job for job in jobs if "settings" in job.about and job.key not in needed]
+    wanted = {_same(job.about): job for job in free}
+    shared = []
+    for path in (path for other in others if other != out for path in other.glob("*.json")):
+        found = json.loads(path.read_text())
+        job = wanted.get(_same(found))
+        if job is not None and not _result(out, job.key).exists():
+            out.mkdir(parents=True, exist_ok=True)
+            _result(out, job.key).write_text(json.dumps({**found, **job.about}) + "\n")
+            shared.append(job.key)
+    return shared
+
+
+def _same(about: Mapping[str, Any]) -> str:
+    return json.dumps([about.get("settings"), about.get("seed")], sort_keys=True)
 
 
 _told: Any = None  # in the process of a trial: the queue that hears of its epochs

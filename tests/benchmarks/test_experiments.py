@@ -12,7 +12,7 @@ import frobdecay
 from benchmarks.experiments import __main__ as command
 from benchmarks.experiments import tables, trials
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
-from benchmarks.experiments.engine import Job, run_all, run_one
+from benchmarks.experiments.engine import Job, run_all, run_one, share
 from benchmarks.experiments.images import (
     DECAYS,
     KINDS,
@@ -399,6 +399,25 @@ def test_results_of_another_protocol_are_refused(tmp_path, monkeypatch):
         run_one(Job("cut", lambda out: Counting(out, stop=2), about={"seed": 0}), tmp_path, 1)
     with pytest.raises(ValueError, match=r"cut\.pt is of another protocol"):
         run_one(Job("cut", Counting, about={"seed": 1}), tmp_path, 1)
+
+
+def test_what_another_experiment_has_run_is_not_run_again(tmp_path):
+    """Of the same settings and seed; not what others come after, which need more of it."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    about = {"settings": {"lr": (1, 2)}, "seed": 0, "arm": "one"}
+    run_all([Job("theirs", Counting, about=about)], there, progress=False)
+    ours = {**about, "arm": "other"}
+    todo = [
+        Job("ours", failing, about=ours),
+        Job("another seed", Counting, about={**ours, "seed": 1}),
+        Job("untold", Counting),
+    ]
+    later = [*todo, Job("later", Counting, ("ours",))]
+    assert share(later, here, [here, there]) == []
+    assert share(todo, here, [here, there]) == ["ours"]
+    found = run_all(todo, here, progress=False)
+    assert [one.get("arm") for one in found] == ["other", "other", None]
+    assert share(todo, here, [here, there]) == []
 
 
 def loading(out):
