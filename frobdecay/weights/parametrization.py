@@ -98,25 +98,15 @@ class Recorded(nn.Module):
         if hasattr(destination, "_metadata"):
             destination._metadata.setdefault(prefix[:-1], {})["frobdecay"] = self.record()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        local_metadata, *_, error_msgs = args
         theirs, ours = local_metadata.get("frobdecay"), self.record()
         if theirs is not None and _reading(theirs) != _reading(ours):
             error_msgs.append(
                 f"{prefix[:-1]}: the checkpoint's factors are to be read as {theirs}, but this "
                 f"model reads them as {ours}; factorize the model the same way"
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _reading(record: Any) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,20 +56,11 @@ def _extend(kind: Any) -> None:
     # The original class is named, not found through super(): classes are copied and derived from.
     base = kind.__bases__[0]
 
-    def _load_from_state_dict(
-        self: nn.Module,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
+        local_metadata, *_, error_msgs = args
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         error_msgs.extend(_accept(self, state_dict, prefix, assign))
-        lists = (missing_keys, unexpected_keys, error_msgs)
-        base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+        base._load_from_state_dict(self, state_dict, prefix, *args)
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if name in factorized(self):
