@@ -164,8 +164,9 @@ def compare(
         >>> [layer.name for layer in found.layers]  # print(found): with errors and cosines
         ['0', '1']
 
-    Runs both on each batch, in evaluation mode and without gradients. Both have to be there at the
-    same time, as a deep copy is that was made before ``factorize``.
+    Runs both on each batch, in evaluation mode and without gradients; as ``calibrate``, it leaves
+    them as they were. Both have to be there at the same time, as a deep copy is that was made
+    before ``factorize``.
 
     Args:
         model: the factorized one.
@@ -175,10 +176,16 @@ def compare(
         mask: as for ``calibrate``: rows of padding are not compared.
 
     Raises:
-        TypeError, ValueError: no batches, modules in common that did not run alike, or no tensor
-            returned.
+        TypeError, ValueError: no batches, an original that is the model itself, modules in common
+            that did not run alike, no tensor returned, or a model that writes to its parameters.
     """
     check_batches(batches)
+    mine, theirs = ({*map(id, one.parameters())} for one in (model, original))
+    if model is original or (mine and mine <= theirs):
+        raise ValueError(
+            "expected an original of its own, but all parameters of the model are the original's, "
+            "too: factorize changes a model in place; before it, original = copy.deepcopy(model)"
+        )
     run, final, seconds = forward or default_forward, _Sum(), None
     there, here = Walk(original).modules, Walk(model).modules
     both = _Both({n: here[n] for n, m in there.items() if here.get(n, m) is not m and layouts(m)})

@@ -105,12 +105,20 @@ def test_compiled_models_that_ran_are_compared(compiled):
 
 
 def test_layers_that_both_models_have_are_not_listed():
-    """Nor is a model other than itself."""
+    """Nor are those of an equal copy."""
     model, original = pair()
     model[3] = original[3]
     assert [row.name for row in compare(model, original, BATCHES).layers] == ["0", "2"]
-    found = compare(original, original, BATCHES)
+    found = compare(original, copy.deepcopy(original), BATCHES)
     assert (found.layers, found.error, found.cosine) == ((), 0, pytest.approx(1))
+
+
+@pytest.mark.parametrize("same", [lambda m: m, copy.copy, lambda m: nn.Sequential(*m)])
+def test_an_original_that_is_the_model_is_refused(same):
+    """It was factorized with it, so that nothing is lost."""
+    model, _ = pair()
+    with pytest.raises(ValueError, match=r"original of its own.*copy\.deepcopy"):
+        compare(model, same(model), BATCHES)
 
 
 @dataclass
