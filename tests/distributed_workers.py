@@ -785,3 +785,21 @@ def calibrated(rank, world, wrapper):
     again = frobdecay.calibrate(model, mine[:1])
     frobdecay.calibrate(model, mine[1:], stats=again)
     return {"whole": whole, "once": moments(stats), "twice": moments(again)}
+
+
+def calibration_fails(rank, world, what):
+    """What each process is told of a run that fails in the last of them, and what comes next."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    model = nn.parallel.DistributedDataParallel(model)
+
+    def batches():
+        if what == "loader" and rank == world - 1:
+            raise OSError("no such file")
+        yield from torch.ones(3, 5, 6) / (0 if what == "NaN" and rank == world - 1 else 1)
+
+    try:
+        frobdecay.calibrate(model, batches())
+    except RuntimeError as error:
+        found = frobdecay.calibrate(model, torch.ones(3, 5, 6).unbind())
+        return [str(error), sum(found.sums.calls.values())]
+    return []

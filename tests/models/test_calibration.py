@@ -9,11 +9,21 @@ import re
 import pytest
 import torch
 from cases import seeded
-from distributed_workers import calibrated
+from distributed_workers import calibrated, calibration_fails
 from gloo import run
 from torch import nn
 
-from frobdecay import CP, Calibration, LowRank, TensorTrain, Tucker, calibrate, factorize, merge
+from frobdecay import (
+    CP,
+    Calibration,
+    LowRank,
+    TensorTrain,
+    Tucker,
+    calibrate,
+    compare,
+    factorize,
+    merge,
+)
 from frobdecay.algebra.calibrated.truncation import Metric
 
 
@@ -416,6 +426,40 @@ def test_a_model_is_as_it_was():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+class Writing(nn.Module):
+    """Counts, observes and averages in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(9, 8, max_norm=0.1), nn.Linear(8, 8)
+        for name, shape in (("calls", ()), ("mean", (8,)), ("last", (0,)), ("old", (8,))):
+            self.register_buffer(name, torch.zeros(shape))
+        self.free = nn.Parameter(torch.zeros(8))
+
+    def forward(self, words):
+        """In place, out of place, past the counter of writes, and of another shape."""
+        found = self.layer(self.table(words))
+        self.calls += 1
+        self.mean = self.mean + found.mean(0)
+        self.old.data += 1
+        self.last.resize_(found.shape).copy_(found)
+        return found
+
+
+@pytest.mark.parametrize("run", [calibrate, lambda m, b: compare(m, copy.deepcopy(m), b)])
+def test_what_a_forward_pass_writes_is_undone(run):
+    """Tensors that others hold stay what they hold; parameters that were written to are told."""
+    torch.manual_seed(0)
+    model = Writing()
+    before, held = copy.deepcopy(model.state_dict()), dict(model.named_buffers())
+    run(model, [torch.arange(9), torch.arange(3)])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(buffer is held[name] for name, buffer in model.named_buffers())
+    model.register_forward_hook(lambda module, *_: module.free.add_(1))
+    with pytest.raises(ValueError, match=r"wrote to the parameters \['free'\].*deepcopy"):
+        run(model, [torch.arange(9)])
+
+
 def test_a_later_assignment_factorizes_as_ever():
     """The moments are used once, and not kept."""
     model, batches, _ = made("linear")
@@ -798,6 +842,19 @@ def test_processes_sum_what_each_has_seen(wrapper):
         assert moments.keys() == whole.keys()
         for name, second in whole.items():
             torch.testing.assert_close(moments[name], second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("loader", "OSError: no such file"), ("NaN", "ValueError: the inputs of 0.weight held NaN")],
+)
+def test_a_process_that_fails_tells_the_others(what, message):
+    """All raise the same, and can calibrate again."""
+    (told, calls), *others = run(calibration_fails, 2, what, timeout=60.0)
+    assert f"calibration failed in process 1: {message}" in told
+    assert calls == 2 * 2 * 3
+    assert others == [[told, calls]]
 
 
 def test_settings_are_checked():

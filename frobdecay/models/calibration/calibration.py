@@ -55,6 +55,8 @@ class Calibration:
         unwatched: name of a weight -> why it has no moment.
         parallel: whether processes see each its own share of the batches, so that a run is summed
             over all of them when it is closed; set where the model is data parallel.
+        joined: whether they wait for each other in every forward pass, as shards do: one that fails
+            cannot tell the others then.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Calibration:
         self.weights: list[Weight] = []
         self.modules: list[nn.Module] = []
         self.unwatched: dict[str, str] = {}
-        self.parallel = False
+        self.parallel = self.joined = False
         self._watch: Watch | None = None
         self._run: Sums | None = None
 
@@ -109,15 +111,16 @@ class Calibration:
         self._watch = Watch(self.probes, self._run, self.modules)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
         watch, run = self._watch, self._run
         assert watch is not None
         assert run is not None
         watch.remove()
         try:
-            if kind is None:
-                if self.parallel and torch.distributed.is_initialized():
-                    run.all_reduce()
+            told = error is None or (isinstance(error, Exception) and not self.joined)
+            if told and self.parallel and torch.distributed.is_initialized():
+                run.all_reduce(error)
+            if error is None:
                 self.check("this run")
                 self.sums.join(run)
         finally:

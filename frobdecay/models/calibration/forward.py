@@ -10,19 +10,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The second is that of DistributedDataParallel, whose first forward pass would wait for others.
+_FLAGS = ("training", "require_forward_param_sync")
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout and running statistics, for a while."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Without gradients, dropout and running statistics, for a while; then all is as it was.
+
+    Some modules write to buffers in evaluation mode, too (observers of quantization, counters), and
+    an embedding with ``max_norm`` to its table: those are copied, and get their numbers back.
+
+    Raises:
+        ValueError: other parameters were written to.
+    """
+    every = list(model.modules())
+    flags = [(m, f) for m in every for f in _FLAGS if getattr(m, f, False) is True]
+    written: list[Any] = [module._buffers for module in every]
+    written += [m._parameters for m in every if getattr(m, "max_norm", None) is not None]
+    kept = [
+        (holder, name, held, held.clone())
+        for holder in written
+        for name, held in holder.items()
+        if type(held) in (Tensor, nn.Parameter) and not held.is_meta
+    ]
+    known = {id(held) for _, _, held, _ in kept}
+    others = [(n, p, version_of(p)) for n, p in model.named_parameters() if id(p) not in known]
+    for module, flag in flags:
+        setattr(module, flag, False)
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, flag in flags:
+            setattr(module, flag, True)
+        with torch.no_grad():
+            for holder, name, held, copy in kept:
+                holder[name] = held
+                if held.shape != copy.shape:
+                    held.resize_(copy.shape)
+                if not torch.equal(held, copy):
+                    held.copy_(copy)
+    if changed := [name for name, p, version in others if version_of(p) != version]:
+        raise ValueError(
+            f"the forward pass wrote to the parameters {changed[:8]}: the model is not as it was; "
+            "load it again, and run copy.deepcopy(model) instead"
+        )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def calibrate(
         >>> frobdecay.factorize(model, rank=4, init=stats).ranks
         {'0.weight': 4}
 
-    Runs the model in evaluation mode, without gradients; nothing of it changes.
+    Runs the model in evaluation mode, without gradients; nothing of it changes: buffers, and tables
+    with ``max_norm``, which a forward pass may write to, are copied before, and restored.
 
     Args:
         model: any module, wrapped or not; one that is compiled runs without that here.
@@ -60,10 +61,13 @@ def calibrate(
         progress: as for ``factorize``.
 
     Raises:
-        TypeError, ValueError: no batches, NaN, an unfit mask, the meta device, nothing to watch.
+        TypeError, ValueError: no batches, NaN, an unfit mask, the meta device, nothing to watch; a
+            model that writes to its parameters as it runs.
+        RuntimeError: under ``DistributedDataParallel``, a process in which it failed; on all.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
-    found.parallel = _is_data_parallel(walk)
+    found.joined = _is_sharded(walk)
+    found.parallel = found.joined or _holds(walk, "torch.nn.parallel.*DistributedDataParallel")
     found.weights, found.modules = select(walk, include, exclude), [*model.modules()]
     found.probes, found.unwatched = _watchable(walk, found.weights)
     if batches is not None:
@@ -132,12 +136,14 @@ def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[
     return found, unwatched
 
 
-def _is_data_parallel(walk: Walk) -> bool:
-    """Whether processes run one model, each on its own share of the batches."""
-    kinds = ("torch.nn.parallel.*DistributedDataParallel", "torch.distributed.fsdp.*")
-    wrapped = any(is_kind(module, kind) for _, module in walk.all for kind in kinds)
-    tensors = (weight.tensor for weight in walk.weights)
-    return wrapped or any(is_sharded(tensor) for tensor in tensors if tensor is not None)
+def _is_sharded(walk: Walk) -> bool:
+    """Whether processes hold parts of one model, each for its own share of the batches."""
+    tensors = (weight.tensor for weight in walk.weights if weight.tensor is not None)
+    return _holds(walk, "torch.distributed.fsdp.*") or any(map(is_sharded, tensors))
+
+
+def _holds(walk: Walk, kind: str) -> bool:
+    return any(is_kind(module, kind) for _, module in walk.all)
 
 
 def _check_passes(batches: Iterable[Any], groups: int) -> None:

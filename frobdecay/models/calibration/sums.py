@@ -127,10 +127,14 @@ class Sums:
                 return Frequencies(size, device)
             return Moment(batch, size, self.dtype, device)
 
-    def all_reduce(self) -> None:
+    def all_reduce(self, failed: BaseException | None = None) -> None:
         """Sum over processes, each of which has seen its own share of the batches.
 
+        Args:
+            failed: what the run ended with in this process, where the others would wait for it.
+
         Raises:
+            RuntimeError: the run failed in some process; on all of them.
             ValueError: the processes ran different models; on all of them.
         """
         shapes: dict[Key, _Shape] = {
@@ -138,10 +142,13 @@ class Sums:
             for key, moment in self.moments.items()
         }
         theirs: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(theirs, (shapes, self.calls, self.shared))
+        said = None if failed is None else f"{type(failed).__name__}: {failed}"
+        dist.all_gather_object(theirs, (said, shapes, self.calls, self.shared))
+        if lost := [f"process {k}: {said}" for k, (said, *_) in enumerate(theirs) if said]:
+            raise RuntimeError(f"calibration failed in {'; '.join(lost)}") from failed
         joined: dict[Key, _Shape] = {}
         self.calls, self.shared = Counter(), defaultdict(Counter)
-        for other, calls, shared in theirs:
+        for _, other, calls, shared in theirs:
             for key, shape in other.items():
                 if joined.setdefault(key, shape) != shape:
                     raise ValueError(f"{key[0]} has other shapes in other processes")

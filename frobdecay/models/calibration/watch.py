@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing import reductions
 
-from frobdecay.models.calibration.forward import eagerly
+from frobdecay.models.calibration.forward import eagerly, version_of
 from frobdecay.models.calibration.inside import Inside
 from frobdecay.models.calibration.masks import Mask as Mask
 from frobdecay.models.calibration.masks import fitting, hides, rows
@@ -136,7 +136,7 @@ class Watch:
             return False
         mask = self._mask(probe, inputs)
         seen, place = self._seen(inputs, mask)
-        known, version = seen.get(place), _version(inputs)
+        known, version = seen.get(place), version_of(inputs)
         if known is None or known.version != version or probe.name in known.names:
             known = seen[place] = _Seen(version, mask, set())
         known.names.add(probe.name)
@@ -164,10 +164,5 @@ class Watch:
         storage: Any = _weakly(tensor.untyped_storage())
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         _, seen = self._live.setdefault(storage.cdata, (storage, {}))
-        masked = None if mask is None else (id(mask), _version(mask))
+        masked = None if mask is None else (id(mask), version_of(mask))
         return seen, (tensor.storage_offset(), tensor.shape, tensor.stride(), masked)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was written to."""
-    return -1 if tensor.is_inference() else tensor._version
