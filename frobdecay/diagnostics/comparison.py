@@ -180,12 +180,7 @@ def compare(
             that did not run alike, no tensor returned, or a model that writes to its parameters.
     """
     check_batches(batches)
-    mine, theirs = ({*map(id, one.parameters())} for one in (model, original))
-    if model is original or (mine and mine <= theirs):
-        raise ValueError(
-            "expected an original of its own, but all parameters of the model are the original's, "
-            "too: factorize changes a model in place; before it, original = copy.deepcopy(model)"
-        )
+    _check_apart(model, original)
     run, final, seconds = forward or default_forward, _Sum(), None
     there, here = Walk(original).modules, Walk(model).modules
     both = _Both({n: here[n] for n, m in there.items() if here.get(n, m) is not m and layouts(m)})
@@ -204,6 +199,16 @@ def compare(
         raise ValueError("found no batch to compare on: the loader is empty or exhausted")
     sizes = [sum(p.nbytes for p in one.parameters()) for one in (original, model)]
     return Comparison(both.layers(), final.error, final.cosine, seconds, (sizes[0], sizes[1]))
+
+
+def _check_apart(model: nn.Module, original: nn.Module) -> None:
+    """Refuse an original that was changed with the model."""
+    mine, theirs = ({*map(id, one.parameters())} for one in (model, original))
+    if model is original or (mine and mine <= theirs):
+        raise ValueError(
+            "expected an original of its own, but all parameters of the model are the original's, "
+            "too: factorize changes a model in place; before it, original = copy.deepcopy(model)"
+        )
 
 
 class _Both:

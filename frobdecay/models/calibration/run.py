@@ -61,21 +61,17 @@ def calibrate(
         progress: as for ``factorize``.
 
     Raises:
-        TypeError, ValueError: no batches, NaN, an unfit mask, the meta device, nothing to watch; a
-            model that writes to its parameters as it runs.
-        RuntimeError: under ``DistributedDataParallel``, a process in which it failed; on all.
+        TypeError, ValueError: no batches, NaN, bad masks, meta, nothing to watch, changed weights.
+        RuntimeError: it failed in a process of ``DistributedDataParallel``; on all of them.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
-    found.joined = _is_sharded(walk)
-    found.parallel = found.joined or _holds(walk, "torch.nn.parallel.*DistributedDataParallel")
+    found.joined, found.parallel = _processes(walk)
     found.weights, found.modules = select(walk, include, exclude), [*model.modules()]
     found.probes, found.unwatched = _watchable(walk, found.weights)
     if batches is not None:
         _check_passes(batches, groups)
-        with (
-            Progress(length_hint(batches) * groups, progress, "calibrating") as bar,
-            evaluating(model),
-        ):
+        count = length_hint(batches) * groups
+        with Progress(count, progress, "calibrating") as bar, evaluating(model):
 
             def act(batch: Any) -> None:
                 found.mask = mask_of(model, batch, mask)
@@ -136,14 +132,15 @@ def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[
     return found, unwatched
 
 
-def _is_sharded(walk: Walk) -> bool:
-    """Whether processes hold parts of one model, each for its own share of the batches."""
+def _processes(walk: Walk) -> tuple[bool, bool]:
+    """Whether each holds a part of the model, and whether each has its own share of the batches."""
+
+    def holds(kind: str) -> bool:
+        return any(is_kind(module, kind) for _, module in walk.all)
+
     tensors = (weight.tensor for weight in walk.weights if weight.tensor is not None)
-    return _holds(walk, "torch.distributed.fsdp.*") or any(map(is_sharded, tensors))
-
-
-def _holds(walk: Walk, kind: str) -> bool:
-    return any(is_kind(module, kind) for _, module in walk.all)
+    shards = holds("torch.distributed.fsdp.*") or any(map(is_sharded, tensors))
+    return shards, shards or holds("torch.nn.parallel.*DistributedDataParallel")
 
 
 def _check_passes(batches: Iterable[Any], groups: int) -> None:
