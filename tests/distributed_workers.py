@@ -504,15 +504,18 @@ def not_a_number(rank, world):
 
 
 def other_orders(rank, world):
-    """Products in another order on every process, over two meshes: the error, the collectives."""
+    """Products in another order on every process, over some meshes: the error, the collectives."""
     torch.manual_seed(0)
-    meshes = init_device_mesh("cpu", (world,)), _mesh(2, world // 2)
+    meshes = (
+        *(init_device_mesh("cpu", shape) for shape in ((world,), (1, world))),
+        _mesh(2, world // 2),
+    )
     sizes = {"a": (9, 2), "b": (7, 3), "c": (9, 2), "d": (5, 3), "e": (6, 1)}
     whole, sharded = [], []
     for k, (name, (m, r)) in enumerate(sizes.items()):
         U, V = torch.randn(m, r, dtype=torch.float64), torch.randn(m + 1, r, dtype=torch.float64)
         whole.append(Product.of(U, V, name=name))
-        mesh = meshes[k % 2]
+        mesh = meshes[k % 3]
         placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
         parts = [nn.Parameter(distribute_tensor(t, mesh, placements)) for t in (U, V)]
         sharded.append(Product.of(*parts, name=name))

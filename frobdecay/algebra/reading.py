@@ -190,18 +190,28 @@ def fit(
     """
     if not isinstance(pattern, str):
         raise TypeError(f"expected a pattern, a string such as 'o i -> o i', got {pattern!r}")
-    for name, length in dict(axes or {}).items():
-        if isinstance(length, bool) or not isinstance(length, Integral):
-            raise TypeError(f"expected the length of the axis {name!r} as an int, got {length!r}")
-        if length < 1:
-            raise ValueError(f"expected the length of the axis {name!r} above 0, got {length}")
+    sizes = plain_axes(axes)
     tensor_axes, read_axes = _sides(pattern)
     if len(tensor_axes) != len(shape):
         raise ValueError(
             f"expected a tensor with {len(tensor_axes)} dimensions for the pattern "
             f"{pattern!r}, got shape {tuple(shape)}"
         )
-    return tensor_axes, read_axes, _fill(tensor_axes, tuple(shape), dict(axes or {}), pattern)
+    return tensor_axes, read_axes, _fill(tensor_axes, tuple(shape), sizes, pattern)
+
+
+def plain_axes(axes: Mapping[str, int] | None) -> dict[str, int]:
+    """Lengths of axes as plain numbers, which files can hold; numpy's are taken as well.
+
+    Raises:
+        TypeError, ValueError: a length that is no int, or below 1.
+    """
+    for name, length in dict(axes or {}).items():
+        if isinstance(length, bool) or not isinstance(length, Integral):
+            raise TypeError(f"expected the length of the axis {name!r} as an int, got {length!r}")
+        if length < 1:
+            raise ValueError(f"expected the length of the axis {name!r} above 0, got {length}")
+    return {name: int(length) for name, length in dict(axes or {}).items()}
 
 
 @lru_cache(1024)

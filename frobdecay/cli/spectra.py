@@ -41,7 +41,7 @@ def measure_all(rows: list[Row], checkpoint: Checkpoint, energy: float) -> None:
                 bar.advance(_work(some[done]))
         finally:
             pool.shutdown(cancel_futures=True)
-    torch.set_num_threads(threads)  # BLAS has one number for all
+            torch.set_num_threads(threads)  # BLAS has one number for all
 
 
 def _work(row: Row) -> float:

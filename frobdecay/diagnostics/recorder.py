@@ -197,9 +197,12 @@ class Recorder:
             ValueError: another version, or a history of other products, quantities or lengths;
                 nothing was changed then.
         """
-        version = state.get("version") if isinstance(state, dict) else None
-        if version != 1 or not {"next", "steps", "history"} <= state.keys():
-            raise ValueError(f"expected a recorder's state, version 1, got version {version}")
+        known = state if isinstance(state, dict) else {}
+        if known.get("version") != 1 or not {"next", "steps", "history"} <= known.keys():
+            raise ValueError(
+                f"expected a recorder's state, version 1, got version {known.get('version')} with "
+                f"{list(known)[:8]}"
+            )
         names, steps = {product.name for product in self.products}, list(state["steps"])
         if set(state["history"]) != names:
             differ = sorted(names ^ set(state["history"]))

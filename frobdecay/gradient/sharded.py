@@ -125,13 +125,9 @@ class Sent:
         wanted = [
             None if target is None else coef for target, coef in zip(targets, coefs, strict=True)
         ]
-        batch, structure, summed = (
-            self.product.batch,
-            self.product.structure,
-            self._summed(segments),
-        )
+        batch, summed = self.product.batch, self._summed(segments)
         if self.network is None:
-            found = structure.gradients(summed, batch, wanted)
+            found = self.product.structure.gradients(summed, batch, wanted)
         else:
             found = self.network.gradients(summed, batch, wanted, self.by_rows)
         for k, (target, gradient) in enumerate(zip(targets, found, strict=True)):
@@ -267,6 +263,11 @@ class Exchange:
         return [sent.squared_norm(segments) for sent, segments in pairs]
 
 
+def _order(mesh: Any) -> Any:
+    """Different for different meshes: who waited in another order would wait for ever."""
+    return mesh.mesh.flatten().tolist(), tuple(mesh.shape), mesh.mesh_dim_names or ()
+
+
 def exchanges(products: Sequence[Product]) -> list[tuple[tuple[int, ...], Exchange]]:
     """Put products whose Grams have to be exchanged together by mesh.
 
@@ -284,7 +285,8 @@ def exchanges(products: Sequence[Product]) -> list[tuple[tuple[int, ...], Exchan
     for k, product in enumerate(products):
         meshes[product.params[0].device_mesh].append(k)  # type: ignore[attr-defined]
     found = []
-    for mesh in sorted(meshes, key=lambda mesh: (mesh.mesh.flatten().tolist(), mesh.ndim)):
+
+    for mesh in sorted(meshes, key=_order):
         members = sorted(meshes[mesh], key=lambda k: (products[k].name, products[k].shape))
         found.append((tuple(members), Exchange([products[k] for k in members])))
     return found

@@ -107,6 +107,8 @@ class Halves:
             return
         values = [known_value(group.get(DECAY, 0.0)) for group in groups]
         used = [0.0, *(values[g] for g in holding)]
+        if any(isinstance(value, Tensor) for value in used):
+            return  # on an accelerator, which is not waited for
         for g, value in enumerate(values):
             if g not in holding and not isinstance(value, Tensor) and value not in used:
                 self._idle = True

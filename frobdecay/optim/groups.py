@@ -49,10 +49,9 @@ def split_param_groups(
     Args:
         model: factorized or not; is not changed.
         weight_decay: λ, a number or a tensor without dimensions.
-        no_decay: more that shall not decay, factors too: exact names or globs of parameters or
-            modules (with all below), compiled regular expressions, module types, predicates(name,
-            parameter), or a list of those. A factorized weight goes by its own name, too. What a
-            module's ``no_weight_decay()`` names, as of timm's models, is left out as well.
+        no_decay: more that shall not decay, factors too: selectors as for ``factorize``, of
+            parameters or modules, predicates(name, parameter). A factorized weight goes by its own
+            name, too. What a module's ``no_weight_decay()`` names, as of timm's, is left out, too.
         planned: weights that will be factorized, as ``plan.ranks``: into the factors' group.
         decay: λ of the products, if it is another: their group's ``frobenius_decay``.
 
@@ -65,6 +64,7 @@ def split_param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got a {type(model).__name__}")
     check_coefficient(weight_decay, "weight_decay")
+    check_coefficient(0.0 if decay is None else decay, "decay")
     spared = _spared(model, no_decay)
     factors = _factors(model, planned)
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()}

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property, reduce
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -79,6 +81,10 @@ class Product:
             raise ValueError(
                 f"{self.name}: expected batch to be a number of leading axes, at most "
                 f"{MOST_BATCH}, got {self.batch!r}"
+            )
+        if not (isinstance(self.scale, Real | Tensor) and isfinite(self.scale)):
+            raise ValueError(
+                f"{self.name}: expected scale to be a finite number, got {self.scale!r}"
             )
         if equation is not None:
             if self.structure is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.algebra.reading import Matricization
+from frobdecay.algebra.reading import Matricization, plain_axes
 from frobdecay.algebra.scaling import check_not_zero, check_weight
 from frobdecay.algebra.spectral import (
     INITS,
@@ -103,7 +103,7 @@ class LowRank(Recorded):
         config: dict[str, Any] = {
             "rank": rank,
             "pattern": self.pattern if view is None else view.pattern,
-            "axes": dict(self.axes),
+            "axes": plain_axes(self.axes),
             "depth": self.depth,
         }
         names = [name for name, init in INITS.items() if init is self.init]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import full_precision
-from frobdecay.algebra.reading import Matricization
+from frobdecay.algebra.reading import Matricization, plain_axes
 from frobdecay.algebra.scaling import check_not_zero, check_weight, root_mean_square
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
 from frobdecay.product.factor import Factor
@@ -119,7 +119,7 @@ class Tensorized(Recorded, ABC):
         config: dict[str, Any] = {
             "rank": list(rank) if isinstance(rank, tuple) else rank,
             "pattern": self.pattern if self.view is None else self.view.pattern,
-            "axes": dict(self.axes),
+            "axes": plain_axes(self.axes),
             "modes": self.modes,
         }
         return config if callable(self.init) else {**config, "init": self.init}

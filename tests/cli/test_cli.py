@@ -22,7 +22,7 @@ import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.algebra.spectral import spectral_init
 from frobdecay.cli import read as reading
-from frobdecay.cli import show
+from frobdecay.cli import show, spectra
 from frobdecay.cli.main import main
 from frobdecay.models import progress
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
@@ -191,6 +191,17 @@ def test_tensors_are_read_as_the_dense_weight_is(tmp_path, capsys, kind):
     for row in ours:
         same = ("shape", "matrix", "norm", "energy_rank")
         assert {key: row[key] for key in same} == {key: rows[row["name"]][key] for key in same}
+
+
+def test_threads_are_given_back_where_a_weight_fails(monkeypatch):
+    """Those who call this from Python go on with as many as before."""
+    said = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    monkeypatch.setattr(spectra, "_measure", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        spectra.measure_all([show.Row("fc.weight", (3, 2), "dense", 6)], None, 0.9)
+    assert said[-1] == 2
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -633,6 +633,16 @@ def test_bad_batches_are_refused(case):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_refused_batches_leave_a_calibration_as_it_was():
+    """Which goes on watching the model that it did."""
+    model, other = mlp(), nn.Linear(3, 3)
+    stats = calibrate(model, [torch.randn(4, next(model.parameters()).shape[1])])
+    before = dict(vars(stats))
+    with pytest.raises(TypeError, match="expected batches"):
+        calibrate(other, torch.ones(2, 3), stats=stats)
+    assert vars(stats) == before
+
+
 def test_a_failed_run_adds_nothing():
     """What was known before is still known."""
     model, batches, _ = made("linear")

@@ -452,6 +452,15 @@ def test_products_that_are_no_matrix_are_refused(name):
     assert frobdecay.optim.rates.DECAY not in base.param_groups[0]
 
 
+def test_a_product_that_is_nothing_is_refused():
+    """At construction: no step of its factors would be too long."""
+    U, V = (nn.Parameter(torch.randn(n, 2)) for n in (3, 4))
+    with pytest.raises(ValueError, match=r"nothing: .*its scale is 0"):
+        FrobeniusDecay(
+            optim.SGD([U, V], lr=0.1), Product.of(U, V, name="nothing", scale=0.0), decay=0, bound=1
+        )
+
+
 def test_a_factor_of_two_products_is_refused():
     """One step cannot have two sizes."""
     U, V, W = (nn.Parameter(torch.randn(n, 2)) for n in (3, 4, 5))

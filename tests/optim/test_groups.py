@@ -150,6 +150,13 @@ def test_what_makes_no_sense_is_refused(arguments, error, message):
         split_param_groups(model, decay, no_decay=no_decay)
 
 
+@pytest.mark.parametrize("decay", [-0.1, float("nan")])
+def test_a_lambda_of_products_that_is_none_is_refused(net, decay):
+    """As the weight decay is: a plain optimizer would not look at it."""
+    with pytest.raises(ValueError, match="expected decay to be finite"):
+        split_param_groups(net, 0.1, decay=decay)
+
+
 def test_the_wrapper_takes_the_groups_as_they_are(net):
     """No group is divided, λ is the factors' weight decay, and names stay for messages."""
     optimizer = FrobeniusDecay(torch.optim.AdamW(split_param_groups(net, 0.1)), net)

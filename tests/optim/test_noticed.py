@@ -13,6 +13,7 @@ from torch import nn, optim
 
 import frobdecay
 from frobdecay import FrobeniusDecay, FrobeniusDecayFactory, Product
+from frobdecay.optim.division import Halves
 from frobdecay.product import replaced
 
 NOTHING = "no product will decay: λ is taken over from the factors' weight_decay"
@@ -103,6 +104,12 @@ def test_a_coefficient_in_a_group_without_factors_is_said():
     ):
         _step(net, optimizer)
     _step(net, optimizer)  # once
+
+
+def test_a_coefficient_on_an_accelerator_is_not_waited_for():
+    """Nothing is said where another group's could be the same."""
+    groups = [{"frobenius_decay": number} for number in (0.5, torch.ones((), device="meta"))]
+    Halves().check(groups, {1})
 
 
 def test_a_coefficient_of_all_groups_is_not():

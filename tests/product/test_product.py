@@ -450,6 +450,8 @@ def test_factors_of_a_module_combine_by_an_equation():
         ({"equation": "mr,nr->mn", "batch": -1}, ValueError, "expected batch .* got -1"),
         ({"equation": "mr,nr->mn", "batch": "1"}, ValueError, "expected batch .* got '1'"),
         ({"batch": 11}, ValueError, "expected batch .* at most 9, got 11"),
+        ({"scale": float("nan")}, ValueError, "expected scale to be a finite number, got nan"),
+        ({"scale": "2"}, ValueError, "expected scale to be a finite number, got '2'"),
     ],
 )
 def test_how_factors_combine_is_said_once_and_well(given, error, message):

@@ -65,11 +65,12 @@ def calibrate(
         RuntimeError: it failed in a process of ``DistributedDataParallel``; on all of them.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
+    watched = _watchable(walk, weights := select(walk, include, exclude))
+    _check_passes(batches, groups)
     found.joined, found.parallel = _processes(walk)
-    found.weights, found.modules = select(walk, include, exclude), [*model.modules()]
-    found.probes, found.unwatched = _watchable(walk, found.weights)
+    found.weights, found.modules = weights, [*model.modules()]
+    found.probes, found.unwatched = watched
     if batches is not None:
-        _check_passes(batches, groups)
         count = length_hint(batches) * groups
         with Progress(count, progress, "calibrating") as bar, evaluating(model):
 
@@ -143,7 +144,9 @@ def _processes(walk: Walk) -> tuple[bool, bool]:
     return shards, shards or holds("torch.nn.parallel.*DistributedDataParallel")
 
 
-def _check_passes(batches: Iterable[Any], groups: int) -> None:
+def _check_passes(batches: Iterable[Any] | None, groups: int) -> None:
+    if batches is None:
+        return
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"expected groups to be a number of passes, got {groups!r}")
     check_batches(batches)

@@ -57,14 +57,7 @@ def load_dense_(
             model that is dense, sharded, on the meta device or made under ``inference_mode``.
             Nothing was changed then.
     """
-    if not Walk(model).factorized:
-        inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
-        raise ValueError(
-            f"expected a model with factorized weights, got a dense {type(model).__name__}; "
-            + ("the state_dict is factorized, too: save it with save_factorized, and "
-               "load_factorized rebuilds the structure" if inside
-               else "load it with model.load_state_dict")
-        )  # fmt: skip
+    _check_loadable(model, state_dict)
     converted: OrderedDict[str, Any] = OrderedDict(state_dict)
     rows: dict[int, PlanRow] = {}
     done: dict[int, tuple[Tensor, ...]] = {}
@@ -89,6 +82,22 @@ def load_dense_(
     after = sum(parameter.numel() for parameter in model.parameters())
     saved = sum(row.before - row.after for row in rows.values())
     return RankPlan((*rows.values(), *rest), after + saved, after)
+
+
+def _check_loadable(model: nn.Module, state_dict: Any) -> None:
+    """Refuse what is no ``state_dict``, and a model that has nothing to factorize it for."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"expected a state_dict, got a {type(state_dict).__name__}; torch.load a file first"
+        )
+    if not Walk(model).factorized:
+        inside = [key for key in state_dict if ".parametrizations." in f".{key}"]
+        raise ValueError(
+            f"expected a model with factorized weights, got a dense {type(model).__name__}; "
+            + ("the state_dict is factorized, too: save it with save_factorized, and "
+               "load_factorized rebuilds the structure" if inside
+               else "load it with model.load_state_dict")
+        )  # fmt: skip
 
 
 def _check_dense(name: str, held: Any, state_dict: Mapping[str, Any]) -> None:

@@ -236,6 +236,8 @@ def _why_not(product: Product) -> str | None:
         return "the norms of its factors say nothing of the spectral norm of one matrix"
     if any(view.ndim != product.batch + 2 for view in outlines[1:-1]):
         return "an inner factor has rows of its own, so that the product is no matrix"
+    if not product.scale:
+        return "its scale is 0, so that no step of its factors moves it"
     halves = [is_sharded(f.param) and f.pattern and f.param.dtype in HALF for f in product.factors]
     if any(halves):
         return "a sharded factor in half precision that is seen through a pattern; use float32"

@@ -387,6 +387,21 @@ def test_factors_into_a_dense_model():
         load_dense_(_factorized(), state)
     with pytest.raises(ValueError, match=r"dense Net; load it with model\.load_state_dict"):
         load_dense_(Net(), Net().state_dict())
+    with pytest.raises(TypeError, match=r"expected a state_dict, got a str; torch\.load"):
+        load_dense_(_factorized(), "model.pt")
+
+
+def test_lengths_of_numpy_are_plain_in_files(tmp_path):
+    """A record of numbers that only pickle knows could be read by neither loader."""
+    halves = functools.partial(
+        LowRank, pattern="(g o) i -> g o i", axes={"g": torch.ones(2).numpy().astype("int64").sum()}
+    )
+    model = nn.Sequential(nn.Linear(6, 4))
+    factorize(model, rank=2, parametrization=halves)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    save_factorized(model, tmp_path / "model.safetensors")
+    load_factorized(nn.Sequential(nn.Linear(6, 4)), tmp_path / "model.safetensors")
 
 
 @pytest.mark.covers("P13")
