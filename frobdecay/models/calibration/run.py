@@ -67,9 +67,8 @@ def calibrate(
     walk, found = Walk(model), Calibration() if stats is None else stats
     watched = _watchable(walk, weights := select(walk, include, exclude))
     _check_passes(batches, groups)
-    found.joined, found.parallel = _processes(walk)
-    found.weights, found.modules = weights, [*model.modules()]
-    found.probes, found.unwatched = watched
+    found.modules, (found.joined, found.parallel) = [*model.modules()], _processes(walk)
+    found.probes, found.unwatched, found.weights = *watched, weights
     if batches is not None:
         count = length_hint(batches) * groups
         with Progress(count, progress, "calibrating") as bar, evaluating(model):
