@@ -85,7 +85,8 @@ class ProductMeasurement:
         imbalance: ‖UᵀU − VᵀV‖_F ÷ (‖UᵀU‖_F + ‖VᵀV‖_F), the largest over neighbours in a chain.
         stable_rank: ‖W‖_F² / σ₁².
         rank: how many singular values are above rounding; of no chain the smallest inner size.
-        effective_step: lr / ‖W‖_F², None where no lr was given.
+        effective_step: lr / ‖W‖_F², None where no lr was given; 0 where lr is, as it is of an
+            optimizer after the last step of a schedule.
         decay_step: what a step of decay multiplies a factor by, at most; from 2 it grows (with
             decoupled decay, or SGD). None unless the optimizer that was given has a λ.
         departure: ‖W − W₀‖_F, None where the product decays to zero.
@@ -281,7 +282,7 @@ def _decays(products: Sequence[Product], lr: LearningRate | None) -> list[float 
 
 
 def _effective_step(rate: float | None, square: float) -> float | None:
-    return None if rate is None else rate / square if square else rate * inf
+    return rate and (rate / square if square else inf)
 
 
 def _measure(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:

@@ -210,6 +210,18 @@ def test_a_zero_product_has_no_direction():
     assert record.effective_step == math.inf
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_after_a_schedule_there_is_no_step(size):
+    """Of an lr of 0 it is 0, of whatever product."""
+    factor = torch.nn.Parameter(torch.full((4, 2), size))
+    optimizer = torch.optim.SGD([factor], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1)
+    optimizer.step()
+    schedule.step()
+    measured = measure(Product.of(factor, torch.ones(3, 2)), optimizer)
+    assert measured.products[0].effective_step == measured.total("effective_step") == 0
+
+
 @pytest.fixture
 def two():
     """Two products with norms 4 and 2."""
