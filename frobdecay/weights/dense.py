@@ -6,6 +6,7 @@ tensor. A view of the dense tensor is read-only: a write to it would be lost as 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -126,17 +127,27 @@ def below_autograd(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return func(*plain, **{key: _mapped(v, ProductTensor, numbers) for key, v in kwargs.items()})
 
 
+_BETWEEN = ("frobdecay.", "torch._", "torch.overrides", "torch.autograd.")
+_TRACKERS = ("torch.utils.", "torch.distributed._tools.")
+
+
 def inert_hook(weight: ProductTensor, hook: Callable[..., Any]) -> RemovableHandle:
     """Accept a hook that never runs, with a warning.
 
-    Not an error, because tools that follow modules through a backward pass, as
-    ``torch.utils.flop_counter``, hook onto whatever tensor a module returns.
+    Not an error, because tools that follow modules through a backward pass hook onto whatever
+    tensor a module returns. torch's own, as that of ``torch.utils.flop_counter``, miss nothing by
+    it: what computes the gradients of the factors is followed by the module around.
     """
-    warnings.warn(
-        "a hook on the gradient of a factored weight never runs: the gradient goes to its factors "
-        "without being formed. Hook onto the factors, or use weight.materialize() in its place",
-        stacklevel=7,  # through the interception to Tensor.register_hook's caller
-    )
+    frame, level = sys._getframe(), 1
+    while (asking := str(frame.f_globals.get("__name__"))).startswith(_BETWEEN) and frame.f_back:
+        frame, level = frame.f_back, level + 1
+    if not asking.startswith(_TRACKERS):
+        warnings.warn(
+            "a hook on the gradient of a factored weight never runs: the gradient goes to its "
+            "factors without being formed. Hook onto the factors, or use weight.materialize() in "
+            "its place",
+            stacklevel=level,
+        )
     return RemovableHandle(OrderedDict())
 
 

@@ -1,6 +1,7 @@
 """The lazily materialized weight equals the dense one, and is dense only when it has to be."""
 
 import copy
+import functools
 import io
 import operator
 import pickle
@@ -20,7 +21,10 @@ from factored_cases import (
     weight,
 )
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.factored import FactoredTensor
@@ -196,9 +200,11 @@ def test_a_backward_pass_into_the_weight_raises(others):
 
 def test_a_hook_on_the_weights_gradient_warns():
     """A hook that never runs is told so, and can be removed."""
-    with pytest.warns(UserWarning, match="never runs"):
-        handle = weight("o i -> o i", (6, 5)).register_hook(print)
-    handle.remove()
+    made = weight("o i -> o i", (6, 5))
+    for hook in (made.register_hook, lambda fn: register_multi_grad_hook([made], fn)):
+        with pytest.warns(UserWarning, match="never runs") as told:
+            hook(print).remove()
+        assert told[0].filename == __file__
 
 
 def test_flops_are_counted_on_the_factors():
@@ -209,13 +215,26 @@ def test_flops_are_counted_on_the_factors():
     assert counter.get_total_flops() == 2 * 10 * 4 * (64 + 64)
 
 
-@pytest.mark.filterwarnings("ignore:a hook on the gradient")
-def test_tools_that_follow_modules_run():
-    """A tool that hooks onto what every module returns does not fail in training."""
+TRACKERS = {
+    "flops": functools.partial(FlopCounterMode, display=False),
+    "modules": ModuleTracker,
+    "distributed modules": ModTracker,
+    "profiler": functools.partial(torch.profiler.profile, with_modules=True),
+}
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_torchs_tools_that_follow_modules_run(name):
+    """Though they hook onto what every module returns; a user's own tool is warned."""
     layer = factored(nn.Linear(64, 64), rank=4)
-    with FlopCounterMode(display=False) as counter:
+    with TRACKERS[name]() as tool:
         layer(torch.randn(10, 64)).sum().backward()
-    assert counter.get_total_flops() > 0
+    assert name != "flops" or tool.get_total_flops() == 2 * 10 * 4 * (64 + 64) * 2 + 2 * 4 * 64 * 10
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda _, __, y: y.register_hook(print) and None
+    )
+    with hook, pytest.warns(UserWarning, match="never runs"):
+        layer.weight  # noqa: B018
 
 
 def test_a_weight_made_under_no_grad_is_a_constant():
