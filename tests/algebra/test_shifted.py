@@ -183,7 +183,7 @@ WRONG = {
     "half a pair": ([(4, 3), (4, 2)], (1.0,)),
     "more pairs than scales": ([(4, 3), (4, 2), (3, 2), (4, 2), (3, 2)], (1.0,)),
     "V not tall": ([(4, 3), (4, 2), (2, 3)], (1.0,)),
-    "another W₀": ([(5, 3), (4, 2), (3, 2)], (1.0,)),
+    "another base weight": ([(5, 3), (4, 2), (3, 2)], (1.0,)),
     "two ranks": ([(4, 3), (4, 2), (3, 1)], (1.0,)),
     "a vector": ([(4, 3), (4,), (3, 1)], (1.0,)),
 }
@@ -203,7 +203,7 @@ def make_optimizer(product: Product, base: str, **options) -> frobdecay.Frobeniu
     return frobdecay.FrobeniusDecay(kind(trained, weight_decay=0.1, **options), product)
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["W₀ frozen", "W₀ trained"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_the_wrapper_decays_the_sum(frozen):
     """One step of SGD with zero gradients is −lr·λ·∇; a frozen W₀ is in no group and stays."""
     product = shifted_product()
