@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -203,7 +203,7 @@ def adapt_plain(
         coef = group.get("weight_decay", 0.0) if division.taken else held[-1].get(DECAY, 0.0)
         if not division.split and any(division.flags) and not all(division.flags):
             _refuse_mixed(k, group)
-        out += Division(division.flags, division.split, coef, division.taken).commit(dict(group))
+        out += replace(division, coef=coef).commit(dict(group))
     return out
 
 
