@@ -445,10 +445,14 @@ def test_bounds_that_are_none(bound):
 def test_groups_that_cannot_be_bounded_are_refused_at_the_step(change):
     """Also without decay; nothing has moved then."""
     net = Net()
-    optimizer = FrobeniusDecay(optim.SGD(net.parameters(), lr=0.1), net.products(), decay=0, bound=1)
+    optimizer = FrobeniusDecay(
+        optim.SGD(net.parameters(), lr=0.1), net.products(), decay=0, bound=1
+    )
     before = values(net)
     optimizer.param_groups[0].update(change)
-    with pytest.raises(ValueError, match=r"differentiable=False in param group 0 with step_bound=1"):
+    with pytest.raises(
+        ValueError, match=r"differentiable=False in param group 0 with step_bound=1"
+    ):
         train(net, optimizer, 1)
     assert_identical(values(net), before)
 
