@@ -22,6 +22,8 @@ from frobdecay.models.plan import PlanRow
 from frobdecay.models.progress import Progress, decomposition
 from frobdecay.product.names import naming
 
+_SETTINGS = ("ratio", "rank", "energy", "allocate", "include", "exclude")
+
 
 def run(options: argparse.Namespace) -> None:
     """Factorize ``options.checkpoint`` into ``options.out``, and print the plan.
@@ -44,8 +46,7 @@ def _factorize(checkpoint: Checkpoint, target: Path, options: argparse.Namespace
         name: tensor for name, tensor in checkpoint.dense.items() if why_unread(tensor) is None
     }
     made = skeleton(checkpoint, dense)
-    rules = {name: getattr(options, name) for name in ("ratio", "rank", "energy", "allocate")}
-    plan = made.plan(options.include, options.exclude, **rules)
+    plan = made.plan(**{name: getattr(options, name) for name in _SETTINGS})
     chosen = {row.name: row for row in plan.rows if row.made is not None}
     records: dict[str, Any] = dict(checkpoint.records)
     for name, row in chosen.items():

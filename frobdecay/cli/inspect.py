@@ -108,7 +108,7 @@ def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
         name: torch.empty(row.shape, dtype=torch.float32, device="meta")
         for name, row in known.items()
     }
-    plan = skeleton(checkpoint, shapes).plan(None, None, ratio=ratio)
+    plan = skeleton(checkpoint, shapes).plan(ratio=ratio)
     for entry in plan.rows:
         if entry.made is not None:
             assert isinstance(entry.rank, int)  # LowRank's

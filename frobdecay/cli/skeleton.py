@@ -14,8 +14,9 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,35 @@ class Skeleton:
     names: dict[str, str]
     absent: list[str]
 
-    def plan(
-        self, include: Sequence[str] | None, exclude: Sequence[str] | None, **rule: Any
-    ) -> RankPlan:
-        """As ``plan_ranks``, by the names in the file."""
-        left = [*(exclude or ()), *self.absent] or None
-        plan = plan_ranks(self.model, include=include, exclude=left, **rule)
-        rows = (replace(row, name=self.names.get(row.name, row.name)) for row in plan.rows)
+    def plan(self, **options: Any) -> RankPlan:
+        """As ``plan_ranks``, by the names in the file, for a command with these options.
+
+        Raises:
+            ValueError: as ``plan_ranks``.
+        """
+        left = [*(options.get("exclude") or ()), *self.absent] or None
+        try:
+            plan = plan_ranks(self.model, **{**options, "exclude": left})
+        except ValueError as error:
+            raise ValueError(_spelled(str(error), options)) from error
+        rows = []
+        for row in plan.rows:
+            reason = row.reason and _spelled(row.reason, options)
+            rows.append(replace(row, name=self.names.get(row.name, row.name), reason=reason))
         return replace(plan, rows=tuple(rows))
+
+
+_SETTINGS = "|".join(name for name in signature(plan_ranks).parameters if name != "model")
+
+
+def _spelled(text: str, options: Collection[str]) -> str:
+    """What is said to who calls Python, for who gives these options to a command."""
+
+    def spell(met: re.Match[str]) -> str:
+        name, value = met.groups()
+        return f"--{name}{value and ' '}{value}" if name in options else f"Python's {met[0]}"
+
+    return re.sub(rf"\b({_SETTINGS})=([^\s,;.)]?)", spell, text)
 
 
 def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:

@@ -204,22 +204,30 @@ def test_weights_that_are_one_stay_one(tmp_path, capsys):
     state = model.state_dict() | {"head.weight": model[3].weight.detach()}
     torch.save(state, tmp_path / "in.pt")
     assert _run("factorize", tmp_path / "in.pt", tmp_path / "out.safetensors", "--rank", "2") == 0
-    assert "tied to" in capsys.readouterr().out
+    assert "; Python's on_tied='untie' gives it a copy" in capsys.readouterr().out
 
 
 REFUSED = {
     "no rule": ([], None, "one of the arguments --ratio --rank --energy is required"),
     "two": (["--rank", "2", "--ratio", "0.5"], None, "not allowed with"),
     "a rank of 0": (["--rank", "0"], None, "above 0"),
-    "nothing of that name": (["--rank", "2", "--include", "nope"], "out.safetensors", "nope"),
+    "nothing of that name": (
+        ["--rank", "2", "--include", "nope"],
+        "out.safetensors",
+        "rank=4/in.safetensors: --include 'nope' matches nothing",
+    ),
     "a vector": (["--rank", "2", "--include", "1"], "out.safetensors", "'1'"),
     "to divide no budget": (
         ["--rank", "2", "--allocate", "uniform"],
         "out.safetensors",
-        "allocate= divides a budget",
+        "--allocate divides a budget: give --ratio or Python's tolerance=, not --rank",
     ),
     "another way": (["--ratio", "0.5", "--allocate", "sensitivity"], None, "invalid choice"),
-    "too small": (["--ratio", "0.001"], "out.safetensors", "attainable|cannot be attained"),
+    "too small": (
+        ["--ratio", "0.001"],
+        "out.safetensors",
+        r"--ratio 0\.001 cannot be attained.*\(with --include, it",
+    ),
     "another suffix": (["--rank", "2"], "out.pt", "ends with .safetensors"),
     "no folder from a file": (["--rank", "2"], "out", "ends with .safetensors"),
     "there already": (["--rank", "2"], "in.safetensors", "exists already; --force"),
@@ -228,8 +236,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_one_line(tmp_path, capsys, case):
-    """And nothing is written."""
+    """And nothing is written; in the words of the command line."""
     arguments, out, message = REFUSED[case]
+    tmp_path = tmp_path / "rank=4"
+    tmp_path.mkdir()
     save_file(_net().state_dict(), tmp_path / "in.safetensors")
     if out is None:
         with pytest.raises(SystemExit):
