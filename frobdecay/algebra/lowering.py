@@ -5,6 +5,7 @@ of the other. Where each of these is one letter, that is ``mm`` or ``bmm`` of th
 transposes. Several that are side by side are seen as one, in tensors that are contiguous; of others
 the last is a row, a column or a sum of the product of matrices, and the rest are stacked. What is
 new in the larger tensor takes the place of what is summed over, so that its axes stay in order.
+Sums over many rows are made in parts, so that they keep their digits.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.precision import LONG, times_rows
-
 View = Callable[[Tensor], Tensor]
 Pair = Callable[[Tensor, Tensor], Tensor]
 
 Groups = tuple[str, str, str, str]
 """Letters of a batch, of rows, of what is summed over, and of columns."""
+
+STACK, LONG = 1 << 12, 1 << 15
+"""Rows that are multiplied at once where a sum is long, and from how many on it is."""
 
 _BOTH = (slice(None), slice(None))
 _NONE = "#"  # the letter of an axis of length 1 that a term lacks
@@ -214,3 +216,32 @@ def _stacked(left: str, right: str, groups: Groups) -> Pair:
 def _long(x: Tensor, y: Tensor) -> Tensor:
     """The product of two matrices, whose sums may be long."""
     return times_rows(x.mT, y)
+
+
+# --- sums over many rows --------------------------------------------------------------------------
+
+
+def is_long(view: Tensor) -> bool:
+    """Whether a sum over its rows, one after the other, loses digits of float32."""
+    return view.shape[-2] > LONG and view.device.type == "cpu"
+
+
+def times_rows(left: Tensor, right: Tensor) -> Tensor:
+    """LᵀR, summed over the rows of both; those of long ones stack by stack.
+
+    On a CPU one narrow product adds up its rows one after the other: UᵀU of 10⁶×3 was off by 6e-4
+    in float32. In stacks it is by 2e-7, and takes no longer.
+    """
+    if not is_long(left):
+        return left.mT @ right
+    even = left.shape[-2] // STACK * STACK
+    stacks = [torch.unflatten(view[..., :even, :], -2, (-1, STACK)) for view in (left, right)]
+    rest: Tensor = left[..., even:, :].mT @ right[..., even:, :]
+    return rest + (stacks[0].mT @ stacks[1]).sum(-3)
+
+
+def matrix_gram(view: Tensor, batch: int) -> Tensor:
+    """VᵀV of (*batch, *summed, rows, columns): over the rows and what is summed beside them."""
+    gram = times_rows(view, view)
+    summed = list(range(batch, view.ndim - 2))
+    return gram.sum(summed) if summed else gram

@@ -29,8 +29,8 @@ from string import ascii_letters, ascii_lowercase
 from torch import Tensor
 
 from frobdecay.algebra.contraction import Plan, plan
-from frobdecay.algebra.lowering import Pair, lowered
-from frobdecay.algebra.precision import LONG, Coefficient, Views, accumulable
+from frobdecay.algebra.lowering import LONG, Pair, lowered
+from frobdecay.algebra.precision import Coefficient, Views, accumulable
 
 Shapes = tuple[tuple[int, ...], ...]
 

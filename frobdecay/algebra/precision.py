@@ -1,4 +1,4 @@
-"""What products are computed in: the widest dtype, no autocast, and sums that keep their digits."""
+"""What products are computed in: the widest dtype, float32 at least, without autocast."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ Coefficient = float | Tensor
 Views = Sequence[Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
-
-STACK, LONG = 1 << 12, 1 << 15  # rows
 
 # Asked once: compiled functions cannot ask in every torch.
 _WITH_AUTOCAST = frozenset(
@@ -43,32 +41,6 @@ def accumulable(views: Sequence[Tensor]) -> list[Tensor]:
     """The factors of one product in the dtype that they are multiplied in."""
     dtype = common_dtype(views)
     return [view.to(dtype) for view in views]
-
-
-def is_long(view: Tensor) -> bool:
-    """Whether a sum over its rows, one after the other, loses digits of float32."""
-    return view.shape[-2] > LONG and view.device.type == "cpu"
-
-
-def times_rows(left: Tensor, right: Tensor) -> Tensor:
-    """LᵀR, summed over the rows of both; those of long ones stack by stack.
-
-    On a CPU one narrow product adds up its rows one after the other: UᵀU of 10⁶×3 was off by 6e-4
-    in float32. In stacks it is by 2e-7, and takes no longer.
-    """
-    if not is_long(left):
-        return left.mT @ right
-    even = left.shape[-2] // STACK * STACK
-    stacks = [torch.unflatten(view[..., :even, :], -2, (-1, STACK)) for view in (left, right)]
-    rest: Tensor = left[..., even:, :].mT @ right[..., even:, :]
-    return rest + (stacks[0].mT @ stacks[1]).sum(-3)
-
-
-def matrix_gram(view: Tensor, batch: int) -> Tensor:
-    """VᵀV of (*batch, *summed, rows, columns): over the rows and what is summed beside them."""
-    gram = times_rows(view, view)
-    summed = list(range(batch, view.ndim - 2))
-    return gram.sum(summed) if summed else gram
 
 
 def beside(matrix: Tensor, view: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from frobdecay.algebra.precision import Coefficient, Views, common_dtype, scaled, times_rows
+from frobdecay.algebra.lowering import times_rows
+from frobdecay.algebra.precision import Coefficient, Views, common_dtype, scaled
 from frobdecay.algebra.scaling import shortened
 
 BLOCK = 1 << 22

@@ -24,7 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.precision import Coefficient, common_dtype, matrix_gram, times_rows
+from frobdecay.algebra.lowering import matrix_gram, times_rows
+from frobdecay.algebra.precision import Coefficient, common_dtype
 from frobdecay.gradient.bucketed import (
     Coefs,
     Grams,

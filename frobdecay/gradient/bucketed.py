@@ -23,8 +23,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.lowering import is_long
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Coefficient, common_dtype, is_long
+from frobdecay.algebra.precision import Coefficient, common_dtype
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.departure import Departure
 

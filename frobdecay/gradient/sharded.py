@@ -33,8 +33,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import beside, common_dtype, in_front, matrix_gram
+from frobdecay.algebra.precision import beside, common_dtype, in_front
 from frobdecay.gradient.bucketed import Coefs, Targets
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded, whole

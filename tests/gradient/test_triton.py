@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from benchmarks.kernels import LOCAL
 from benchmarks.kernels import variants as variants_of_kernels
 from benchmarks.measure import no_waiting, precision
-from frobdecay.algebra.precision import matrix_gram
+from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.bucketed import Job, overlapping
