@@ -217,8 +217,8 @@ class Recorder:
                 raise ValueError(f"expected {len(steps)} numbers of {name}, one for each step")
         self.steps, self._next = steps, int(state["next"])
         self.history = {
-            name: {quantity: list(table[quantity]) for quantity in self.quantities}
-            for name, table in state["history"].items()
+            p.name: {name: list(state["history"][p.name][name]) for name in self.quantities}
+            for p in self.products
         }
 
     def save(self, path: FilePath) -> None:

@@ -12,6 +12,7 @@ from frobdecay.algebra.shifted import Shifted
 from frobdecay.diagnostics import Recorder
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, product_norm
+from frobdecay.product.toward import toward
 
 SCALABLE = sorted(set(PRODUCTS) - {"symmetric"})
 
@@ -191,6 +192,19 @@ def test_a_history_of_other_quantities_is_refused():
     full.step()
     with pytest.raises(ValueError, match="make the recorder with these quantities"):
         Recorder(product, quantities=["norm"]).load_state_dict(full.state_dict())
+
+
+def test_products_may_come_in_another_order():
+    """Each goes on with its own history, of which totals leave out what does not depart."""
+    plain, other = (Product.of(torch.ones(3, 1), torch.ones(2, 1), name=name) for name in "ab")
+    (departing,) = toward([other], "initial")
+    recorder = Recorder([plain, departing])
+    other.params[0].mul_(3)
+    recorder.step()
+    again = Recorder([departing, plain])
+    again.load_state_dict(recorder.state_dict())
+    assert again.total("departure") == recorder.total("departure")
+    assert again.history == recorder.history
 
 
 @pytest.mark.parametrize(
