@@ -13,7 +13,6 @@ something else: with A = R_Vᵀ Q S^(-1/2) and A⁻ᵀ = R_Uᵀ P S^(-1/2), so w
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,6 +24,10 @@ from frobdecay.algebra.svd import resolution
 from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.holding import lists_of
 from frobdecay.product.product import Product, as_products
+
+
+Seen = dict[int, list[tuple[str, Factor]]]
+"""Id of a parameter -> products and their factors that it is, or a part of it."""
 
 
 @torch.no_grad()
@@ -102,7 +105,7 @@ def check_writable(moving: Iterable[tuple[Product, Sequence[Factor]]], act: str)
     Raises:
         ValueError: a factor that is frozen, computed, sharded, or also a factor elsewhere.
     """
-    seen: defaultdict[int, list[tuple[str, Factor]]] = defaultdict(list)
+    seen: Seen = {}
     for product, factors in moving:
         for factor in factors:
             where, param = f"{product.name} ({factor.attribute})", factor.param
@@ -112,19 +115,31 @@ def check_writable(moving: Iterable[tuple[Product, Sequence[Factor]]], act: str)
                 raise ValueError(f"{where} is computed and cannot be written to; merge it first")
             if is_sharded(param):
                 raise ValueError(f"{where} is sharded (DTensor); {act} comes before sharding")
-            for name, other in seen[id(param)]:
-                if not _apart(factor, other):
-                    raise ValueError(
-                        f"{where} is also a factor of {name}; {act} one product would change the "
-                        "other: take only one of them"
-                    )
-            seen[id(param)].append((product.name, factor))
+            if (name := other_use(seen, product, factor)) is not None:
+                raise ValueError(
+                    f"{where} is also a factor of {name}; {act} one product would change the "
+                    "other: take only one of them"
+                )
 
 
 def _is_computed(factor: Factor) -> bool:
     """Whether a parametrization makes the tensor anew at every look."""
     owner, name = factor.owner, factor.attribute
     return isinstance(owner, torch.nn.Module) and name in lists_of(owner)
+
+
+def other_use(seen: Seen, product: Product, factor: Factor) -> str | None:
+    """The name of a product that was seen with this factor, or with a part of it; now it is, too.
+
+    Args:
+        seen: by the ids of parameters; empty at first.
+        product: whose factor it is.
+        factor: which.
+    """
+    held = seen.setdefault(id(factor.param), [])
+    found = next((name for name, other in held if not _apart(factor, other)), None)
+    held.append((product.name, factor))
+    return found
 
 
 def _apart(one: Factor, other: Factor) -> bool:

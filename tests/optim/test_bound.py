@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frobdecay
-from frobdecay import FrobeniusDecay, Product, Spectron
+from frobdecay import Factor, FrobeniusDecay, Product, Spectron
 from frobdecay.algebra.sharpness import norms_above
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.backends import BACKENDS
@@ -483,6 +483,19 @@ def test_a_factor_of_two_products_is_refused():
     pairs = [Product.of(U, V, name="one"), Product.of(W, V, name="other")]
     with pytest.raises(ValueError, match=r"other .*also a factor of 'one'"):
         FrobeniusDecay(optim.AdamW([U, V, W]), pairs, bound=1.0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_part_of_another_products_factor_is_refused(turned):
+    """Whichever of the two comes first."""
+    held = nn.ParameterDict({n: torch.randn(m, 2) for n, m in {"W": 6, "U": 3, "V": 4}.items()})
+    first = Factor(held, "W", "(n o) r -> n o r", (("n", 3),), index=0)
+    pairs = [
+        Product("part", (first, Factor(held, "U"))),
+        Product("whole", (Factor(held, "W"), Factor(held, "V"))),
+    ]
+    with pytest.raises(ValueError, match="is also a factor of '(part|whole)'"):
+        Spectron(pairs[::-1] if turned else pairs)
 
 
 @pytest.mark.parametrize("base", [optim.LBFGS, optim.ASGD])

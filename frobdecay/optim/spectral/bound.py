@@ -33,6 +33,7 @@ from frobdecay.gradient.flat import Batched
 from frobdecay.gradient.movement import Movement, norms_of
 from frobdecay.optim.rates import BOUND
 from frobdecay.optim.rounding import StochasticRounder
+from frobdecay.product.balance import Seen, other_use
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.product import Product
 
@@ -210,7 +211,7 @@ def check_bounded(products: Sequence[Product]) -> None:
     Raises:
         ValueError: not a chain of matrices, or a parameter that is a factor more than once.
     """
-    owners: dict[object, str] = {}
+    seen: Seen = {}
     for product in products:
         if reason := _why_not(product):
             raise ValueError(
@@ -219,15 +220,12 @@ def check_bounded(products: Sequence[Product]) -> None:
                 f"of its own with {BOUND!r}: None, or pass bound=None"
             )
         for factor in product.factors:
-            key = id(factor.param), factor.index
-            if key in owners or (key[0], None) in owners:
-                other = owners.get(key, owners.get((key[0], None)))
+            if (other := other_use(seen, product, factor)) is not None:
                 raise ValueError(
                     f"{product.name} ({factor.attribute}): expected a parameter that is a factor "
                     f"once, for bound=, got one that is also a factor of {other!r}: one step "
                     "cannot have two sizes; untie them, or pass bound=None"
                 )
-            owners[key] = product.name
 
 
 def _why_not(product: Product) -> str | None:
