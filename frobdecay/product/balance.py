@@ -25,7 +25,6 @@ from frobdecay.product.factor import Factor, is_sharded
 from frobdecay.product.holding import lists_of
 from frobdecay.product.product import Product, as_products
 
-
 Seen = dict[int, list[tuple[str, Factor]]]
 """Id of a parameter -> products and their factors that it is, or a part of it."""
 
