@@ -44,7 +44,7 @@ LONG_FUNCTIONS = {
     "optim.groups.split_param_groups": 66,
 }
 MANY_IMPORTS = {
-    "models.factorize": 15,
+    "models.factorize": 14,
     "optim.frobenius": 11,
     "weights.tensorized": 11,
 }

@@ -21,12 +21,9 @@ from torch import Tensor
 from frobdecay.algebra.scaling import is_finite, why_dead, work_dtype
 from frobdecay.algebra.spectral import split_evenly, with_inner
 from frobdecay.algebra.svd import resolution
-from frobdecay.product.factor import Factor, is_sharded
+from frobdecay.product.factor import Factor, Seen, is_sharded, other_use
 from frobdecay.product.holding import lists_of
 from frobdecay.product.product import Product, as_products
-
-Seen = dict[int, list[tuple[str, Factor]]]
-"""Id of a parameter -> products and their factors that it is, or a part of it."""
 
 
 @torch.no_grad()
@@ -114,7 +111,7 @@ def check_writable(moving: Iterable[tuple[Product, Sequence[Factor]]], act: str)
                 raise ValueError(f"{where} is computed and cannot be written to; merge it first")
             if is_sharded(param):
                 raise ValueError(f"{where} is sharded (DTensor); {act} comes before sharding")
-            if (name := other_use(seen, product, factor)) is not None:
+            if (name := other_use(seen, product.name, factor)) is not None:
                 raise ValueError(
                     f"{where} is also a factor of {name}; {act} one product would change the "
                     "other: take only one of them"
@@ -125,32 +122,6 @@ def _is_computed(factor: Factor) -> bool:
     """Whether a parametrization makes the tensor anew at every look."""
     owner, name = factor.owner, factor.attribute
     return isinstance(owner, torch.nn.Module) and name in lists_of(owner)
-
-
-def other_use(seen: Seen, product: Product, factor: Factor) -> str | None:
-    """The name of a product that was seen with this factor, or with a part of it; now it is, too.
-
-    Args:
-        seen: by the ids of parameters; empty at first.
-        product: whose factor it is.
-        factor: which.
-    """
-    held = seen.setdefault(id(factor.param), [])
-    found = next((name for name, other in held if not _apart(factor, other)), None)
-    held.append((product.name, factor))
-    return found
-
-
-def _apart(one: Factor, other: Factor) -> bool:
-    """Whether two factors of one parameter are different parts of it (of packed q, k, v)."""
-    alike = (one.pattern, one.axes) == (other.pattern, other.axes)
-    if not alike or one.index is None or other.index is None:
-        return False
-    (start, stop), (other_start, other_stop) = (
-        index if isinstance(index, tuple) else (index, index + 1)
-        for index in (one.index, other.index)
-    )
-    return stop <= other_start or other_stop <= start
 
 
 def _balanced(product: Product) -> tuple[Tensor, ...]:

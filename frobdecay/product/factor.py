@@ -95,6 +95,36 @@ class Factor:
         return self.view(known)
 
 
+Seen = dict[int, list[tuple[str, Factor]]]
+"""Id of a parameter -> products and their factors that it is, or a part of it."""
+
+
+def other_use(seen: Seen, product: str, factor: Factor) -> str | None:
+    """The name of a product that was seen with this factor, or with a part of it; now it is, too.
+
+    Args:
+        seen: by the ids of parameters; empty at first.
+        product: the name of the one whose factor it is.
+        factor: which.
+    """
+    held = seen.setdefault(id(factor.param), [])
+    found = next((name for name, other in held if not _apart(factor, other)), None)
+    held.append((product, factor))
+    return found
+
+
+def _apart(one: Factor, other: Factor) -> bool:
+    """Whether two factors of one parameter are different parts of it (of packed q, k, v)."""
+    alike = (one.pattern, one.axes) == (other.pattern, other.axes)
+    if not alike or one.index is None or other.index is None:
+        return False
+    (start, stop), (other_start, other_stop) = (
+        index if isinstance(index, tuple) else (index, index + 1)
+        for index in (one.index, other.index)
+    )
+    return stop <= other_start or other_stop <= start
+
+
 class _Attributes:
     """Any object's attributes, read like a dictionary."""
 

@@ -33,8 +33,7 @@ from frobdecay.gradient.flat import Batched
 from frobdecay.gradient.movement import Movement, norms_of
 from frobdecay.optim.rates import BOUND
 from frobdecay.optim.rounding import StochasticRounder
-from frobdecay.product.balance import Seen, other_use
-from frobdecay.product.factor import is_sharded
+from frobdecay.product.factor import Seen, is_sharded, other_use
 from frobdecay.product.product import Product
 
 
@@ -220,7 +219,7 @@ def check_bounded(products: Sequence[Product]) -> None:
                 f"of its own with {BOUND!r}: None, or pass bound=None"
             )
         for factor in product.factors:
-            if (other := other_use(seen, product, factor)) is not None:
+            if (other := other_use(seen, product.name, factor)) is not None:
                 raise ValueError(
                     f"{product.name} ({factor.attribute}): expected a parameter that is a factor "
                     f"once, for bound=, got one that is also a factor of {other!r}: one step "
