@@ -1,10 +1,11 @@
 """The einsum of two tensors as one product of matrices, chosen once for their shapes.
 
-Letters that both have are kept (a batch) or summed over; the others are rows of the one and columns
-of the other. Where each of these is one letter, that is ``mm`` or ``bmm`` of the tensors or their
-transposes. Several that are side by side are seen as one, in tensors that are contiguous; of others
-the last is a row, a column or a sum of the product of matrices, and the rest are stacked. What is
-new in the larger tensor takes the place of what is summed over, so that its axes stay in order.
+Letters that both terms have are kept (a batch) or summed over; the others are rows of the one and
+columns of the other. Where each of these groups is one letter, that is ``mm`` or ``bmm`` of the
+tensors or their transposes. A group of several letters that are adjacent is flattened into one axis
+if the tensor is contiguous; otherwise its last letter is the axis of the matrix product, and the
+others become batch axes. The smaller tensor's columns take the place of the axis that is summed
+over in the larger one, so that the other axes stay in order.
 Sums over many rows are made in parts, so that they keep their digits.
 """
 
@@ -69,7 +70,7 @@ def lowered(
 
 
 def aligned(term: str, letters: str) -> View:
-    """Bring axes into an order, with axes of length 1 for letters that a term lacks."""
+    """Permute axes from the order of a term to that of ``letters``; 1 where the term lacks one."""
     if term == letters:
         return _same
     order = [term.index(c) for c in letters if c in term]

@@ -43,7 +43,7 @@ _PRIMED = {ord(c): chr(ord(c) + (1 << 9)) for c in ascii_letters}
 
 @dataclass(frozen=True)
 class Network:
-    """How factors combine: an equation in which each of them is once.
+    """How factors combine: an einsum in which each of them appears once.
 
     Equal to another that means the same, whatever the letters. All functions see the factors as
     views that may have ``batch`` more axes in front, which keep products apart.
@@ -255,7 +255,7 @@ class Network:
     def own(self, k: int) -> str:
         """The letters that a Gram of factor k sums over: free ones that no other factor has.
 
-        None where a bond is its alone, whose Gram would have more numbers than need be.
+        Empty where a bond is in this factor alone: its Gram would be larger than it has to be.
         """
         others = set("".join(self.terms[:k] + self.terms[k + 1 :]))
         alone = [c for c in self.terms[k] if c not in others]

@@ -1,4 +1,4 @@
-"""How a weight of any shape is read as another one: an einops pattern with its sizes filled in.
+"""How a weight is rearranged to a matrix or a tensor: an einops pattern with its sizes filled in.
 
     "o i kh kw -> (o kh) (i kw)"        one matrix, rows (o kh), columns (i kw)
     "(g o) i kh kw -> g (o kh) (i kw)"  a batch of g matrices, one for each group
@@ -32,7 +32,7 @@ class Reading:
     """A one-to-one map between tensors of one shape and tensors of another.
 
     Attributes:
-        pattern: the einops pattern, what is read on the left, what it is read as on the right.
+        pattern: the einops pattern, from the tensor on the left to what it is read as.
         sizes: axis name -> length, for every axis of the pattern.
         tensor_axes, read_axes: axis names of the left and of the right side.
     """
@@ -44,12 +44,12 @@ class Reading:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """That of what is read."""
+        """Shape of the tensor."""
         return self._lengths(self.tensor_axes)
 
     @cached_property
     def read_shape(self) -> tuple[int, ...]:
-        """That of what it is read as."""
+        """Shape of what it is read as."""
         return self._lengths(self.read_axes)
 
     def _lengths(self, axes: Axes) -> tuple[int, ...]:

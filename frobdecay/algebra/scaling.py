@@ -1,4 +1,4 @@
-"""Weights of any magnitude: what can be factorized, at unit size, and how long it is.
+"""Weights of any magnitude: which can be factorized, scaling by powers of two, norms.
 
 Squares of a float32 weight leave float32 from 1e19 on and below 1e-23, those of a float64 weight
 float64 likewise. Whatever squares a weight (a Gram, a norm, an error) therefore works on W·2⁻ᵉ,
@@ -21,7 +21,7 @@ BLOCK = 1 << 20
 """Entries that are widened at once: 8 MB in float64."""
 
 ROW, LONG = 1 << 10, 1 << 16
-"""Entries of one row whose norm is taken by itself, and from how many entries on."""
+"""Norms are taken of rows of so many entries, of tensors with more than so many."""
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
@@ -175,7 +175,7 @@ class Unit:
         return factor.mul_(power_of_two(self.exponent >> 1, factor.dtype))
 
 
-# --- lengths --------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Largest eigenvalues: of the gradient of ½‖W‖², linear in each factor, and of Grams."""
+"""Largest eigenvalues: of the map C ↦ ∇_C ½‖W‖², which is linear in each factor C, and of Grams."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ class Tensorization:
     modes: tuple[int, ...]
     reading: Reading | None = None
 
-    batch = ()  # like Matricization's, and so is the name of what follows: plans read both
+    # Plans ask a reading for these two, whether it is a Matricization or this.
+    batch = ()
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:

@@ -212,7 +212,7 @@ def _check_apart(model: nn.Module, original: nn.Module) -> None:
 
 
 class _Both:
-    """Layers of the model, asked for what those of the original are."""
+    """Runs the model's layers beside those of the original, and sums how far outputs are apart."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
@@ -221,7 +221,7 @@ class _Both:
         self.mask: Mask = None
 
     def ask(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
-        """Ask a layer what it makes of the original's inputs."""
+        """Run the model's layer on the inputs that the original's just had."""
         if name in self.modules:
             # A copy, since what comes next may write to it, as nn.ReLU(inplace=True) does.
             self._seen[name].append(_first(made).clone())
@@ -230,7 +230,7 @@ class _Both:
                 self._alone[name].add(_first(made), found, name, self.mask)
 
     def meet(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
-        """Compare a layer's outputs with what the original's made in this call."""
+        """Compare a layer's outputs in place with those of the original's in the same call."""
         if not self._seen[name]:
             raise ValueError(f"{name} ran more often than in the original")
         self._inside[name].add(self._seen[name].pop(0), _first(made), name, self.mask)

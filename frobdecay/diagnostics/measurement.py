@@ -156,11 +156,11 @@ class Measurement:
         """Return one quantity over the model.
 
         The norm is (Σ‖W‖_F²)^½, and the departure likewise; nuclear norm and bound are sums, the
-        imbalance is the largest, stable rank and rank are means, the effective step is the
-        geometric mean.
+        imbalance and the decay step are the largest, stable rank and rank are means, the effective
+        step is the geometric mean.
 
         Args:
-            quantity: one of ``QUANTITIES``, or "departure".
+            quantity: one of ``QUANTITIES``, "departure" or "decay_step".
 
         Returns:
             The number, of the products that have it; NaN if none has (no lr was given).

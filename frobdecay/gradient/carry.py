@@ -196,7 +196,7 @@ def _mapped(
     """The state of every factor, from that of the dense weight."""
     states: list[dict[str, Any]] = [{} for _ in factors]
     for key, value in optimizer.state.get(dense, {}).items():
-        parts = _RULES[_rules(optimizer)[key]](value, made, factors)
+        parts = _MAPS[_rules(optimizer)[key]](value, made, factors)
         for state, part in zip(states, parts, strict=True):
             state[key] = part
     for state in states:
@@ -230,7 +230,7 @@ def _forget(value: Any, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     yield from (torch.zeros_like(factor, requires_grad=False) for factor in factors)
 
 
-_RULES: Mapping[str, Callable[..., Iterator[Any]]] = {
+_MAPS: Mapping[str, Callable[..., Iterator[Any]]] = {
     "linear": _linear,
     "square": _square,
     "copy": _copy,

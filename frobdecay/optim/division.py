@@ -74,11 +74,11 @@ class Division:
 
 
 class Halves:
-    """Warns where an option was written to the wrong group.
+    """Warns where an option was written to the wrong half of a divided group.
 
-    Of tensor options of divided groups each half has its own: a caller who keeps the tensor, a
-    learning rate say, and writes to it reaches one half only. And λ does nothing in a group without
-    factors: it is missed in another, unless some factors have it, too.
+    An option that is a tensor, such as a learning rate, is cloned when a group is divided: a caller
+    who kept the tensor and writes to it in place reaches one half only. And a λ that is written to
+    a group without factors does nothing, unless the factors' groups have the same.
 
     Args:
         pairs: both groups of every division.

@@ -60,7 +60,7 @@ def balance_(products: Product | Iterable[Product]) -> None:
 
 
 def _moving(product: Product) -> list[Factor]:
-    """What balancing writes to: the factors, then their biases."""
+    """The factors, then their biases: all that balancing writes to."""
     return [*product.factors, *(bias for bias in product.biases if bias is not None)]
 
 

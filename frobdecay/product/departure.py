@@ -1,4 +1,4 @@
-"""How far a product is from where it was: W − W₀, of the factors that are and of those that were.
+"""The departure W − W₀ of a product from what it was, from its factors now and then.
 
 With D = C − C⁰ of each factor C, the difference of two einsums is the sum of one for each factor,
 

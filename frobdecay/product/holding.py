@@ -1,4 +1,4 @@
-"""What a module itself holds, whatever it answers for a module inside of it.
+"""What a module holds itself, as opposed to what it forwards from a module that it wraps.
 
 Wrappers forward attributes that they lack to the module that they wrap (``torch.compile``'s, those
 of adapters, many of users). Asked through ``getattr``, as torch's ``is_parametrized`` asks, such a

@@ -124,7 +124,7 @@ class Choice:
         return [i for i in every if any(one(n, self.things[i].value) for n in self.things[i].names)]
 
     def met(self, one: One, what: str, among: Iterable[int] | None = None) -> list[int]:
-        """As ``taking``.
+        """As ``taking``, but a selector has to match something.
 
         Raises:
             ValueError: a selector that takes none, and that no module is called or typed like.

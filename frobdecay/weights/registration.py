@@ -1,6 +1,7 @@
-"""Put factors in the place of a weight, known ones, so that who comes later finds what he expects.
+"""Register a parametrization with factors that are computed already, also on wrappers.
 
-Wrappers answer for the module inside of them, where torch has to see the wrapper itself.
+A wrapper that forwards attributes answers for the module inside of it, where torch has to see the
+wrapper itself.
 """
 
 from __future__ import annotations

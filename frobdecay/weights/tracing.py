@@ -1,4 +1,4 @@
-"""Who has the functions of torch in hand: a compiler, a trace, a transform."""
+"""Whether torch.compile, a trace or a transform of torch.func is at work here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Singular values of weights that are read as matrices: what a rank keeps and what it loses."""
+"""Singular values of weights that are read as matrices, and the share of ‖W‖² that a rank keeps."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def shares(
 def reach(
     norms: Sequence[Sequence[Tensor | None]], moved: Sequence[Sequence[Tensor | None]]
 ) -> tuple[Tensor, Tensor]:
-    """a₁ and a₂, (products, *batch), of products with as many factors, all of which have norms."""
+    """a₁ and a₂, (products, *batch), of products that all have the same number of factors."""
     first = norms[0][0]
     assert first is not None
     whole, linear, rest = first.new_ones(()), first.new_zeros(()), first.new_zeros(())
