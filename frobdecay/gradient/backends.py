@@ -58,13 +58,11 @@ class Backend(Protocol):
 
 def _why_not(products: Sequence[Product]) -> list[str]:
     """Reasons that hold for every backend of this file."""
-    reasons = []
-    for product in products:
-        if any(hasattr(param, "device_mesh") for param in product.params):
-            reasons.append(f"{product.name}: a factor is sharded over a device mesh (DTensor)")
-        elif any(param.is_meta for param in product.params):
-            reasons.append(f"{product.name}: a factor is on the meta device, without numbers")
-    return reasons
+    return [
+        f"{product.name}: a factor is on the meta device, without numbers"
+        for product in products
+        if any(param.is_meta for param in product.params)
+    ]
 
 
 def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
