@@ -345,6 +345,21 @@ def reuse_memory(pair: Pair) -> None:
         param.data.copy_(torch.randn(4, 4))
 
 
+class Behind(Pair):
+    """A pair with one factor that no table has under its name."""
+
+    @property
+    def U(self) -> nn.Parameter:
+        return self.held
+
+
+def behind_a_property(pair: Pair) -> None:
+    """Move there; the second time, be another parameter there."""
+    held = nn.Parameter(pair.U.detach() * 2)
+    pair._parameters.pop("U", None)
+    pair.__class__, pair.held = Behind, held
+
+
 CHANGES = {
     "nothing": lambda pair: None,
     "numbers": lambda pair: pair.U.data.mul_(2),
@@ -359,6 +374,7 @@ CHANGES = {
         pair._parameters.pop("U", None),
         setattr(pair, "U", torch.randn(4, 4, requires_grad=True)),
     ),
+    "a property": behind_a_property,
     "new memory": lambda pair: setattr(pair.U, "data", torch.randn(4, 4)),
     "new memory of the wide one": lambda pair: setattr(pair.V, "data", torch.randn(4, 4)),
     "other strides": lambda pair: setattr(pair.V, "data", pair.V.data.T),

@@ -1,6 +1,7 @@
 """Tucker, TensorTrain and CP on modules: reading, forward, decay, plans, files, refusals."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -763,6 +764,16 @@ def test_config_makes_it_again(kind, dtype):
     twin.adopt((16, 8, 3, 3))
     assert twin.factor_shapes((16, 8, 3, 3)) == held.factor_shapes((16, 8, 3, 3))
     assert twin.record() == held.record()
+
+
+@pytest.mark.parametrize("kind", [LowRank, *KINDS.values()])
+@pytest.mark.parametrize("pattern", [None, "o i kh kw -> (o kh) (i kw)"])
+def test_config_before_a_shape_is_known_is_what_was_given(kind, pattern):
+    """Plain data that makes it again; the rank stays a fraction until there are sizes."""
+    config = kind(0.4, pattern=pattern, axes={"kh": 3}).config()
+    assert (config["rank"], config["pattern"]) == (0.4, pattern)
+    assert config["axes"] == {"kh": 3}
+    assert kind(**json.loads(json.dumps(config))).config() == config
 
 
 # --- a depthwise convolution, then a decomposed 1×1 -----------------------------------------------
