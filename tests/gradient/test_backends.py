@@ -350,6 +350,7 @@ class Behind(Pair):
 
     @property
     def U(self) -> nn.Parameter:
+        """The one that is held."""
         return self.held
 
 
