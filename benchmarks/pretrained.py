@@ -326,8 +326,8 @@ def _recovered(task: Any, cells: Cells) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"arm": label, "λ": decay, "D": fmean(r["D"] for r in runs)}
             for each in task.scores:
                 values = [run["test"][each] for run in runs]
-                spread = stdev(values) if len(values) > 1 else 0.0
-                row[each] = f"{fmean(values):.4f} ± {spread:.4f}"
+                spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+                row[each] = f"{fmean(values):.4f}{spread}"
             rows.append({**row, "seeds": len(runs), "chosen": "×" if decay == best else ""})
     return rows
 
