@@ -61,6 +61,12 @@ def _quantized():
         return torch.ao.nn.quantized.dynamic.Linear(6, 6)
 
 
+def _qint():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.eye(6), 0.1, 0, torch.qint8)
+
+
 class Subclass(torch.Tensor):
     """A weight format of somebody else."""
 
@@ -85,6 +91,8 @@ REFUSED = {
     "pruned": (lambda: Net(_pruned()), "RandomUnstructured"),
     "buffer": (lambda: Net(_buffer()), "a buffer"),
     "quantized": (lambda: Net(_quantized()), "quantized"),
+    "quantized tensor": (
+        lambda: Net(_with_weight(_qint(), False)), "torch.qint8, torch.strided"),
     "integer": (lambda: Net(_with_weight(torch.ones(6, 6, dtype=torch.int8), False)), "torch.int8"),
     "float8": (
         lambda: Net(_with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn), False)),

@@ -169,7 +169,8 @@ def _not_plain(weight: Weight) -> str | None:
     if type(tensor) is not nn.Parameter:
         return f"a {type(tensor).__name__}, not a plain Parameter; factorize before converting it"
     if tensor.layout != torch.strided or tensor.is_quantized:
-        return f"not dense ({tensor.layout}); convert it to a dense floating-point tensor first"
+        kind = f"{tensor.dtype}, {tensor.layout}"
+        return f"not dense ({kind}); convert it to a dense floating-point tensor first"
     if tensor.dtype not in DTYPES:
         return f"of dtype {tensor.dtype}; convert it to a real dtype that torch multiplies first"
     return None

@@ -81,7 +81,10 @@ def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
     form = FORMS.get(func)
     if form is not None and "out" not in kwargs and not formless(func, args, kwargs):
-        result = form(*args, **kwargs)
+        try:
+            result = form(*args, **kwargs)
+        except NotImplementedError:  # of a kind that torch multiplies with few tensors, as oneDNN's
+            result = NotImplemented
         if result is not NotImplemented:
             return result
     elif func in METADATA or (func is Tensor.untyped_storage and args[0].compiling):

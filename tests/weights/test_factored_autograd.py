@@ -386,6 +386,7 @@ INPUTS = {
     ),
     "sparse": (nn.Linear, lambda: _rows(3)[0].relu().to_sparse()),
     "compressed": (nn.Linear, lambda: _rows(3)[0].relu().to_sparse_csr()),
+    "oneDNN": (nn.Linear, lambda: _rows(3)[0].to_mkldnn()),
     "plain subclass": (nn.Linear, lambda: _rows(3)[0].as_subclass(Plain)),
     "strict subclass": (nn.Linear, lambda: _rows(3)[0].as_subclass(Strict)),
     "buffer": (nn.Linear, lambda: nn.Buffer(_rows(3)[0])),
@@ -406,6 +407,7 @@ def test_inputs_that_are_no_plain_tensors(name, rank):
         twin.bias = layer.bias
     for module in (layer, twin):
         out = module(x)
+        out = out.to_dense() if out.is_mkldnn else out
         out = torch.cat(out.unbind()) if out.is_nested else out.as_subclass(Tensor)
         out.square().sum().backward()
         found.append(out.detach())

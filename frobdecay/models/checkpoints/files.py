@@ -210,10 +210,11 @@ def write_safetensors(
 
 def _unshared(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
     """The tensor in memory of its own, copied where it is not."""
-    if tensor.is_meta or tensor.layout != torch.strided:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = f"{type(tensor).__name__} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
         raise ValueError(
-            f"{name} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}), not a whole "
-            "dense tensor; gather or materialize it before saving"
+            f"{name} is a {kind}, not a whole dense tensor; gather, materialize or dequantize it "
+            "before saving"
         )
     storage = tensor.untyped_storage()
     alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages

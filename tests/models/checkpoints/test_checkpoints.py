@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import sys
+import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -721,6 +722,12 @@ class Odd(LowRank):
     """A parametrization that no file knows."""
 
 
+def _qint():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+
+
 def _parallel():
     wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapper)
@@ -731,6 +738,7 @@ def _parallel():
 UNSAVED = {
     "meta": (lambda: _factorized().to("meta"), "meta"),
     "sparse": (lambda: nn.ParameterDict({"s": torch.eye(3).to_sparse()}), "s is a Tensor.*coo"),
+    "quantized": (lambda: nn.ParameterDict({"q": nn.Parameter(_qint(), False)}), "q is .*qint8"),
     "extra state": (Extra, "extra_state"),
     "unknown kind": (lambda: _factorized(parametrization=Odd), "Odd.*KINDS"),
     "data parallel": (_parallel, "DistributedDataParallel"),
