@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Hashable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from frobdecay.cli.show import Row, plot, report
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.spectra import measure_all
 from frobdecay.models.checkpoints.records import factor_key, weight_of
+from frobdecay.models.checkpoints.tensors import identity
 from frobdecay.models.plan import RankPlan
 from frobdecay.weights.lowrank import LowRank
 
@@ -63,12 +65,18 @@ def _as_json(
 def _rows(checkpoint: Checkpoint) -> list[Row]:
     """The weights, in the order of the file; a factorized one where its first factor is."""
     places = {factor_key(name, 0): name for name in checkpoint.records}
-    rows = []
+    rows: list[Row] = []
+    first: dict[Hashable, str] = {}
     for key, tensor in checkpoint.tensors.items():
         if key in places:
-            rows.append(_factorized(checkpoint, places[key]))
+            row = _factorized(checkpoint, places[key])
         elif tensor.ndim >= 2 and weight_of(key) not in checkpoint.records:
-            rows.append(_dense(key, tensor))
+            row = _dense(key, tensor)
+        else:
+            continue
+        rows.append(row)
+        if (name := first.setdefault(identity(tensor), row.name)) != row.name:
+            row.parameters, row.remark = 0, row.remark or f"tied to {name}"
     if not rows:
         raise ValueError("no weights in it: nothing has two dimensions or more")
     for row in rows:
@@ -104,8 +112,12 @@ def _dense(name: str, tensor: Tensor) -> Row:
 def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     """Plan for a model of the file's weights, and note in the rows what is planned."""
     known = {row.name: row for row in rows if row.matrix and row.rank is None}
+    tied: dict[Hashable, Tensor] = {}
     shapes = {
-        name: torch.empty(row.shape, dtype=torch.float32, device="meta")
+        name: tied.setdefault(
+            identity(checkpoint.tensors[name]),
+            torch.empty(row.shape, dtype=torch.float32, device="meta"),
+        )
         for name, row in known.items()
     }
     plan = skeleton(checkpoint, shapes).plan(ratio=ratio)

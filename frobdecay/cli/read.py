@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from frobdecay.models.checkpoints.records import (
     parse_records,
     weight_of,
 )
+from frobdecay.models.checkpoints.tensors import identity
 
 _DEPTH = 4
 
@@ -72,12 +73,20 @@ class Checkpoint:
 
     @property
     def total(self) -> int:
-        """How many numbers there are in it, weights or not, but for a normalization's averages."""
-        return sum(
-            tensor.numel()
+        """How many numbers there are in it, weights or not, but for a normalization's averages.
+
+        Those of tied tensors once.
+        """
+        return count(
+            tensor
             for name, tensor in self.tensors.items()
             if tensor.is_floating_point() and not name.endswith(("running_mean", "running_var"))
         )
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """How many numbers tensors have, those of tied ones once."""
+    return sum({identity(tensor): tensor.numel() for tensor in tensors}.values())
 
 
 def check_factors(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.cli.read import Checkpoint
+from frobdecay.cli.read import Checkpoint, count
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
 from frobdecay.models.checkpoints.records import weight_of
+from frobdecay.models.checkpoints.tensors import identity
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
 from frobdecay.models.tables.fold import numbers, pattern
@@ -99,21 +100,26 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
             file=sys.stderr,
         )
     model, names = nn.Module(), {}
+    held: dict[Hashable, Any] = {}  # what is tied is one layer, or one parameter, here too
     for name in _in_order(dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors)):
         if name in factorized:
-            _factorize(layer := nn.Module(), "weight", factorized[name][0])
+            made, factors = factorized[name]
+            layer = held.setdefault(identity(factors[0]), nn.Module())
+            if not layer._modules:
+                _factorize(layer, "weight", made)
         elif name not in weights:
             continue
-        elif weights[name].ndim > 2 and len(weights[name]) == 1:  # no layer: such as of positions
-            _put(model, name.split("."), nn.Parameter(weights[name], requires_grad=False))
-            continue
         else:
-            layer = _layer(weights[name])
+            parameter = nn.Parameter(weights[name], requires_grad=False)
+            parameter = held.setdefault(identity(weights[name]), parameter)
+            if parameter.ndim > 2 and len(parameter) == 1:  # no layer: such as of positions
+                _put(model, name.split("."), parameter)
+                continue
+            layer = _layer(parameter)
         path = name.removesuffix(".weight") or name
         names[f"{path}.weight"] = name
         _put(model, path.split("."), layer)
-    there = sum(tensor.numel() for tensor in weights.values())
-    there += sum(factor.numel() for _, factors in factorized.values() for factor in factors)
+    there = count([*weights.values(), *(f for _, each in factorized.values() for f in each)])
     model.register_parameter(
         "(all other tensors)", nn.Parameter(_empty((checkpoint.total - there,)))
     )
@@ -150,11 +156,11 @@ def _put(model: nn.Module, path: Iterable[str], what: nn.Module | nn.Parameter) 
     held[last] = what
 
 
-def _layer(tensor: Tensor) -> nn.Module:
+def _layer(weight: nn.Parameter) -> nn.Module:
     """A module with nothing but this weight."""
-    kind: Any = _LAYERS[tensor.ndim]
-    layer: nn.Module = kind(*[1] * min(tensor.ndim, 3), bias=False, device="meta")
-    layer.weight = nn.Parameter(tensor, requires_grad=False)
+    kind: Any = _LAYERS[weight.ndim]
+    layer: nn.Module = kind(*[1] * min(weight.ndim, 3), bias=False, device="meta")
+    layer.weight = weight
     return layer
 
 

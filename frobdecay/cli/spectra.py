@@ -17,7 +17,7 @@ from frobdecay.algebra.scaling import is_finite, root_mean_square
 from frobdecay.cli.read import Checkpoint, check_memory
 from frobdecay.cli.show import Row
 from frobdecay.diagnostics.measurement import measure
-from frobdecay.models.budget.spectra import energy_rank, singular_values
+from frobdecay.models.budget.spectra import first_reaching, shares, singular_values
 from frobdecay.models.checkpoints.records import dense_weight
 from frobdecay.models.progress import Progress, decomposition
 from frobdecay.product.product import Product
@@ -71,10 +71,10 @@ def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
     if not row.norm:
         row.remark = "zero"
         return
-    row.energy_rank = energy_rank(sigma, energy)
+    kept = shares(sigma)
+    row.energy_rank = first_reaching(kept, energy)
     if row.planned_rank is not None:
-        squares = (sigma / sigma.max()).square()
-        row.planned_energy = float(squares[..., : row.planned_rank].sum() / squares.sum())
+        row.planned_energy = float(kept[: row.planned_rank].sum())
 
 
 def _tensor(row: Row, checkpoint: Checkpoint) -> Tensor:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import frobdecay
-from frobdecay import factorize, load_factorized, merge, plan_ranks
+from frobdecay import factorize, load_factorized, merge, plan_ranks, save_factorized
 from frobdecay.cli.main import main
-from frobdecay.cli.skeleton import _in_order
+from frobdecay.cli.read import read
+from frobdecay.cli.skeleton import _in_order, skeleton
 from frobdecay.models.checkpoints.streams import Part, write_stream
 
 
@@ -205,6 +206,32 @@ def test_weights_that_are_one_stay_one(tmp_path, capsys):
     torch.save(state, tmp_path / "in.pt")
     assert _run("factorize", tmp_path / "in.pt", tmp_path / "out.safetensors", "--rank", "2") == 0
     assert "; Python's on_tied='untie' gives it a copy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_that_are_one_count_once(tmp_path, capsys, suffix):
+    """In a budget and in the shares of the table, dense ones as well as factors."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    model[1].weight, model[3] = model[0].weight, model[2]
+    factorize(model, rank=2, include="2")
+    path, numbers = tmp_path / f"in{suffix}", sum(p.numel() for p in model.parameters())
+    if suffix == ".pt":
+        torch.save(model.state_dict(), path)
+    else:
+        save_factorized(model, path)
+    assert _run("inspect", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == numbers
+    assert sum(row["parameters"] for row in found["weights"]) == 16 * 16 + 2 * 16 * 2
+    assert {row["name"]: row["remark"] for row in found["weights"]} == {
+        "0.weight": "",
+        "1.weight": "tied to 0.weight",
+        "2.weight": "",
+        "3.weight": "tied to 2.weight",
+    }
+    checkpoint = read(str(path))
+    made = skeleton(checkpoint, {n: t for n, t in checkpoint.dense.items() if t.ndim == 2})
+    assert sum(p.numel() for p in made.model.parameters()) == numbers
 
 
 REFUSED = {

@@ -31,8 +31,3 @@ def first_reaching(kept: Tensor, energy: float) -> int:
     """The smallest rank that keeps a share of the energy, from what each further one keeps."""
     total = kept.cumsum(0)
     return 1 + int((total < energy * total[-1]).sum())
-
-
-def energy_rank(sigma: Tensor, energy: float) -> int:
-    """The smallest rank that keeps a share of Σσ², from σ (*batch, k), largest first."""
-    return first_reaching(shares(sigma), energy)
