@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import likeness
@@ -638,6 +639,23 @@ def test_ranks_that_nearly_fill_a_vector_are_padded_to_it(rank, columns):
     for product, target in zip(products, targets, strict=True):
         for found, wanted in zip(target, exact(product)[1], strict=True):
             assert close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["bucketed", "per_product"])
+@pytest.mark.parametrize("kind", [*PRODUCTS, "padded"])
+def test_grams_are_handed_on(kind, backend):
+    """Of pairs, whole and without what pads them: the bound of a step reads them."""
+    make = bare((48, 11), (40, 11)) if kind == "padded" else PRODUCTS[kind]
+    products, formed = [make(torch.float32) for _ in range(2)], {}
+    accumulator = Accumulator(products, backend)
+    targets = [torch.zeros_like(param) for param in accumulator.refresh()]
+    accumulator.run(targets, [1.0] * len(targets), formed)
+    views = [view for product in products for view in product.views()]
+    if kind in ("pair", "batched", "padded"):
+        assert sorted(formed) == list(range(len(views)))
+    for k, gram in formed.items():
+        wanted = matrix_gram(views[k].detach().double(), products[0].batch)
+        assert close(gram, wanted, TOLERANCE[torch.float32])
 
 
 def test_add_equals_backward_of_the_penalty():

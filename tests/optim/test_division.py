@@ -43,6 +43,17 @@ def test_weight_decay_of_factors_becomes_frobenius_decay():
     assert wrapped.param_groups[1]["params"] == net.factors()
 
 
+def test_a_base_without_weight_decay_takes_the_coefficient_of_the_factors_group():
+    """One that only other parameters' group says is none to take over."""
+    net = Net()
+    held, others = {"params": net.factors()}, {"params": [net.before, net.between, net.behind]}
+    own = {"frobenius_decay": LAMBDA}
+    wrapped = FrobeniusDecay(optim.Rprop([others, held | own]), net.products())
+    assert options(wrapped, "frobenius_decay") == [(3, 0.0), (4, LAMBDA)]
+    with pytest.raises(ValueError, match="expected decay=λ for Rprop, got None"):
+        FrobeniusDecay(optim.Rprop([others | own, held]), net.products())
+
+
 def test_every_group_keeps_its_own_coefficient():
     """Groups are divided one by one, in order; those without weight decay stay whole (D6, D8)."""
     net = Net()
