@@ -26,9 +26,8 @@ from frobdecay.product.factor import Factor
 from frobdecay.product.find import VERSION
 from frobdecay.product.product import Product
 from frobdecay.weights.factored import FactoredTensor
-from frobdecay.weights.parametrization import Recorded, check_same_shape
+from frobdecay.weights.parametrization import Recorded, Shapes, check_same_shape
 
-Shapes = tuple[tuple[int, ...], ...]
 Stages = tuple[Tensor, Tensor, Tensor]
 Init = Callable[[Tensor, Any], tuple[Tensor, ...]]
 """``init(tensor, ranks)`` -> factors, for a tensor (n_1, …, n_d)."""

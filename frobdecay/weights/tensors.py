@@ -13,8 +13,8 @@ from torch import Tensor
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd, tucker_dense
 from frobdecay.algebra.network import Network, chain, cp, tucker
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
-from frobdecay.weights.parametrization import recorded
-from frobdecay.weights.tensorized import Init, Shapes, Stages, Tensorized
+from frobdecay.weights.parametrization import Shapes, recorded
+from frobdecay.weights.tensorized import Init, Stages, Tensorized
 
 
 def tucker_sides(core: Tensor, factors: Mapping[int, Tensor], cut: int) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ class Grouped:
         if key not in self._launches:
             options = self._kernels.gram_options(part.dtype, part.layouts, self._rank, self.tile)
             tensors = part.table, self._grams, self._partials, self._counters
-            self._launches[key] = self._kernels.gram_launch(*tensors, **options)
+            self._launches[key] = self._kernels.gram_launch(tensors, options)
         return self._launches[key]
 
     def _launch_of_updates(self, update: _Update, table: Tensor) -> Launch:
@@ -176,7 +176,7 @@ class Grouped:
         if key not in known:
             options = self._kernels.update_options(*about, self.tile)
             tensors = update.table, self._grams, table[update.row], table[-2]
-            known[key] = self._kernels.update_launch(*tensors, **options)
+            known[key] = self._kernels.update_launch(tensors, options)
         return known[key]
 
     def _bind(self, targets: Targets, coefs: Coefs, form: object) -> Tensor:

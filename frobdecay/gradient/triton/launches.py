@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class Launch:
             self._run = found[self._grid]
 
 
+gram_launch = partial(Launch, gram_kernel)
+"""Launch A of the table, int64 (programs, 14), the Grams and the partial sums, float32, and the
+counters, int32: zero before, and zero again afterwards. With ``gram_options``."""
+
+update_launch = partial(Launch, update_kernel)
+"""Launch B of the table, int64 (programs, 12), the Grams that A wrote, and int64 addresses, one a
+slot: of the targets, 0 for none, and of float32 coefficients. With ``update_options``."""
+
+
 def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dict[str, Any]:
     """What launch A is compiled for: constants of the kernel, warps, depth of the pipeline.
 
@@ -75,21 +85,6 @@ def gram_options(dtype: torch.dtype, layouts: int, rank: int, tile: Tile) -> dic
         "num_warps": tile.tensor_warps[0] if tensor else tile.gram_warps,
         "num_stages": stages,
     }
-
-
-def gram_launch(
-    table: Tensor, grams: Tensor, partials: Tensor, counters: Tensor, **options: Any
-) -> Launch:
-    """Prepare launch A.
-
-    Args:
-        table: int64 (programs, 14).
-        grams: float32, written.
-        partials: float32, for the partial sums.
-        counters: int32, zero; zero again afterwards.
-        options: from ``gram_options``.
-    """
-    return Launch(gram_kernel, (table, grams, partials, counters), options)
 
 
 def update_options(
@@ -155,21 +150,6 @@ def held_columns(dtype: torch.dtype, rank: int, tile: Tile) -> Held | None:
     if dtype == torch.bfloat16:
         return tile.bf16
     return tile.tf32 if precision_of(dtype) == "tf32" else None
-
-
-def update_launch(
-    table: Tensor, grams: Tensor, targets: Tensor, coefs: Tensor, **options: Any
-) -> Launch:
-    """Prepare launch B.
-
-    Args:
-        table: int64 (programs, 12).
-        grams: float32, as launch A wrote them.
-        targets: int64 addresses, one a slot; 0 for none.
-        coefs: int64 addresses of float32 coefficients, one a slot.
-        options: from ``update_options``.
-    """
-    return Launch(update_kernel, (table, grams, targets, coefs), options)
 
 
 def precision_of(dtype: torch.dtype) -> str:
