@@ -108,7 +108,8 @@ def _bytes(model):
 
 
 def _unreadable(value):
-    return value.is_meta or nn.parameter.is_lazy(value) or value.layout != torch.strided
+    odd = value.layout != torch.strided or value.is_quantized
+    return odd or value.is_meta or nn.parameter.is_lazy(value)
 
 
 def _raw(value):

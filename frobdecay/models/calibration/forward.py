@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.algebra.scaling import DTYPES
+
 # The second is that of DistributedDataParallel, whose first forward pass would wait for others.
 _FLAGS = ("training", "require_forward_param_sync")
 
@@ -22,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     an embedding with ``max_norm`` to its table: those are copied, and get their numbers back.
 
     Raises:
-        ValueError: other parameters were written to.
+        ValueError: other parameters were written to, or buffers that are sparse, sharded or packed.
     """
     every = list(model.modules())
     flags = [(m, f) for m in every for f in _FLAGS if getattr(m, f, False) is True]
@@ -32,10 +34,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         (holder, name, held, held.clone())
         for holder in written
         for name, held in holder.items()
-        if type(held) in (Tensor, nn.Parameter) and not held.is_meta
+        if _plain(held)
     ]
     known = {id(held) for _, _, held, _ in kept}
-    others = [(n, p, version_of(p)) for n, p in model.named_parameters() if id(p) not in known]
+    named = (*model.named_parameters(), *model.named_buffers())
+    others = [(name, one, version_of(one)) for name, one in named if id(one) not in known]
     for module, flag in flags:
         setattr(module, flag, False)
     try:
@@ -51,11 +54,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     held.resize_(copy.shape)
                 if not torch.equal(held, copy):
                     held.copy_(copy)
-    if changed := [name for name, p, version in others if version_of(p) != version]:
+    if changed := [name for name, one, version in others if version_of(one) != version]:
         raise ValueError(
-            f"the forward pass wrote to the parameters {changed[:8]}: the model is not as it was; "
+            f"the forward pass wrote to {changed[:8]}: the model is not as it was; "
             "load it again, and run copy.deepcopy(model) instead"
         )
+
+
+_NUMBERS = {*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def _plain(held: Any) -> bool:
+    """Whether it is a dense tensor of numbers, which torch copies and compares."""
+    dense = type(held) in (Tensor, nn.Parameter) and held.layout == torch.strided
+    return dense and not held.is_nested and not held.is_meta and held.dtype in _NUMBERS
 
 
 def version_of(tensor: Tensor) -> int:
