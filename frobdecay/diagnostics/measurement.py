@@ -257,15 +257,12 @@ def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float |
     rates: list[float | None] = []
     for product in products:
         found = [float(held[id(p)]) for p in product.params if id(p) in held]
-        if not found and not any(param.requires_grad for param in product.params):
-            rates.append(None)  # frozen
-            continue
-        if not found:
+        if not found and any(param.requires_grad for param in product.params):
             raise ValueError(
                 f"{product.name}: expected an optimizer that holds its factors, got one that "
                 "holds none of them; build the optimizer after factorizing the model"
             )
-        rates.append(fmean(found))
+        rates.append(fmean(found) if found else None)  # of what is frozen
     return rates
 
 
