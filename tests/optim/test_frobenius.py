@@ -15,6 +15,7 @@ from optim_cases import Net, assert_identical, torch_table, train, values
 from torch import nn, optim
 
 from frobdecay.diagnostics import measure
+from frobdecay.models.factorize import factorize
 from frobdecay.optim import stability
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
@@ -620,3 +621,24 @@ def test_a_norm_that_is_large_for_many_small_values_is_no_warning():
     assert measure(product, optimizer)["product"].decay_step < 0.2
     assert "decay_step" in str(measure(product, optimizer))
     assert "decay_step" not in str(measure(product))
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_what_decoupled_decay_takes_of_a_singular_value(product):
+    """Of the product in proportion to σ², of both factors with λ/2 in proportion to σ."""
+    layer = nn.Linear(7, 5, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(5)
+    factorize(layer, rank=3)
+    before, lr, coef = torch.linalg.svdvals(layer.weight.detach())[:3], 0.01, 0.1
+    for param in layer.parameters():
+        param.grad = torch.zeros_like(param)
+    if product:
+        optimizer = FrobeniusDecay(optim.AdamW(layer.parameters(), lr=lr), layer, decay=coef)
+        kept = (1 - lr * coef * before) ** 2
+    else:
+        optimizer = optim.AdamW(layer.parameters(), lr=lr, weight_decay=coef / 2)
+        kept = (1 - lr * coef / 2) ** 2
+        assert abs(kept - (1 - lr * coef)) < (lr * coef) ** 2
+    optimizer.step()
+    torch.testing.assert_close(torch.linalg.svdvals(layer.weight.detach())[:3], kept * before)
