@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -886,15 +887,16 @@ def test_later_launches_are_like_the_first(monkeypatch):
     triton, driver, looked = importlib.import_module("triton"), Driver(), []
     products = make("pair", count=2)
     grouped, targets = plan(products), zeros(products)
-    for name in ("gram_kernel", "update_kernel"):
-        kernel = triton.JITFunction(getattr(kernels, name).fn)
+    for name in ("gram", "update"):
+        kernel = triton.JITFunction(getattr(kernels, f"{name}_kernel").fn)
 
         def look(*args, _run=kernel.run, **options):
             looked.append(options["grid"])
             return _run(*args, **options)
 
         monkeypatch.setattr(kernel, "run", look)
-        monkeypatch.setattr(kernels, name, kernel)
+        monkeypatch.setattr(kernels, f"{name}_kernel", kernel)
+        monkeypatch.setattr(kernels, f"{name}_launch", partial(kernels.Launch, kernel))
         with monkeypatch.context() as patch:
             patch.setattr(triton.runtime.driver, "_active", driver)
             assert kernel.device_caches[-1]  # ready to compile, which the driver does
