@@ -166,15 +166,16 @@ def share(jobs: Sequence[Job], out: Path, others: Iterable[Path]) -> list[str]:
         The keys of what was copied.
     """
     needed = {key for job in jobs for key in job.after}
-    free = [job for job in jobs if "settings" in job.about and job.key not in needed]
-    wanted = {_same(job.about): job for job in free}
+    missing = [job for job in jobs if "settings" in job.about and job.key not in needed]
+    wanted = {_same(job.about): job for job in missing if not _result(out, job.key).exists()}
     shared = []
     for path in (path for other in others if other != out for path in other.glob("*.json")):
+        if not wanted:
+            break
         found = json.loads(path.read_text())
-        job = wanted.get(_same(found))
-        if job is not None and not _result(out, job.key).exists():
+        if (job := wanted.pop(_same(found), None)) is not None:
             out.mkdir(parents=True, exist_ok=True)
-            _result(out, job.key).write_text(json.dumps({**found, **job.about}) + "\n")
+            _keep({**found, **job.about}, _result(out, job.key))
             shared.append(job.key)
     return shared
 
@@ -221,9 +222,7 @@ def run_one(job: Job, out: Path, threads: int) -> None:
             _told.put((job.key, trial.epoch, trial.epochs))
     seconds += time.monotonic() - start
     costs = {"seconds": seconds, "peak_mib": max(peak, _peak_mib())}
-    part = out / f"{job.key}.json.part"
-    part.write_text(json.dumps({**job.about, **trial.result(), **costs}) + "\n")
-    os.replace(part, _result(out, job.key))
+    _keep({**job.about, **trial.result(), **costs}, _result(out, job.key))
     checkpoint.unlink(missing_ok=True)
 
 
@@ -245,6 +244,13 @@ def _compare(job: Job, found: Mapping[str, Any], path: Path) -> None:
             f"{path} is of another protocol: expected {differ[0]} = {wanted[differ[0]]}, got "
             f"{found.get(differ[0])}; give another --out, or remove it"
         )
+
+
+def _keep(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result; an interruption leaves none."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(result) + "\n")
+    os.replace(part, path)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,10 @@ class _Running:
     output: Path
     report: Path
     start: float
-    seconds: int
 
     def over(self) -> bool:
         """Whether it has ended; it is stopped where its time is over."""
-        if self.process.poll() is None and time.monotonic() - self.start > self.seconds:
+        if self.process.poll() is None and time.monotonic() - self.start > self.part.seconds:
             self.process.kill()
             self.process.wait()
         return self.process.poll() is not None
@@ -97,15 +96,14 @@ def _start(one: Part, device: str, folder: Path) -> _Running:
     inner = [sys.executable, *RUN, "part", one.name]
     command = [*one.under, *inner, "--device", device, "--json", str(report)]
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    seconds = one.seconds
     if device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        seconds *= PATIENCE
+        one = replace(one, seconds=one.seconds * PATIENCE)
     if one.under:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else most wrong addresses are ours
     with output.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    return _Running(one, process, output, report, time.monotonic(), seconds)
+    return _Running(one, process, output, report, time.monotonic())
 
 
 def _end(running: _Running, keep: Callable[[str, dict[str, Any]], None]) -> str | None:
@@ -113,8 +111,8 @@ def _end(running: _Running, keep: Callable[[str, dict[str, Any]], None]) -> str 
     seconds, code = time.monotonic() - running.start, running.process.returncode
     text = running.output.read_text(errors="replace")
     verdict = "passed" if code == 0 else f"FAILED (exit status {code})"
-    if code != 0 and seconds > running.seconds:
-        verdict = f"STOPPED after {running.seconds} s"
+    if code != 0 and seconds > running.part.seconds:
+        verdict = f"STOPPED after {running.part.seconds} s"
     print(f"== {running.part.name}: {verdict}, {seconds:.0f} s")
     print(text[-TAIL:] if code else text, flush=True)
     record = {"seconds": round(seconds, 1), "outcome": verdict}

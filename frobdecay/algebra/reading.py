@@ -206,12 +206,13 @@ def plain_axes(axes: Mapping[str, int] | None) -> dict[str, int]:
     Raises:
         TypeError, ValueError: a length that is no int, or below 1.
     """
-    for name, length in dict(axes or {}).items():
+    given = dict(axes or {})
+    for name, length in given.items():
         if isinstance(length, bool) or not isinstance(length, Integral):
             raise TypeError(f"expected the length of the axis {name!r} as an int, got {length!r}")
         if length < 1:
             raise ValueError(f"expected the length of the axis {name!r} above 0, got {length}")
-    return {name: int(length) for name, length in dict(axes or {}).items()}
+    return {name: int(length) for name, length in given.items()}
 
 
 @lru_cache(1024)
