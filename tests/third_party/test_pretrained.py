@@ -77,6 +77,37 @@ def test_every_part_runs_and_is_resumed(kind, tmp_path, monkeypatch):
         pretrained.main([*command, "--lr=1"])
 
 
+@pytest.mark.parametrize("kind", ["encoder", "language"])
+def test_sensitivities_are_measured_once_for_all_shares(kind, tmp_path, monkeypatch):
+    """Those of one initialization, on held-out lines; of others nothing is run."""
+    monkeypatch.setattr("benchmarks.tasks.Language.length", 16)
+    folder = folder_of(tmp_path / "model", models(kind))
+    texts = [f"--text={name}={text_of(tmp_path / name, k)}" for k, name in enumerate("ab")]
+    command = [kind, folder, *texts, *SMALL, *SHORT, f"--out={tmp_path}", "--parts=compress"]
+    command += ["--allocations=sensitivity"]
+    asked, task = [], pretrained.TASKS[kind]
+    real = task.quality
+
+    def counted(self, model, name, part="test"):
+        asked.append(part)
+        return real(self, model, name, part)
+
+    monkeypatch.setattr(task, "quality", counted)
+    counts = []
+    for shares in ("0.5", "0.5,0.7,0.3"):
+        asked.clear()
+        record = pretrained.main([
+            *command, f"--shares={shares}", "--inits=calibrated:b", f"--name={len(shares)}"
+        ])  # fmt: skip
+        counts.append(asked.count("held"))
+    assert counts[0] == counts[1] > 3
+    kept = [cell["kept"] for key, cell in record["cells"].items() if key.startswith("compress")]
+    assert kept == pytest.approx([0.5, 0.7, 0.3], abs=0.1)
+    assert not any("spectral" in key for key in record["cells"])
+    with pytest.raises(SystemExit, match="expected inits among"):
+        pretrained.main([*command, "--inits=calibrated:c"])
+
+
 def pretrained_timing():
     """What timing gives, without the time."""
     from benchmarks.measure import Timing
