@@ -16,7 +16,8 @@ in turns. ``error`` is how far the worst ‖W − UVᵀ‖ is above the smallest
 
 ``calibration`` is what the metric of the data costs a transformer layer of BERT's shape: the passes
 over the data alone, and watched by ``frobdecay.calibrate``; ``factorize`` without its moments, and
-with them.
+with them. ``peak`` is the memory that ``factorize`` takes for one tall weight, beside the float32
+Gram of its shorter side.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ Pair = tuple[Tensor, ...]
 EACH, TOGETHER, RANDOMIZED = "one by one", "equal together", "randomized"
 SVD, FACTORIZE = "SVD", "factorize"
 PROMISED, ALLOWED = 2.5, 1e-5
-CALIBRATION = "calibration"
+CALIBRATION, PEAK = "calibration", "peak"
 DEFAULT = f"resnet110,bert,{CALIBRATION}"
 PART = 6
 """Of the matrices of a large model, whose layers are all alike, one in so many is measured."""
@@ -58,6 +60,10 @@ WATCHED, CALIBRATED = 1.3, 2.0
 BATCH = 8, 128
 """Sequences and tokens of one of the batches that are watched."""
 BATCHES = 8
+TALL = 4
+"""Rows ÷ columns of the weight whose peak is taken."""
+AT_ONCE = 3.0
+"""What is promised of it, times the weight in its own dtype."""
 HEAD = 64
 """The width of an attention head."""
 
@@ -166,7 +172,7 @@ class Attending(Layer):
         return x + self.down(gelu(self.up(self.norm2(x))))
 
 
-def _calibration(device: torch.device, options: Any) -> tuple[Any, Any]:
+def _calibration(device: torch.device, options: Any) -> tuple[str, Any, Any]:
     model = Attending(options.width).to(device)
     batches = [torch.randn(*BATCH, options.width, device=device) for _ in range(BATCHES)]
 
@@ -195,16 +201,30 @@ def _calibration(device: torch.device, options: Any) -> tuple[Any, Any]:
         Target("calibrate ÷ the passes alone", watched / plain, WATCHED),
         Target(f"{FACTORIZE}, calibrated ÷ {FACTORIZE}", metric / spectral, CALIBRATED),
     ]
-    return rows, targets
+    return f"a layer of width {options.width}, {BATCHES} batches", rows, targets
+
+
+def _peak(device: torch.device, options: Any) -> tuple[str, Any, Any]:
+    width = options.width
+    rows, targets, gram = [], [], width * width * torch.float32.itemsize
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = nn.Linear(width, TALL * width, bias=False, device=device, dtype=dtype)
+        weight = layer.weight.numel() * dtype.itemsize
+        taken, _ = measure.memory(partial(factorize, layer, rank=width // 4), device)
+        name = str(dtype).removeprefix("torch.")
+        times = (taken - gram) / weight
+        rows.append({"": name, "weight, MB": weight / 1e6, "peak, MB": taken / 1e6, "×": times})
+        targets.append(Target(f"{name}, peak beside the Gram ÷ the weight", times, AT_ONCE))
+    return f"factorize, a weight of {TALL * width}×{width}", rows, targets
 
 
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("init", __doc__ or "", seconds=2.0)
-    measure.add_names(made, "--case", [*CASES, CALIBRATION], DEFAULT)
+    measure.add_names(made, "--case", [*CASES, CALIBRATION, PEAK], DEFAULT)
     made.add_argument("--all", action="store_true", help="every layer of large models")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
     made.add_argument(
-        "--width", type=measure.count, default=768, help=f"of {CALIBRATION}; default: %(default)s"
+        "--width", type=measure.count, default=768, help=f"of {CALIBRATION} and {PEAK}; %(default)s"
     )
     return made
 
@@ -212,15 +232,15 @@ def _parser() -> argparse.ArgumentParser:
 @measure.script(_parser)
 def main(report: Report, options: argparse.Namespace) -> None:
     """Measure the cases."""
+    of_a_layer = {CALIBRATION: _calibration, PEAK: _peak}
     for name in options.case:
-        if name == CALIBRATION:
-            rows, targets = _calibration(report.device, options)
-            report.table(f"a layer of width {options.width}, {BATCHES} batches", rows)
-            report.targets += targets
-            continue
-        case = CASES[name]
-        rows, targets = _measure(name, case, report.device, options)
-        report.table(f"{case.title}: {len(case.pairs)} matrices", rows)
+        if name in of_a_layer:
+            title, rows, targets = of_a_layer[name](report.device, options)
+        else:
+            case = CASES[name]
+            title = f"{case.title}: {len(case.pairs)} matrices"
+            rows, targets = _measure(name, case, report.device, options)
+        report.table(title, rows)
         report.targets += targets
 
 

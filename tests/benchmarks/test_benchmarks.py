@@ -21,7 +21,7 @@ SCRIPTS = {
     "penalty": (penalty, ["--case", "tiny"]),
     "scaling": (penalty, ["--scaling", "--points", "2"]),
     "forward": (forward, [*LAYERS, *CONVOLUTIONS, "--no-compile"]),
-    "init": (init, ["--case", "tiny,calibration", "--rounds", "1", "--width", "64"]),
+    "init": (init, ["--case", "tiny,calibration,peak", "--rounds", "1", "--width", "64"]),
     "step": (step, ["--case", "resnet", "--depth", "8", "--batch", "2", "--rounds", "1"]),
     "layers": (layers, ["--sizes", "2,4", "--rounds", "1"]),
     "defaults": (defaults, ["--families", "mlp", "--seeds", "1", "--ratios", "0.25"]),
