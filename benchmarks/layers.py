@@ -28,6 +28,7 @@ from torch import nn
 
 from benchmarks import measure
 from benchmarks.measure import Report, Target
+from frobdecay import diagnostics
 from frobdecay.cli.main import main as command
 from frobdecay.models.checkpoints.dense import load_dense_
 from frobdecay.models.checkpoints.factorized import load_factorized, save_factorized
@@ -36,6 +37,7 @@ from frobdecay.models.merge import merge, unroll
 from frobdecay.models.ranks import plan_ranks
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.find import products
+from frobdecay.product.product import penalty, product_norm
 
 __all__ = ["main"]
 
@@ -99,6 +101,12 @@ def _runs(size: int, files: dict[str, str]) -> dict[str, Run]:
             lambda model: plan_ranks(model, rank=names),
         ),
         "products": (lambda: _factorized(size), products),
+        "penalty": (lambda: products(_factorized(size)), lambda found: penalty(found, 0.1)),
+        "product_norm of each": (
+            lambda: products(_factorized(size)),
+            lambda found: [product_norm(product) for product in found],
+        ),
+        "diagnostics.measure": (lambda: products(_factorized(size)), diagnostics.measure),
         "FrobeniusDecay": (lambda: _factorized(size), _wrap),
         "merge": (lambda: _factorized(size), merge),
         "unroll": (lambda: _factorized(size), unroll),
