@@ -364,7 +364,7 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
         _, _, allocation, init = key.split(" ")
         lines.setdefault((init, allocation), []).append(cell)
     inits = list(dict.fromkeys(init for init, _ in lines))
-    styles = dict(zip(dict.fromkeys(a for _, a in lines), ("-", "--", ":", "-."), strict=False))
+    styles = dict(zip(dict.fromkeys(a for _, a in lines), ("-o", "--s", ":^", "-.D"), strict=False))
     panels = drawn.subplots(1, len(task.texts), squeeze=False)[0]
     for axes, name in zip(panels, task.texts, strict=True):
         whole = cells[f"dense {name}"][score]
@@ -372,10 +372,8 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
             points = sorted((cell["kept"], cell[name][score]) for cell in found)
             label = f"{init.replace(':', ' on ')}, {allocation}"
             colour = _COLOURS[inits.index(init) % len(_COLOURS)]
-            style = styles.get(allocation, "-")
-            axes.plot(
-                *zip(*points, strict=True), style, marker="o", ms=3, color=colour, label=label
-            )
+            style = styles.get(allocation, "-o")
+            axes.plot(*zip(*points, strict=True), style, ms=3, color=colour, label=label)
         axes.axhline(whole, color="black", lw=0.8, label="dense")
         axes.set(
             xlabel="share of the linear layers' parameters", ylabel=score, title=f"tested on {name}"
@@ -385,7 +383,7 @@ def figure(task: Any, cells: Cells, title: str) -> Any:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right center", fontsize="x-small", handlelength=3)
+    drawn.legend(handles, labels, loc="outside right center", fontsize="x-small", handlelength=4)
     drawn.suptitle(title, fontsize="medium")
     return drawn
 
