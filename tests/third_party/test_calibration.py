@@ -155,6 +155,17 @@ def test_queries_keys_and_values_are_counted_once():
     assert not [name for name in summed if "EncDecAttention.v" in name]
 
 
+def test_a_decoder_counts_the_rows_whose_labels_do():
+    """A batch to train on has no mask for its decoder, but labels, padded by -100."""
+    model, batches = dense("T5")
+    mask = torch.ones_like(batches[0]["input_ids"]).tril(2)
+    labels = batches[0]["input_ids"].masked_fill(torch.ones_like(mask).tril(1) == 0, -100)
+    batch = {"input_ids": batches[0]["input_ids"], "attention_mask": mask, "labels": labels}
+    stats = calibrate(model, [batch], include="*SelfAttention.q")
+    counts = {name.partition(".")[0]: each.count for (name, _), each in stats.sums.moments.items()}
+    assert counts == {"encoder": mask.sum(), "decoder": (labels != -100).sum()}
+
+
 @pytest.mark.parametrize("length", [None, 3])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("family", ["T5", "BART"])

@@ -20,6 +20,9 @@ CROSS = tuple(
 
 DEFAULT = "attention_mask"
 
+IGNORED = -100
+"""The label of a padded row, which cross-entropy leaves out."""
+
 Mask = Tensor | Mapping[str, Tensor | tuple[Tensor, ...] | None] | None
 """Rows that count, (batch, length) of booleans; or globs of weights' names, the first of which that
 fits says which, or which several, of which the first counts whose shape fits; None for all."""
@@ -54,13 +57,13 @@ def mask_of(model: nn.Module, batch: Any, mask: MaskOf) -> Mask:
 
 
 def _decoder_mask(batch: Mapping[str, Any], mask: str) -> Tensor | None:
-    """Which rows of a decoder count: all that are known to be its own, if the batch has no mask."""
+    """Which rows of a decoder count, if the batch has no mask: those whose label the loss reads."""
     found = batch.get(f"decoder_{mask}")
     if isinstance(found, Tensor):
         return found
-    given = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    given = (batch.get(name) for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
     own = next((one for one in given if isinstance(one, Tensor) and one.ndim > 1), None)
-    return None if own is None else torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)
+    return None if own is None else (own[..., 0] if own.ndim > 2 else own) != IGNORED
 
 
 def fitting(mask: Mask, name: str, tensor: Tensor) -> Tensor | None:
