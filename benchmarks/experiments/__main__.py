@@ -32,6 +32,10 @@ from benchmarks.report import environment
 __all__ = ["main"]
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parser() -> argparse.ArgumentParser:
     made = described("experiments", __doc__ or "")
     add = made.add_argument
@@ -44,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     add("--seeds", type=count, default=3, help="default: %(default)s")
-    add("--arms", type=lambda text: text.split(","), help="some of them")
+    add("--arms", type=_names, help="some of them")
+    add("--variants", type=_names, help="some of the preset's, such as 'resnet8x2 0.1'")
     add("--data", help="where the data is, in place of the preset's; benchmarks/README.md")
     add("--limit", type=count, help="training examples, in place of the preset's")
     add("--epochs", type=count, help="in place of the preset's")
@@ -131,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     changes = {key: value for key, value in given.items() if value is not None}
     stem = f"{options.what}-{options.preset}"
     try:
-        chosen = jobs(options.what, options.preset, options.seeds, options.arms, **changes)
+        chosen = jobs(
+            options.what, options.preset, options.seeds, options.arms, options.variants, **changes
+        )
         for job in {job.about["arm"]: job for job in chosen if not job.after}.values():
             job.make(options.out / stem)  # what cannot be is refused before anything has run
     except (FileNotFoundError, ImportError, ValueError, RuntimeError) as error:
@@ -154,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "protocols": {
             variant: {**asdict(protocol), **changes}
             for variant, protocol in EXPERIMENTS[options.what].presets[options.preset].items()
+            if options.variants is None or variant in options.variants
         },
         "trials": [{k: v for k, v in trial.items() if k != "settings"} for trial in trials],
     }

@@ -24,7 +24,14 @@ __all__ = ["EXPERIMENTS", "jobs"]
 EXPERIMENTS: Mapping[str, Experiment] = {**VISION, **TEXT, **PRETRAINING}
 
 
-def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: Any) -> list[Job]:
+def jobs(
+    name: str,
+    preset: str,
+    seeds: int,
+    arms: list[str] | None = None,
+    variants: list[str] | None = None,
+    **changes: Any,
+) -> list[Job]:
     """The trials of an experiment, seed by seed, each once.
 
     Args:
@@ -32,15 +39,19 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
         preset: of its protocols.
         seeds: how many, from 0.
         arms: some of its arms; all unless given.
+        variants: some of the preset's; all unless given.
         changes: fields of the protocol to replace.
 
     Raises:
-        ValueError: unknown arms; one that comes after another that is not among them; a preset
-            that the experiment does not have.
+        ValueError: unknown arms or variants; an arm that comes after another that is not among
+            them; a preset that the experiment does not have.
     """
     experiment = EXPERIMENTS[name]
     if preset not in experiment.presets:
         raise ValueError(f"{name} has the presets {', '.join(experiment.presets)}, not {preset}")
+    known = experiment.presets[preset]
+    if unknown := set(variants or ()) - set(known):
+        raise ValueError(f"expected variants among {list(known)}, got {sorted(unknown)}")
     chosen = arms or list(experiment.arms)
     if unknown := set(chosen) - set(experiment.arms):
         raise ValueError(f"expected arms among {list(experiment.arms)}, got {sorted(unknown)}")
@@ -49,8 +60,8 @@ def jobs(name: str, preset: str, seeds: int, arms: list[str] | None, **changes: 
             raise ValueError(f"the arm {arm} needs {before}; got {chosen}")
     found: dict[str, Job] = {}
     for seed in range(seeds):
-        for variant, protocol in experiment.presets[preset].items():
-            protocol = replace(protocol, **changes)
+        for variant in variants or known:
+            protocol = replace(known[variant], **changes)
             here: dict[str, str] = {}  # arm -> key of its job
             for key, arm in experiment.arms.items():
                 if key in chosen and key in experiment.some.get((preset, variant), chosen):

@@ -268,7 +268,7 @@ def test_shrinkage_is_counted_by_steps(tmp_path, protocol):
 )
 def test_every_preset_makes_its_jobs(name, preset):
     """All arms, variants and seeds, each key once; what waits, waits for another job."""
-    experiment, found = EXPERIMENTS[name], jobs(name, preset, 3, None)
+    experiment, found = EXPERIMENTS[name], jobs(name, preset, 3)
     keys = [job.key for job in found]
     assert len(set(keys)) == len(keys)
     places = [
@@ -286,8 +286,12 @@ def test_every_preset_makes_its_jobs(name, preset):
     assert all(set(job.after) <= set(keys) for job in found)
     assert experiment.baseline in experiment.arms
     assert preset == "paper" or preset in experiment.changes
+    one = jobs(name, preset, 3, variants=[(first := next(iter(variants)))])
+    assert [job.key for job in one] == [job.key for job in found if first in job.about["variants"]]
     with pytest.raises(ValueError, match="has the presets"):
-        jobs(name, "huge", 1, None)
+        jobs(name, "huge", 1)
+    with pytest.raises(ValueError, match="expected variants among"):
+        jobs(name, preset, 1, variants=["huge"])
 
 
 def test_what_the_script_for_devices_runs_can_be_run():
@@ -303,7 +307,7 @@ def test_what_the_script_for_devices_runs_can_be_run():
 
 def test_trials_are_shared_between_variants():
     """A dense network is the same at every ratio: trained once, shown in each."""
-    found = jobs("compression", "paper", 1, None)
+    found = jobs("compression", "paper", 1)
     dense = [job for job in found if job.about["arm"] == "dense"]
     assert [len(job.about["variants"]) for job in dense] == [3] * 6
     assert all(len(job.about["variants"]) == 1 for job in found if job not in dense)

@@ -116,7 +116,7 @@ def test_claims_can_be_judged_in_every_preset(name, preset):
     """There is a variant that has both arms."""
     places = {
         (job.about["arm"], variant)
-        for job in jobs(name, preset, 1, None)
+        for job in jobs(name, preset, 1)
         for variant in job.about["variants"]
     }
     variants = EXPERIMENTS[name].presets[preset]
