@@ -64,7 +64,8 @@ def plan_ranks(
         allocate: how a budget is divided: "fraction" (of min(m, n), one for all ranks), "uniform"
             (one share of each weight's parameters), "energy" or "sensitivity"; "allocation.py".
         evaluate: model -> loss, the lower the better; "sensitivity" and ``tolerance`` call it,
-            with weights that are truncated, and restored afterwards. It may change no parameter.
+            with weights that are truncated, and restored afterwards, as are the model's mode and
+            its buffers. It may change no parameter.
         include: what to factorize, see ``factorize``.
         exclude: what not to.
         parametrization: as for ``factorize``.

@@ -290,6 +290,29 @@ def test_a_loss_that_changes_the_model_is_refused(rule, evaluate):
         plan_ranks(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), evaluate=evaluate, **rule)
 
 
+@pytest.mark.parametrize("rule", [{"tolerance": 0.5}, {"ratio": 0.5, "allocate": "sensitivity"}])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_leaves_mode_and_buffers(rule, training):
+    """It may set the one, as most do, and batch statistics move in the other."""
+    layers = nn.Linear(24, 24), nn.BatchNorm1d(24), nn.Linear(24, 24), nn.Dropout()
+    model, x = nn.Sequential(*layers).train(training), torch.randn(8, 24, generator=seeded(0))
+    before = [buffer.clone() for buffer in model.buffers()]
+
+    def evaluate(now):
+        now.train()(x)
+        return float(now.eval()(x).square().mean().detach())
+
+    plan_ranks(model, evaluate=evaluate, include="*", **rule)
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(b, was) for b, was in zip(model.buffers(), before, strict=True))
+
+
+def test_a_tolerance_that_no_factors_can_use():
+    """Of vectors factors have more parameters than the weight."""
+    with pytest.raises(ValueError, match="factors make no weight smaller"):
+        plan_ranks(nn.Linear(8, 1), tolerance=0.5, evaluate=lambda _: 1.0)
+
+
 def test_an_error_of_the_loss_restores_the_weights():
     """Whatever it is."""
     model = _spectral(0.5, 0.5)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.models.calibration.forward import restoring, version_of
+
 Evaluate = Callable[[nn.Module], float]
 """A loss, the lower the better; of an accuracy, its negative."""
 
@@ -30,7 +32,7 @@ class Loss:
     progress: bool | None = None
 
     def of(self, instead: Iterable[tuple[Tensor, Tensor]] = ()) -> float:
-        """The loss with some weights replaced; they are restored to the bit.
+        """The loss with some weights replaced; they, mode and buffers are restored to the bit.
 
         Args:
             instead: weights, and what they hold meanwhile.
@@ -39,13 +41,11 @@ class Loss:
             TypeError, ValueError: what ``evaluate`` returns is no finite number, or it changed a
                 parameter.
         """
-        with _replaced(instead):
+        with _replaced(instead), restoring(self.model):
             before = self._written()
             found: Any = self.evaluate(self.model)
             if changed := before ^ self._written():
-                raise ValueError(
-                    f"evaluate(model) changed {min(changed)[0]}; it has to change none"
-                )
+                raise ValueError(f"evaluate(model) changed {min(changed)[0]}; it may change none")
         try:
             value = float(found.detach() if isinstance(found, Tensor) else found)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -58,8 +58,7 @@ class Loss:
 
     def _written(self) -> set[tuple[str, int, int]]:
         """Which parameters there are, and how often each was written to."""
-        own = [(name, p) for name, p in self.model.named_parameters() if not p.is_inference()]
-        return {(name, id(p), p._version) for name, p in own}
+        return {(name, id(p), version_of(p)) for name, p in self.model.named_parameters()}
 
 
 @contextmanager

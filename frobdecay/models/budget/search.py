@@ -73,10 +73,12 @@ class Search:
         """Decide all open weights, by the smallest share at which the loss is within a tolerance.
 
         Raises:
-            ValueError: it is at no share that was tried.
+            ValueError: it is at no share that was tried, or no share is smaller than the model.
         """
         undecided = [entry for entry in self.found if entry.open]
         low, high, worse = self._least() / self.total, 1.0, inf
+        if low >= 1:
+            raise ValueError("factors make no weight smaller; include= larger ones, or give rank=")
         with Progress(STEPS + 1, measured.progress, "searching the smallest model") as bar:
             dense = measured.of()
             bar.advance(1)
@@ -166,14 +168,12 @@ class Search:
         """Why a ratio cannot be attained, and what can."""
         fixed = [entry for entry in self.found if not entry.open and entry.reason and entry.dense]
         largest = max(fixed, key=lambda entry: entry.dense, default=None)
-        also = (
-            ""
-            if largest is None
-            else (
+        also = ""
+        if largest is not None:
+            also = (
                 f"; the largest that is left as it is: {largest.weight.name} ({largest.dense:,}: "
                 f"{largest.reason})"
             )
-        )
         return (
             f"ratio={ratio} cannot be attained: it is of the {self.total:,} parameters of "
             f"{self.whole}, of which {least:,} remain with every rank 1; attainable are "

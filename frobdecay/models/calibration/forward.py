@@ -18,35 +18,40 @@ _FLAGS = ("training", "require_forward_param_sync")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout and running statistics, for a while; then all is as it was.
+    """Without gradients, dropout and running statistics, for a while; then all is as it was."""
+    with restoring(model) as flags, torch.no_grad():
+        for module, flag, _ in flags:
+            setattr(module, flag, False)
+        yield
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, Any]]]:
+    """Give a model its mode and its buffers back afterwards, whatever runs it.
 
     Some modules write to buffers in evaluation mode, too (observers of quantization, counters), and
     an embedding with ``max_norm`` to its table: those are copied, and get their numbers back.
+
+    Yields:
+        modules, and what says in which mode they are.
 
     Raises:
         ValueError: other parameters were written to, or buffers that are sparse, sharded or packed.
     """
     every = list(model.modules())
-    flags = [(m, f) for m in every for f in _FLAGS if getattr(m, f, False) is True]
+    held_in = ((m, flag, getattr(m, flag, None)) for m in every for flag in _FLAGS)
+    flags = [(m, flag, was) for m, flag, was in held_in if isinstance(was, bool)]
     written: list[Any] = [module._buffers for module in every]
     written += [m._parameters for m in every if getattr(m, "max_norm", None) is not None]
-    kept = [
-        (holder, name, held, held.clone())
-        for holder in written
-        for name, held in holder.items()
-        if _plain(held)
-    ]
+    kept = [(at, name, x, x.clone()) for at in written for name, x in at.items() if _plain(x)]
     known = {id(held) for _, _, held, _ in kept}
     named = (*model.named_parameters(), *model.named_buffers())
     others = [(name, one, version_of(one)) for name, one in named if id(one) not in known]
-    for module, flag in flags:
-        setattr(module, flag, False)
     try:
-        with torch.no_grad():
-            yield
+        yield flags
     finally:
-        for module, flag in flags:
-            setattr(module, flag, True)
+        for module, flag, was in flags:
+            setattr(module, flag, was)
         with torch.no_grad():
             for holder, name, held, copy in kept:
                 holder[name] = held
