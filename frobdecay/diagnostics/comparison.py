@@ -49,6 +49,7 @@ class _Sum:
         if there.shape != here.shape:
             raise ValueError(f"expected outputs like {[*there.shape]}, got {[*here.shape]}")
         y, other = (x.detach() if x.ndim else x.detach()[None] for x in (there, here))
+        y, other = (torch.view_as_real(x).flatten(-2) if x.is_complex() else x for x in (y, other))
         y, other = (rows(x, fitting(mask, f"{name}.", x)).double() for x in (y, other))
         self.lost += float((y - other.to(y)).square().sum())
         self.total += float(y.square().sum())

@@ -148,6 +148,21 @@ def test_the_first_tensor_that_is_returned_is_compared(answer):
     assert found.error > 0.01
 
 
+def test_imaginary_parts_are_compared():
+    """Complex outputs are twice as many real ones."""
+
+    class Imaginary(nn.Linear):
+        def forward(self, x):
+            return 1j * super().forward(x)
+
+    original = Imaginary(8, 8)
+    model, x = copy.deepcopy(original), torch.randn(10, 8)
+    factorize(model, rank=2)
+    with torch.no_grad():
+        expected = float((model(x) - original(x)).norm() / original(x).norm())
+    assert compare(model, original, [x]).error == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_cannot_be_compared_is_refused():
     """By name."""
     model, original = pair()
