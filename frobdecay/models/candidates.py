@@ -108,9 +108,9 @@ def _calibrate(found: list[Entry], stats: Metrics, tied: Mapping[int, list[str]]
             entry.note = f"init='spectral': {reason}"
             continue
         bias = bias_of(weight)
-        moves = bias is not None and id(bias) not in tied
+        stays = bias is None or id(bias) in tied or bias.is_inference() or 0 in bias.stride()
         # Made when it is used: it has the size of the moment, in float64.
-        entry.metric = functools.partial(stats.metric, weight, view, moves)
+        entry.metric = functools.partial(stats.metric, weight, view, not stays)
     if found and all(entry.metric is None for entry in found):
         raise ValueError(
             f"no chosen weight was calibrated: {found[0].weight.name}: {found[0].note}; calibrate "

@@ -12,6 +12,7 @@ from cases import seeded
 from distributed_workers import calibrated, calibration_fails
 from gloo import run
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from frobdecay import (
     CP,
@@ -283,6 +284,18 @@ def test_masks_of_one_tensor_count_each():
     assert counts["v.weight"] == two.sum()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_repeats_is_not_counted_again(reentrant):
+    """It repeats a part of the shared calls only, where it stops early."""
+    block, x = Attention(), correlated(20, 16)
+    once = calibrate(block, [x]).sums
+    with calibrate(block) as stats:
+        leaf = x.clone().requires_grad_()
+        checkpoint(block, leaf, use_reentrant=reentrant).square().sum().backward()
+    assert (stats.sums.calls, stats.sums.shared) == (once.calls, once.shared)
+    factorize(block, rank=2, init=stats)
+
+
 def test_inference_mode_shares_nothing_and_sums_the_same():
     """There, nobody counts who writes to a tensor."""
     model, batches, _ = made("shared input")
@@ -550,6 +563,46 @@ def test_inputs_of_any_size_and_mean_are_truncated_best(scale, mean, widths, bia
         ours = ours - ours.mean(0) + y.mean(0)
     assert float((ours - y).norm() / about.norm()) == pytest.approx(least, rel=0.02, abs=1e-6)
     assert plan.rows[0].reason is None
+
+
+def test_queries_keys_and_values_that_are_read_as_one_matrix_are_plain_and_listed():
+    """Where each had an input of its own, there is no moment of all."""
+    model, inputs = nn.MultiheadAttention(8, 2), torch.randn(3, 5, 2, 8)
+    stats = calibrate(model, [inputs], lambda model, batch: model(*batch))
+    read = functools.partial(LowRank, pattern="o i -> o i")
+    (row, *_) = factorize(model, rank=2, init=stats, parametrization=read).rows
+    assert "joins or cuts the matrices that were watched" in row.reason
+
+
+def test_weights_of_other_dtypes_are_not_watched():
+    """They stay dense, too."""
+    complex_, x = nn.Linear(8, 8, dtype=torch.complex64), torch.randn(20, 8)
+    model = nn.ModuleList([nn.Linear(8, 8), complex_])
+    stats = calibrate(model, [x], lambda m, x: (m[0](x), m[1](x.to(torch.complex64))))
+    assert "torch.complex64" in stats.unwatched["1.weight"]
+    assert factorize(model, rank=2, init=stats).ranks == {"0.weight": 2}
+    with pytest.raises(ValueError, match=r"no weight to watch in Linear\n.*complex64"):
+        calibrate(complex_, [x.to(torch.complex64)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_sets_the_mode_leaves_it(training):
+    """Either way."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout()).train(training)
+    calibrate(model, [torch.randn(20, 8)], lambda model, x: model.train(not training)(x))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_biases_that_cannot_be_written_to_stay():
+    """All else is factorized."""
+    with torch.inference_mode():
+        frozen = nn.Linear(8, 8)
+    expanded = nn.Linear(8, 8)
+    expanded.bias = nn.Parameter(torch.ones(1).expand(8))
+    for layer in (frozen, expanded):
+        before = layer.bias.clone()
+        assert factorize(layer, rank=2, init=calibrate(layer, [correlated(20, 8)])).ranks
+        assert torch.equal(layer.bias, before)
 
 
 def test_outputs_that_never_vary_are_plain_and_listed():

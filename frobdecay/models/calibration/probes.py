@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frobdecay.algebra.reading import Matricization
+from frobdecay.algebra.scaling import DTYPES
 from frobdecay.models.select import Weight
 from frobdecay.weights.layouts import is_kind
 
@@ -80,6 +81,8 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
         tree: the model's modules by name.
     """
     module, tensor = weight.module, weight.parameter
+    if tensor.dtype not in DTYPES:
+        return f"its inputs are not summed at dtype {tensor.dtype}"
     holder = _attention(weight, tree)
     if holder is not None:
         return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]

@@ -52,9 +52,8 @@ def calibrate(
         forward: ``forward(model, batch)``. By default a mapping is passed by its names, of a list
             or a tuple the first, and anything else as it is, on the model's device.
         mask: the batch's key for a mask of padding, or a function of the batch that returns what
-            ``Calibration.mask`` takes; None to count padding. An encoder–decoder takes
-            "decoder_" and the key for its decoder, else rows whose label is not -100; keys and
-            values of the encoder's states have the encoder's.
+            ``Calibration.mask`` takes; None to count padding. A decoder behind an encoder takes
+            "decoder_" and the key, or else rows whose label is not -100.
         include: what to watch, as for ``factorize``; by default all that it would take.
         exclude: what not to.
         groups: passes over the batches, each for a part of the weights, then kept on the CPU.

@@ -43,6 +43,11 @@ class _Seen:
     key: Key | None = None
 
 
+def _again() -> bool:
+    """Whether a backward pass runs, where checkpointing repeats some of what was counted."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Watch:
     """Hooks on the modules of some probes; take them off with ``remove``.
 
@@ -69,12 +74,8 @@ class Watch:
             by_module[id(probe.module)].append(probe)
         self._hooks: list[Any] = []
         self._eager.__enter__()
-        self._nesting: list[Any] = [
-            module
-            for module in modules
-            if isinstance(module, nn.TransformerEncoder)
-            and getattr(module, "use_nested_tensor", False)
-        ]
+        encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
+        self._nesting: list[Any] = [m for m in encoders if getattr(m, "use_nested_tensor", False)]
         for encoder in self._nesting:
             encoder.use_nested_tensor = False
         for some in by_module.values():
@@ -104,7 +105,7 @@ class Watch:
     def _hook(self, probes: list[Probe]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, named: Mapping[str, Any], made: Any) -> None:
             with torch.no_grad(), naming(probes[0].name):
-                for probe in probes:
+                for probe in () if _again() else probes:
                     self._see(probe, (args, named, made))
 
         return hook
@@ -125,6 +126,8 @@ class Watch:
     @torch.no_grad()
     def _meet(self, probe: Probe, inputs: Tensor, outputs: Tensor, at: int | None) -> None:
         """Take what one matrix of a stack multiplies, or all of them."""
+        if _again():
+            return
         with naming(probe.name):
             kept = inputs if probe.of == "inputs" else outputs
             each = kept if at is None else kept.reshape(-1, kept.shape[-1])
