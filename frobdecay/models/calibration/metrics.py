@@ -155,7 +155,7 @@ def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
                 f"{key[0]}, which it shares, and its own were not summed apart; calibrate one of "
                 "the two in a run of its own, with include="
             )
-        batch = batch or (len(parts),) * (len(parts) > 1)  # of queries, of keys and of values
+        batch = batch or torch.Size([len(parts)] * (len(parts) > 1))  # of queries, keys, values
         if batch != view.batch and (batch or key[1] == "outputs"):
             return f"{view.pattern!r} joins or cuts the matrices that were watched"
     return None if parts else "it saw no input"
