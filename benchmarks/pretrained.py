@@ -27,7 +27,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -145,31 +144,14 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-@lru_cache
-def held_loss(task: Any) -> Callable[[nn.Module], float]:
-    """From a model to its loss on held-out lines: sensitivities, which at each share are the same.
-
-    What it said of the same weights it says again.
-    """
-    sign = 1 if task.better is min else -1
-    first, score = next(iter(task.texts)), task.scores[0]
-    said: dict[tuple[float, ...], float] = {}
-
-    def loss(model: nn.Module) -> float:
-        weights = tuple(torch.stack([p.detach().sum() for p in model.parameters()]).tolist())
-        if weights not in said:
-            said[weights] = sign * task.quality(model, first, "held")[score]
-        return said[weights]
-
-    return loss
-
-
-def compressed(task: Any, share: float, allocation: str, init: Any) -> tuple[nn.Module, Any]:
+def compressed(task: Any, share: float, allocation: Any, init: Any) -> tuple[nn.Module, Any]:
     """A factorized copy of the model, whose linear layers keep a share together, and its plan."""
     model = copy.deepcopy(task.model)
     options: dict[str, Any] = {"ratio": share, "allocate": allocation, "init": init}
     if allocation == "sensitivity":
-        options["evaluate"] = held_loss(task)
+        sign = 1 if task.better is min else -1
+        first, score = next(iter(task.texts)), task.scores[0]
+        options["evaluate"] = lambda model: sign * task.quality(model, first, "held")[score]
     chosen = [f"{name}.weight" for name in linears(model)]
     return model, frobdecay.factorize(model, include=chosen, progress=False, **options)
 
@@ -191,14 +173,18 @@ def _compress(task: Any, cells: Cells, options: Any, moments: Callable[[str], An
     inits = ["spectral", *(f"calibrated:{name}" for name in task.texts)]
     if unknown := set(options.inits or ()) - set(inits):
         raise SystemExit(f"expected inits among {inits}, got {sorted(unknown)}")
+    measured: dict[str, Any] = {}  # plans by sensitivity, whose prices are those of every share
     for share in options.shares:
         for allocation in options.allocations:
             for init in options.inits or inits:
 
                 def cell(share=share, allocation=allocation, init=init) -> dict[str, Any]:
                     given = init if init == "spectral" else moments(init.partition(":")[2])
-                    start = time.perf_counter()
-                    model, _ = compressed(task, share, allocation, given)
+                    start, sensitive = time.perf_counter(), allocation == "sensitivity"
+                    divide = measured.get(init, allocation) if sensitive else allocation
+                    model, plan = compressed(task, share, divide, given)
+                    if sensitive:
+                        measured[init] = plan
                     made = round(time.perf_counter() - start, 2)
                     quality = {name: task.quality(model, name) for name in task.texts}
                     return {"kept": _kept(model, task.model), "factorize_s": made, **quality}

@@ -34,7 +34,7 @@ def factorize(
     rank: RankRule | None = None,
     ratio: float | None = None,
     tolerance: float | None = None,
-    allocate: str | None = None,
+    allocate: str | RankPlan | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,

@@ -27,6 +27,8 @@ class PlanRow:
         reason: why it stays as it is; what it was untied from.
         tensor: whether it is read as a tensor.
         made: the parametrization that it gets; None where it stays as it is.
+        price: what the loss was measured to rise by for each share of its energy that is lost;
+            None unless that decided the ranks.
     """
 
     name: str
@@ -39,6 +41,7 @@ class PlanRow:
     reason: str | None = None
     tensor: bool = False
     made: Any = field(default=None, repr=False, compare=False)
+    price: float | None = None
 
     @classmethod
     def of(
@@ -98,6 +101,7 @@ _COLUMNS: tuple[Column[PlanRow], ...] = (
     Column("before", lambda row: row.before, "{:,}".format, adds=True),
     Column("after", lambda row: row.after, "{:,}".format, adds=True),
     Column("error", lambda row: row.error, "{:.3f}".format),
+    Column("price", lambda row: row.price, "{:.3g}".format),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def plan_ranks(
     rank: RankRule | None = None,
     energy: float | None = None,
     tolerance: float | None = None,
-    allocate: str | None = None,
+    allocate: str | RankPlan | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -62,7 +62,8 @@ def plan_ranks(
         tolerance: instead of ``ratio``, the smallest that raises the loss of the dense model by
             this share of it at most.
         allocate: how a budget is divided: "fraction" (of min(m, n), one for all ranks), "uniform"
-            (one share of each weight's parameters), "energy" or "sensitivity"; "allocation.py".
+            (one share of each weight's parameters), "energy" or "sensitivity", see
+            ``budget/allocation.py``; or a plan by "sensitivity", whose prices are taken again.
         evaluate: model -> loss, the lower the better; "sensitivity" and ``tolerance`` call it,
             with weights that are truncated, and restored afterwards, as are the model's mode and
             its buffers. It may change no parameter.
@@ -131,6 +132,10 @@ def plan_entries(
     if not idle:
         return found, before
     # A weight that is untied to stay dense costs its copy, for nothing: once more without.
+    if any(entry.price is not None for entry in found):  # which took long to measure
+        priced = RankPlan(tuple([entry.row() for entry in found]), before, before)
+        loss = None if goal.tolerance is None else goal.evaluate
+        rules = *rules[:4], priced, loss, goal.progress
     more = {e.weight.name: f"{e.reason}; stays tied to {', '.join(e.untied)}" for e in idle}
     rest = parametrization, options, on_tied
     return plan_entries(walk, rules, include, exclude, *rest, {**(left or {}), **more})

@@ -191,6 +191,56 @@ def test_sensitivity_goes_where_the_loss_is_and_restores_the_weights():
     assert all(torch.equal(x.weight, w) for x, w in zip(model, before, strict=True))
 
 
+@pytest.mark.parametrize("rule", [{"ratio": 0.3}, {"ratio": 0.7}, {"tolerance": 0.3}])
+def test_what_was_measured_for_one_plan_serves_another(rule):
+    """The prices are in the plan: another budget needs no further loss, or a tolerance its own."""
+    model = _spectral(0.8, 0.9, 0.95)
+    calls, loss = [], _error_of(model, (1, 100, 10))
+
+    def evaluate(now):
+        calls.append(now)
+        return loss(now)
+
+    measured = {"include": "*", "allocate": "sensitivity", "evaluate": evaluate}
+    plan = plan_ranks(model, ratio=0.5, **measured)
+    assert plan.rows[1].price > 10 * plan.rows[0].price > 0
+    assert "price" in str(plan)
+    assert "price" not in str(plan_ranks(model, ratio=0.5))
+    wanted, count = plan_ranks(model, **rule, **measured), len(calls)
+    own = {"evaluate": evaluate} if "tolerance" in rule else {}
+    again = plan_ranks(model, **rule, include="*", allocate=plan, **own)
+    assert again == wanted
+    assert len(calls) - count == (count - 20 if own else 0)  # ten for the prices of either
+    made = factorize(model, ratio=0.4, include="*", allocate=again)
+    assert [row.price for row in made.rows] == [row.price for row in plan.rows]
+
+
+def test_prices_of_other_weights_are_refused():
+    """A plan that has none, and one of another model."""
+    model, small = _spectral(0.8, 0.9, 0.95), _spectral(0.8)
+    loss = _error_of(small, (1,))
+    plan = plan_ranks(small, ratio=0.5, include="*", allocate="sensitivity", evaluate=loss)
+    for other in (plan, plan_ranks(model, ratio=0.5)):
+        with pytest.raises(ValueError, match=r"weight: expected allocate= to be a plan by 'sens"):
+            factorize(model, ratio=0.5, include="*", allocate=other)
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_prices_are_not_measured_twice_for_what_stays_tied():
+    """A copy that is not used is taken out of the plan, which is then made once more."""
+    model = _spectral(0.8, 0.9, 0.95)
+    model[2].weight = model[0].weight
+    calls = []
+
+    def evaluate(now):
+        calls.append(now)
+        return sum(k * float(p.detach().square().sum()) for k, p in enumerate(now.parameters()))
+
+    plan = plan_ranks(model, ratio=0.96, on_tied="untie", allocate="sensitivity", evaluate=evaluate)
+    assert any("stays tied" in (row.reason or "") for row in plan.rows)
+    assert len(calls) <= 1 + 3 * len(model)
+
+
 @pytest.mark.parametrize("allocate", [*ALLOCATORS])
 def test_a_tolerance_is_kept_and_not_much_more(allocate):
     """The factorized model's own loss is within it; that of a smaller one is not."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import nn
 from frobdecay.algebra.tensorize import Rank, Tensorization
 from frobdecay.models.budget.entry import Entry
 from frobdecay.models.budget.loss import Evaluate, Loss
+from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
 
 ALLOCATION = "fraction"
@@ -103,7 +105,6 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The same, where a weight's energy is worth what the loss rose when it alone was truncated."""
     assert measured is not None
     kept = [entry.energies() for entry in entries]
-    prices = []
     count = 1 + len(PROBED) * len(entries)
     with Progress(count, measured.progress, "measuring how much each weight matters") as bar:
         base = measured.of()
@@ -120,7 +121,26 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
             # minimum, and so linear in the energy that is lost.
             squares = sum(loss * loss for loss in losses)
             product = sum(rise * loss for rise, loss in zip(rises, losses, strict=True))
-            prices.append(product / squares if squares else 0.0)
+            entry.price = product / squares if squares else 0.0
+    return _priced(entries, kept)
+
+
+def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) -> RankOf:
+    """The same at the prices that were measured for another plan of these weights."""
+    known = {row.name: row.price for row in plan.rows}
+    for entry in entries:
+        found = map(known.get, entry.weight.names)
+        entry.price = next((price for price in found if price is not None), None)
+        if entry.price is None:
+            raise ValueError(
+                f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which "
+                "it has a price, got one without; measure it, or exclude= it"
+            )
+    return _priced(entries, [entry.energies() for entry in entries])
+
+
+def _priced(entries: Sequence[Entry], kept: Sequence[torch.Tensor]) -> RankOf:
+    prices = [entry.price or 0.0 for entry in entries]
     # One that does not matter, or whose truncation helps, is still cut in the order of its energy.
     least = 1e-3 * max(max(prices, default=0.0), torch.finfo(torch.float32).tiny)
     return _greedy(entries, kept, [max(price, least) for price in prices])
@@ -159,7 +179,7 @@ class Goal:
     ratio: float | None = None
     energy: float | None = None
     tolerance: float | None = None
-    allocate: str | None = None
+    allocate: str | RankPlan | None = None
     evaluate: Evaluate | None = None
     progress: bool | None = None
 
@@ -175,9 +195,10 @@ class Goal:
         _check_share("ratio", self.ratio, below=True)
         _check_share("energy", self.energy, below=False)
         _check_share("tolerance", self.tolerance, below=False)
-        if self.allocate not in (None, *ALLOCATORS):
+        if not isinstance(self.allocate, RankPlan) and self.allocate not in (None, *ALLOCATORS):
             raise ValueError(
-                f"expected allocate to be one of {sorted(ALLOCATORS)}, got {self.allocate!r}"
+                f"expected allocate to be one of {sorted(ALLOCATORS)} or a plan by 'sensitivity', "
+                f"got {self.allocate!r}"
             )
         budget = self.ratio is not None or self.tolerance is not None
         if self.allocate is not None and not budget:
@@ -199,6 +220,8 @@ class Goal:
     @property
     def allocator(self) -> Allocator:
         """How the budget is divided."""
+        if isinstance(self.allocate, RankPlan):
+            return Allocator(partial(repeated, self.allocate), alike=False, measures=False)
         return ALLOCATORS[self.allocate or ALLOCATION]
 
     def loss(self, model: nn.Module) -> Loss | None:

@@ -51,6 +51,7 @@ class Entry:
         metric: makes the metric in which it is truncated, if the initialization is calibrated.
         note: what is remarkable about it.
         shift: what to add to its bias.
+        price: what the loss rises by for each share of its energy that is lost, if measured.
         floor: the lowest rank, in numbers of columns, that a budget may give it.
         shape, dense: the weight's shape and number of parameters; of a product, of its factors.
         there: the parametrization of a weight that is a product already, which stays as it is.
@@ -67,6 +68,7 @@ class Entry:
     metric: Callable[[], Metric] | None = None
     note: str | None = None
     shift: Tensor | None = None
+    price: float | None = None
     floor: int = 1
     shape: tuple[int, ...] = ()
     dense: int = 0
@@ -181,5 +183,5 @@ class Entry:
             row = PlanRow.of(name, shape, self.there, reason=remark)
             return replace(row, before=dense, made=None)
         if self.made is None:
-            return PlanRow(name, shape, before=dense, after=dense, reason=remark)
-        return PlanRow.of(name, shape, self.made, self.error, remark)
+            return PlanRow(name, shape, before=dense, after=dense, reason=remark, price=self.price)
+        return replace(PlanRow.of(name, shape, self.made, self.error, remark), price=self.price)
