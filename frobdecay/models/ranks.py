@@ -62,8 +62,8 @@ def plan_ranks(
         tolerance: instead of ``ratio``, the smallest that raises the loss of the dense model by
             this share of it at most.
         allocate: how a budget is divided: "fraction" (of min(m, n), one for all ranks), "uniform"
-            (one share of each weight's parameters), "energy" or "sensitivity", see
-            ``budget/allocation.py``; or a plan by "sensitivity", whose prices are taken again.
+            (one share of each weight's parameters), "energy", "sensitivity" or, for its prices, a
+            plan by "sensitivity" with the same ``init``; see ``budget/allocation.py``.
         evaluate: model -> loss, the lower the better; "sensitivity" and ``tolerance`` call it,
             with weights that are truncated, and restored afterwards, as are the model's mode and
             its buffers. It may change no parameter.
