@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from frobdecay.cli.read import Checkpoint
 from frobdecay.models.checkpoints.configs import config_entries, without_entries
-from frobdecay.models.checkpoints.files import write_torch
+from frobdecay.models.checkpoints.files import own_folder, sync, write_torch
 from frobdecay.models.checkpoints.folders import CONFIG, INDEX, NAMES, folder_of
 from frobdecay.models.checkpoints.records import HEADER, RECORDS_VERSION, factor_key
 from frobdecay.models.checkpoints.streams import Part, write_stream
@@ -79,15 +78,18 @@ def write(
     source = folder_of(checkpoint.path)
     assert source is not None
     parent = target.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=".frobdecay-", dir=parent) as temporary:
-        made = Path(temporary, target.name)
+    with own_folder(parent) as (temporary, _):
+        made = temporary / target.name
         shutil.copytree(source, made, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
         _write_files(made, files, records, checkpoint.tied)
         if (config := made / CONFIG).exists():
             content = without_entries(json.loads(config.read_text(encoding="utf-8")))
             content.update(config_entries({(names or {}).get(n, n): r for n, r in records.items()}))
             config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for written in (*made.rglob("*"), made):
+            sync(written)
         os.replace(made, target)
+        sync(parent)
 
 
 def _write_files(

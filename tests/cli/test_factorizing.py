@@ -1,8 +1,10 @@
 """``frobdecay factorize``: what it writes is what ``factorize`` makes."""
 
 import json
+import os
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -277,6 +279,28 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, case):
         err = _refused(capsys, "factorize", given, tmp_path / out, *arguments)
     assert re.search(message, err)
     assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_folder_is_written_as_files_are(tmp_path, capsys, monkeypatch):
+    """In a locked folder of its own, synchronized; what a killed run left there is gone."""
+    _folder(tmp_path / "dense", _net().state_dict())
+    killed = tmp_path / ".frobdecay-killed"
+    killed.mkdir()
+    (killed / ".frobdecay-lock").touch()
+    seen, synced, replace = [], [], os.replace
+
+    def replacing(old, new):
+        if Path(old).is_dir():
+            seen.extend(tmp_path.glob(".frobdecay-*/.frobdecay-lock"))
+        replace(old, new)
+
+    monkeypatch.setattr("frobdecay.cli.write.sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr("os.replace", replacing)
+    assert _run("factorize", tmp_path / "dense", tmp_path / "small", "--ratio", "0.5") == 0
+    assert len(seen) == 1
+    assert not [*tmp_path.glob(".frobdecay-*")]
+    assert {"model.safetensors.index.json", "tokenizer.json", "small"} < {*synced}
+    assert synced[-1] == tmp_path.name
 
 
 def test_a_folder_that_is_there_stays(tmp_path, capsys):

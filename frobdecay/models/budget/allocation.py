@@ -127,10 +127,9 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
 
 def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The same at the prices that were measured for another plan of these weights."""
-    known = {row.name: row.price for row in plan.rows}
+    known = {row.name: row.price for row in plan.rows if row.price is not None}
     for entry in entries:
-        found = map(known.get, entry.weight.names)
-        entry.price = next((price for price in found if price is not None), None)
+        entry.price = next((known[name] for name in entry.weight.names if name in known), None)
         if entry.price is None:
             raise ValueError(
                 f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which "

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def replacing(path: FilePath) -> Iterator[Path]:
     try:
         target = Path(os.path.realpath(os.fsdecode(path)))
         old = _writable(target)
-        with _own_folder(target.parent) as (folder, mode):
+        with own_folder(target.parent) as (folder, mode):
             temporary = folder / target.name
             yield temporary
             temporary.chmod(0o600)  # some umasks would keep us out
@@ -58,8 +58,7 @@ def replacing(path: FilePath) -> Iterator[Path]:
                     os.chown(temporary, old.st_uid, old.st_gid)
             temporary.chmod(stat.S_IMODE(mode if old is None else old.st_mode))
             os.replace(temporary, target)
-        with suppress(OSError):  # not every system can
-            _sync(target.parent)
+        sync(target.parent)
     except Exception as error:
         found = _os_error(error)
         if found is None:
@@ -114,7 +113,7 @@ def _is_utf8(name: str) -> bool:
 
 
 @contextmanager
-def _own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
+def own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
     """A folder for one save and the mode of new files; see Note [a folder for each save]."""
     _clean(parent)
     made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
@@ -136,12 +135,14 @@ def _clean(parent: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(path: Path) -> None:
+    """Have a file's content on the disk, and the names in a folder where the system can."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
