@@ -24,6 +24,45 @@ from frobdecay.product.product import Product, penalty
 LAMBDA = 0.05
 
 
+# --- factors of several dtypes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [None, 100.0])
+@pytest.mark.parametrize("make", [optim.SGD, optim.AdamW], ids=["SGD", "AdamW"])
+def test_each_product_is_decayed_in_its_own_dtype(make, bound):
+    """float32 and float64 side by side, of one shape, and in one product: a step of each alone."""
+    kinds = [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float64, torch.float32)]
+    shapes, generator = ((7, 3), (5, 3)), seeded(0)
+    shapes *= 2  # of the factors, and of their gradients
+    drawn = [
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for _ in kinds
+    ]
+
+    def stepped(chosen, dtypes):
+        found = []
+        for k, kind in zip(chosen, dtypes, strict=True):
+            pair = [
+                nn.Parameter(t.to(d, copy=True)) for t, d in zip(drawn[k][:2], kind, strict=True)
+            ]
+            for p, grad in zip(pair, drawn[k][2:], strict=True):
+                p.grad = 0.1 * grad.to(p.dtype)
+            found.append(Product.of(*pair, name=f"product {k}"))
+        params = [p for product in found for p in product.params]
+        base = make(params, lr=0.05, weight_decay=0.0)
+        FrobeniusDecay(base, found, decay=0.3, bound=bound).step()
+        return [p.detach() for p in params]
+
+    together = stepped([0, 1, 2], kinds)
+    assert [p.dtype for p in together] == [dtype for kind in kinds for dtype in kind]
+    exact = stepped([0, 1, 2], [(torch.float64,) * 2] * 3)
+    for ours, theirs in zip(together, exact, strict=True):
+        tolerance = 1e-12 if ours.dtype == torch.float64 and ours is not together[4] else 1e-5
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    alone = stepped([1], kinds[1:2])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together[2:4], alone, strict=True))
+
+
 # --- λ = 0 is the base optimizer, bit for bit ---------------------------------------------------
 
 OPTIMIZERS, samples_of = torch_table()

@@ -7,8 +7,19 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+import transformers
 from torch import nn
-from zoo import EXPERTS, GENERATES, MODELS, TIED, families, gpt2, logits
+from zoo import (
+    EXPERTS,
+    GENERATES,
+    MODELS,
+    NO_DROPOUT,
+    SMALL,
+    TIED,
+    families,
+    gpt2,
+    logits,
+)
 
 import frobdecay
 from frobdecay import factorize, merge, unroll
@@ -173,6 +184,50 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         model(**inputs).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["Deberta", "DebertaV2"])
+def test_weights_that_are_read_outside_of_a_checkpoint_are_read_inside(name, reentrant):
+    """DeBERTa hands its table of relative positions to layers that are run a second time."""
+    config = getattr(transformers, f"{name}Config")(
+        **SMALL,
+        **NO_DROPOUT,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=8,
+    )
+    ids, gradients = torch.arange(3, 13)[None], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForMaskedLM")(config).train()
+        factorize(model, rank=4)
+        assert any("rel_embeddings" in product.name for product in frobdecay.products(model))
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")  # of torch, as BitNet's module is imported
+@pytest.mark.parametrize("online", [False, True])
+def test_layers_that_round_their_weight_pass_the_gradient_on(online):
+    """BitNet's linear layer quantizes below autograd: the dense gradient G goes on as GV, GᵀU."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    torch.manual_seed(0)
+    layer = AutoBitLinear(32, 24, bias=True, online_quant=online)
+    factorize(layer, rank=8, include="weight")
+    dense, x = merge(copy.deepcopy(layer)), torch.randn(5, 32)
+    for each in (layer, dense):
+        each(x).square().sum().backward()
+    (product,) = frobdecay.products(layer)
+    U, V = product.params
+    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(U.grad, dense.weight.grad @ V.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(V.grad, dense.weight.grad.T @ U.detach(), rtol=1e-4, atol=1e-4)
+    assert float(U.grad.norm()) > 0
 
 
 @column("dtype, deepcopy")

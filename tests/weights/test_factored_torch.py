@@ -359,6 +359,25 @@ def test_transformer_encoder_equals_dense(include, grad):
     assert encoder[0].use_nested_tensor
 
 
+@pytest.mark.cpu("its rounded layers are of the CPU")
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no engine")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|quantize_fx|reduce_range|must not run observer)")
+def test_quantization_of_traced_graphs_sees_the_weight():
+    """torch.fx's observes it and puts rounded layers in place of the factored ones."""
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    factorize(model, rank=4)
+    x = torch.randn(64, 16)
+    with torch.no_grad():
+        observed = quantize_fx.prepare_fx(model, get_default_qconfig_mapping(), (x,))
+        observed(x)
+        rounded = quantize_fx.convert_fx(observed)(x)
+        assert 0 < (rounded - model(x)).abs().max() < 0.1 * model(x).abs().max()
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("blocks", [True, False])
 def test_recurrent_layers_never_use_a_stale_weight(kind, blocks):
