@@ -305,6 +305,18 @@ def test_what_the_script_for_devices_runs_can_be_run():
         assert jobs(name, preset, int(seeds), None, device="cuda", **graph), word
 
 
+@pytest.mark.parametrize("variant", VISION["compression"].presets["small"])
+def test_the_table_of_sizes_is_of_the_one_line(variant):
+    """``factorize(model, ratio=...)``, as the README calls it, gives the ranks that it measured."""
+    experiment = VISION["compression"]
+    protocol = experiment.presets["small"][variant]
+    ours, theirs = (MODELS[protocol.model](channels=3, classes=10) for _ in range(2))
+    frobdecay.factorize(ours, ratio=protocol.ratio)
+    KINDS["lowrank"](theirs, experiment.arms["sifd"], protocol)
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
 def test_trials_are_shared_between_variants():
     """A dense network is the same at every ratio: trained once, shown in each."""
     found = jobs("compression", "paper", 1)
