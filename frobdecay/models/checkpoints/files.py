@@ -138,7 +138,8 @@ def _clean(parent: Path) -> None:
 def sync(path: Path) -> None:
     """Have a file's content on the disk, and the names in a folder where the system can."""
     with suppress(OSError) if path.is_dir() else nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows writes out what is open for writing.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
