@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from frobdecay.algebra.reading import Matricization
 from frobdecay.models.budget.allocation import ALLOCATORS
 from frobdecay.models.budget.kept import ENDS, SMALL, floor
 from frobdecay.models.calibration.run import calibrate
@@ -68,6 +69,22 @@ def test_large_ends_are_factorized_and_small_weights_are_not():
     model = nn.Sequential(nn.Linear(100, 100), *small, nn.Linear(100, 100), nn.Linear(100, 100))
     reasons = _reasons(plan_ranks(model, ratio=0.2))
     assert reasons == {f"{k}.weight": "kept dense: among the smallest" for k in (1, 2, 3)}
+
+
+def test_weights_of_many_shapes_are_told_apart_by_their_hashes():
+    """A budget groups those that are read alike; none is compared with all of the others."""
+    model = nn.Sequential(*(nn.Linear(20 + k % 20, 20 + k // 20) for k in range(200)))
+    found, compared, equal = [], [], Matricization.__eq__
+
+    def counted(one, other):
+        compared.append((one, other))
+        return equal(one, other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Matricization, "__eq__", counted)
+        found.append(plan_ranks(model, ratio=0.5))
+    assert len(compared) < 10 * len(model)
+    assert found == [plan_ranks(model, ratio=0.5)]
 
 
 def test_the_rule_gives_way_to_the_budget():
