@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import statistics
 import tempfile
@@ -130,13 +131,21 @@ def _runs(size: int, files: dict[str, str]) -> dict[str, Run]:
 
 
 def _median(run: Run, rounds: int) -> float:
-    """Seconds of one call, of this process alone: a busy machine hardly counts."""
+    """Seconds of one call, of this process alone: a busy machine hardly counts.
+
+    As in ``timeit``, Python's garbage collector waits: it looks at all objects that there are.
+    """
     times = []
     for _ in range(rounds):
         made = run[0]()
-        start = time.process_time()
-        run[1](made)
-        times.append(time.process_time() - start)
+        gc.collect()
+        gc.disable()
+        try:
+            start = time.process_time()
+            run[1](made)
+            times.append(time.process_time() - start)
+        finally:
+            gc.enable()
     return statistics.median(times)
 
 
