@@ -211,7 +211,9 @@ def test_16_mixed(name, tmp_path):
     fit(ours, tmp_path, steps=4, plugins=[plugin])
     by_hand(plain, steps=4)
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+        # Of all numbers together: where a gradient is near 0, its sign, which is Adam's step, is
+        # decided by the last digit of fp16.
+        assert float((mine - theirs).detach().norm() / theirs.detach().norm()) < 3e-2
     assert ours.losses[-1] < ours.losses[0]
 
 
