@@ -10,7 +10,8 @@
 #     benchmarks/gpu.sh smoke --device cpu    # the same code in small, without a device
 #
 # Needs torch for CUDA and what `pip install '.[test]'` brings; installs nothing. FROBDECAY_DATA
-# names the directory of the experiments' data, FROBDECAY_OUT where their tables go.
+# names the directory of the experiments' data, FROBDECAY_OUT where their tables go, and
+# FROBDECAY_SECONDS how long they may take; FROBDECAY_WORKERS of them run side by side.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
@@ -32,17 +33,16 @@ done
 )
 failed=()
 for run in "${runs[@]}"; do
-    left=$((540 - SECONDS))
+    left=$((${FROBDECAY_SECONDS:-540} - SECONDS))
     ((left > 20)) || break
     IFS=: read -r name preset seeds <<<"$run"
     there=()
     case $run in
-        pretraining:*) ;;
-        *:small:* | *:fashion:*) there=(--device cuda --graph) ;;
+        pretraining:* | *:small:* | *:fashion:*) there=(--device cuda --graph) ;;
         *:cpu:*) there=(--device cuda) ;;
     esac
     timeout --kill-after=5 "$left" "$python" -m benchmarks.experiments "$name" --preset "$preset" \
-        --seeds "$seeds" --workers 8 "${there[@]}" "${options[@]}" || failed+=("$run")
+        --seeds "$seeds" --workers "${FROBDECAY_WORKERS:-8}" "${there[@]}" "${options[@]}" || failed+=("$run")
     cp -f "experiments-out/$name-$preset".{json,md,png} "$folder" 2>/dev/null
 done
 echo "$SECONDS s; not done: ${failed[*]:-none}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ class TranslationProtocol(Common):
     beam: int = 5
 
 
+_load = lru_cache(maxsize=1)(load_parallel)
+
+
 class TranslationTrial(Training):
     """Train one arm from one seed; arguments are those of ``Training``."""
 
@@ -93,9 +97,7 @@ class TranslationTrial(Training):
     ) -> None:
         super().__init__(out, arm, seed, protocol, key, after)
         self.bleu = _bleu()
-        self.text = load_parallel(
-            protocol.data, protocol.languages, protocol.vocabulary, protocol.limit
-        )
+        self.text = _load(protocol.data, protocol.languages, protocol.vocabulary, protocol.limit)
         sizes = [tokenizer.get_vocab_size() for tokenizer in self.text.tokenizers]
         head = protocol.width // protocol.heads
         options: dict[str, Any] = {
