@@ -318,7 +318,8 @@ class ImageTrial(Training):
         keep = self.protocol.ratio * self.dense_parameters - (self.dense_parameters - inside)
         amount = 1 - max(keep, 0) / inside
         self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        prune.global_unstructured(weights, prune.L1Unstructured, amount=amount)
+        with torch.no_grad():  # or it leaves a graph, which a capture on its own stream cannot join
+            prune.global_unstructured(weights, prune.L1Unstructured, amount=amount)
         self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.kept = 1 - amount * inside / self.dense_parameters
         self.optimizer = _optimizer(self.model, self.arm.decay, self.protocol, self.kept)

@@ -513,6 +513,7 @@ REPLAYED = pytest.mark.parametrize("name", ["dense", "sifd", "warmsifd25", "prun
 GRIDS = {**VISION["warmup"].arms, **VISION["compression"].arms}
 
 
+@pytest.mark.cpu("torch's default device: a protocol names its own")
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @REPLAYED

@@ -135,7 +135,9 @@ class Grouped:
         return parts
 
     def _int64(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
+        pin = self.device.type == "cuda"  # else the copy is waited for
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=pin)
+        return host.to(self.device, non_blocking=True)
 
     @_disable_dynamo
     def __call__(
