@@ -319,6 +319,12 @@ _ARMS = {
     "narrow": PretrainingArm(
         label="dense of as many parameters and flops, AdamW", peak=_ADAMW, narrow=True
     ),
+    "narrowmuon": PretrainingArm(
+        label="dense of as many parameters and flops, Muon",
+        peak=_MUON,
+        optimizer="muon",
+        narrow=True,
+    ),
     "lowrank": PretrainingArm(label="low-rank, AdamW", peak=_ADAMW, init="kaiming"),
 }
 
@@ -366,6 +372,12 @@ PRETRAINING = {
             Claim("so it does where that is Muon's", "spectron", "densemuon", 0.02, tuned="own"),
             Claim("Muon on the factors is not as good", "spectron", "muon", tuned="own"),
             Claim("and is better than a narrow dense one", "spectron", "narrow", tuned="own"),
+            Claim(
+                "Muon's factors are better than a narrow dense model by Muon",
+                "muon",
+                "narrowmuon",
+                tuned="own",
+            ),
         ),
         along="level",
         reference="dense",
