@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,8 +111,8 @@ def run_all(
     context = get_context("forkserver")  # which has imported what every trial needs
     context.set_forkserver_preload(["torch._dynamo", "benchmarks.experiments.catalogue"])
     queue = context.SimpleQueue()
-    most = 1 if fresh else None
-    pool = ProcessPoolExecutor(workers, context, _tell, (queue,), max_tasks_per_child=most)
+    pool = partial(ProcessPoolExecutor, mp_context=context, initializer=_tell, initargs=(queue,))
+    shared = None if fresh else pool(workers)
     with Progress(*columns, *times, disable=not progress) as bars:
         whole = bars.add_task("trials", total=len(todo))
         running: dict[Future[None], Job] = {}
@@ -128,7 +129,12 @@ def run_all(
                         _result(out, k).exists() for k in job.after
                     ):
                         todo.remove(job)
-                        running[pool.submit(run_one, job, out, threads)] = job
+                        # A pool for each trial: one that replaces its processes (by
+                        # max_tasks_per_child) can wait for a spare one for ever.
+                        one = shared or pool(1)
+                        running[one.submit(run_one, job, out, threads)] = job
+                        if one is not shared:
+                            one.shutdown(wait=False)
                         tasks[job.key] = bars.add_task(job.key, total=None)
                 if todo and not running:
                     raise RuntimeError(f"{todo[0].key} waits for {todo[0].after}, not to be run")
@@ -144,7 +150,8 @@ def run_all(
                     if error := future.exception():
                         failed[job.key] = error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if shared is not None:
+                shared.shutdown(wait=False, cancel_futures=True)
     if failed:
         said = "; ".join(f"{key} failed: {error}" for key, error in failed.items())
         first = next(iter(failed.values()))
