@@ -316,6 +316,13 @@ _ARMS = {
     "muon": PretrainingArm(
         label="low-rank + SI, Muon", peak=_MUON, optimizer="muon", init="spectral"
     ),
+    "muonfd": PretrainingArm(
+        label="SI & FD, Muon",
+        peak=_MUON,
+        optimizer="muon",
+        init="spectral",
+        decay="frobenius",
+    ),
     "narrow": PretrainingArm(
         label="dense of as many parameters and flops, AdamW", peak=_ADAMW, narrow=True
     ),
@@ -372,6 +379,7 @@ PRETRAINING = {
             Claim("so it does where that is Muon's", "spectron", "densemuon", 0.02, tuned="own"),
             Claim("Muon on the factors is not as good", "spectron", "muon", tuned="own"),
             Claim("and is better than a narrow dense one", "spectron", "narrow", tuned="own"),
+            Claim("FD helps Muon on the factors", "muonfd", "muon", tuned="own"),
             Claim(
                 "Muon's factors are better than a narrow dense model by Muon",
                 "muon",
