@@ -50,6 +50,7 @@ __all__ = [
     "script",
     "setup",
     "synchronize",
+    "words",
 ]
 
 WARM_UPS = 3
@@ -260,6 +261,11 @@ def described(module: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
+def words(text: str) -> list[str]:
+    """An argument that is some words, comma-separated."""
+    return text.split(",")
+
+
 def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """An argument that is some of the known names, comma-separated; none where it is empty.
 
@@ -268,7 +274,7 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """
 
     def read(text: str) -> list[str]:
-        found = text.split(",") if text else []
+        found = words(text) if text else []
         if unknown := [name for name in found if name not in known]:
             expected = f"expected some of {', '.join(known)}"
             raise argparse.ArgumentTypeError(f"{expected}, got {', '.join(unknown)}")
@@ -299,7 +305,7 @@ def add_names(
 
 def numbers(text: str) -> list[float]:
     """An argument that is numbers, comma-separated."""
-    return [float(word) for word in text.split(",")]
+    return [float(word) for word in words(text)]
 
 
 def parser(

@@ -45,6 +45,7 @@ from benchmarks.measure import (
     parser,
     provenance,
     setup,
+    words,
 )
 from benchmarks.report import environment
 from benchmarks.tasks import TASKS, Text
@@ -82,7 +83,7 @@ def _parser() -> Any:
     add("--text", action="append", required=True, metavar="NAME=PATH", help="twice for the other")
     add_names(made, "--parts", PARTS, "compress,cost")
     add_names(made, "--allocations", ALLOCATORS, "uniform,fraction")
-    add("--inits", type=lambda text: text.split(","), help="of spectral, calibrated:NAME; of all")
+    add("--inits", type=words, help="of spectral, calibrated:NAME; of all")
     add_names(made, "--arms", ARMS, "none,plain,fd,initial")
     add("--shares", type=numbers, default=[0.8, 0.6, 0.5, 0.35], help="default: %(default)s")
     add("--share", type=float, default=0.35, help="of cost and recover; default: %(default)s")

@@ -26,14 +26,10 @@ from benchmarks.experiments import tables, verdicts
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import run_all, share
 from benchmarks.experiments.verdicts import Judged, judge
-from benchmarks.measure import count, described
+from benchmarks.measure import count, described, words
 from benchmarks.report import environment
 
 __all__ = ["main"]
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     add("--seeds", type=count, default=3, help="default: %(default)s")
-    add("--arms", type=_names, help="some of them")
-    add("--variants", type=_names, help="some of the preset's, such as 'resnet8x2 0.1'")
+    add("--arms", type=words, help="some of them")
+    add("--variants", type=words, help="some of the preset's, such as 'resnet8x2 0.1'")
     add("--data", help="where the data is, in place of the preset's; benchmarks/README.md")
     add("--limit", type=count, help="training examples, in place of the preset's")
     add("--epochs", type=count, help="in place of the preset's")
