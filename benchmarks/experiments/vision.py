@@ -133,6 +133,9 @@ VISION: Mapping[str, Experiment] = {
             "dense": _DENSE,
             **_GRID,
             "matched": ImageArm(label="low-rank, of the dense norm", init="matched"),
+            "matchedfd": ImageArm(
+                label="low-rank, of the dense norm + FD", init="matched", decay="frobenius"
+            ),
             "pruned": ImageArm(label="magnitude pruning", kind="pruned"),
         },
         {
@@ -171,6 +174,8 @@ VISION: Mapping[str, Experiment] = {
             Claim("FD alone is below plain low-rank (one cell of Table 1)", "lowrank", "fd"),
             Claim("SI & FD is better than unstructured sparsity of that size", "sifd", "pruned"),
             Claim("SI is better than random factors of the dense norm", "si", "matched"),
+            Claim("FD helps random factors of the dense norm", "matchedfd", "matched"),
+            Claim("SI & FD is better than FD on those", "sifd", "matchedfd"),
         ],
     ),
     "rates": _Experiment(
