@@ -312,6 +312,13 @@ _ARMS = {
         init="spectral",
         decay="none",
     ),
+    "spectronfd": PretrainingArm(
+        label="SI & FD, Spectron",
+        peak=0.1,
+        optimizer="spectron",
+        init="spectral",
+        decay="frobenius",
+    ),
     "densemuon": PretrainingArm(label="dense, Muon", peak=_MUON, optimizer="muon", blind=("rank",)),
     "muon": PretrainingArm(
         label="low-rank + SI, Muon", peak=_MUON, optimizer="muon", init="spectral"
@@ -379,6 +386,7 @@ PRETRAINING = {
             Claim("so it does where that is Muon's", "spectron", "densemuon", 0.02, tuned="own"),
             Claim("Muon on the factors is not as good", "spectron", "muon", tuned="own"),
             Claim("and is better than a narrow dense one", "spectron", "narrow", tuned="own"),
+            Claim("FD helps Spectron's rule", "spectronfd", "spectron", tuned="own"),
             Claim("FD helps Muon on the factors", "muonfd", "muon", tuned="own"),
             Claim(
                 "Muon's factors are better than a narrow dense model by Muon",

@@ -44,7 +44,7 @@ def test_every_arm_trains_and_keeps_its_bound(key, protocol, tmp_path):
     assert len(result["looks"]["moved"]) == 8
     if arm.bound is not None:
         assert max(result["looks"]["moved"]) <= trial.peak * arm.bound * (1 + 1e-4)
-    if arm.optimizer == "spectron":
+    if arm.optimizer == "spectron" and arm.decay == "none":  # which comes on top
         assert max(result["looks"]["moved"]) <= trial.peak * 1.25**2
     assert (result["ratio"] == 1) == (arm.init is None and not arm.narrow)
     assert (result["shrinkage"] > 0) == (arm.decay != "none")
