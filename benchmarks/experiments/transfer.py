@@ -96,13 +96,17 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
     Returns:
         The ``matplotlib.figure.Figure``.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    run = {record["arm"] for record in records}
+    arms = {key: arm for key, arm in experiment.arms.items() if key in run}
+    colours = colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
     looks = any(record.get("looks") for record in records)
     drawn = Figure(figsize=(11, 4.6 * (1 + looks)), layout="constrained")
     panels, *below = drawn.subplots(1 + looks, 2, squeeze=False)
     larger = _validates_upwards(experiment)
-    for number, (key, arm) in enumerate(experiment.arms.items()):
+    for (key, arm), colour in zip(arms.items(), colours, strict=False):
         variants = {v: t for v, t in _by_variant(records, key).items() if v in axis}
         names = sorted(variants, key=axis.__getitem__)
         marked = best(records, key, larger)
@@ -117,7 +121,6 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
             means = [fmean(each) for each in values]
             errors = [stdev(e) / len(e) ** 0.5 if len(e) > 1 else 0.0 for e in values]
             places = [axis[name] for name in names]
-            colour = f"C{number}"
             panel.errorbar(places, means, errors, color=colour, label=arm.label, marker="o", ms=3)
             if marked in names:
                 at = names.index(marked)
