@@ -10,7 +10,7 @@ from torch import Tensor
 from frobdecay.algebra.contraction import plan
 from frobdecay.algebra.lowering import aligned
 from frobdecay.algebra.network import Network
-from frobdecay.algebra.precision import Views, accumulable
+from frobdecay.algebra.precision import Views, accumulable, full_precision
 
 
 def sharpness(network: Network, views: Views, batch: int) -> Tensor:
@@ -81,8 +81,9 @@ def norms_above(grams: Tensor) -> Tensor:
     unit = grams / top  # first, because the squares of large entries overflow
     size = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
     unit = unit / size.clamp_min(info.tiny)
-    fourth = torch.linalg.matrix_power(unit, 4)
-    eighth = fourth @ fourth
+    with full_precision(grams.device.type):  # in float16 the eighth power of many is 0
+        fourth = torch.linalg.matrix_power(unit, 4)
+        eighth = fourth @ fourth
     mean, square = (power.square().sum((-2, -1)) / r for power in (fourth, eighth))
     spread = (square - mean.square()).clamp_min(0) + 4 * info.eps * square
     largest = mean + ((r - 1) * spread).sqrt()

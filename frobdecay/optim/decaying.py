@@ -60,7 +60,7 @@ class Decay:
         self._repeated: set[int] = set()
         self._holding: set[int] = set()
         self._batched, self._moved = Batched(), Batched()  # parameters with increments; bounded
-        self._checked: object = None  # factors whose step can be bounded
+        self._checked: object = None  # of products, whether their steps are found to be boundable
 
     def state_dict(self) -> dict[str, Any]:
         """What products decay toward that were given initial factors."""
@@ -108,7 +108,7 @@ class Decay:
     def _locate(self, params: list[Tensor], groups: Sequence[Group]) -> None:
         """Find every factor's place in the groups."""
         where = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
-        self._params = params
+        self._params, self._checked = params, None
         self._groups_of = [where.get(id(param)) for param in params]
         self._unheld = [k for k, g in enumerate(self._groups_of) if g is None]
         times = Counter(map(id, params))
@@ -179,17 +179,18 @@ class Decay:
         Returns:
             None where no product has a limit.
         """
-        chosen = [None if g is None else limits[g] for g in self._groups_of]
-        trained = self.accumulator.trained
-        moving = [g is not None and t for g, t in zip(self._groups_of, trained, strict=True)]
-        own = [limit if moves else None for limit, moves in zip(chosen, moving, strict=True)]
+        every = zip(self._groups_of, self.accumulator.trained, self._params, strict=True)
+        # Optimizers go by gradients: one that was left when a factor was frozen moves it still.
+        moving = [g is not None and (t or p.grad is not None) for g, t, p in every]
+        pairs = zip(self._groups_of, moving, strict=True)
+        own = [limits[g] if g is not None and moves else None for g, moves in pairs]
         each = [smallest(row) for row in self.accumulator.rows(own)]
         bounded = [limit is not None for limit in each]
         if not any(bounded):
             return None
-        if self._checked != (self._params, bounded):
+        if self._checked != bounded:
             check_bounded([*compress(self.products, bounded)])
-            self._checked = self._params, bounded
+            self._checked = bounded
         return StepBound(self.accumulator, moving, each, self._moved)
 
     def check_bound(self, groups: Sequence[Group]) -> None:

@@ -307,6 +307,58 @@ def test_groups_of_one_product_give_the_smaller_bound():
     assert moved(product, optimizer) <= 1e-3 * (1 + 1e-6)
 
 
+def test_autocast_does_not_reach_the_norms():
+    """In float16 the eighth power of many equal values is 0, and no step would be too long."""
+    device = torch.get_default_device().type
+    tensors = [
+        nn.Parameter(torch.linalg.qr(torch.randn(n, 192, generator=seeded(n)))[0])
+        for n in (200, 256)
+    ]
+    product = Product.of(*tensors)
+    for make, within in (
+        (lambda: FrobeniusDecay(optim.SGD(tensors, lr=1.0), product, decay=0, bound=0.01), 0.01),
+        (lambda: Spectron(product, lr=0.01), 0.0125),
+    ):
+        optimizer = make()
+        with torch.autocast(device, dtype=torch.float16):
+            assert moved(product, optimizer) <= within * (1 + 1e-5)
+
+
+def test_other_parameters_in_the_places_of_the_factors_are_bounded():
+    """As Accelerate and FSDP2 put them into modules and groups."""
+    net = Net()
+    optimizer = FrobeniusDecay(
+        optim.SGD(net.parameters(), lr=0.1), net.products(), decay=0.1, bound=0.1
+    )
+    train(net, optimizer, 1)
+    swapped = {p: nn.Parameter(p.detach().clone()) for p in net.parameters()}
+    for name, param in list(net.named_parameters()):
+        setattr(net, name, swapped[param])
+    for group in optimizer.param_groups:
+        group["params"] = [swapped[param] for param in group["params"]]
+    net.zero_grad()
+    before = [product.materialize().detach().clone() for product in net.products()]
+    (100 * net.loss()).backward()
+    optimizer.step()
+    for product, dense in zip(net.products(), before, strict=True):
+        far = spectral_norm(product.materialize() - dense, product)
+        assert 0 < far <= 0.01 * (1 + 1e-6)
+
+
+def test_a_factor_that_was_frozen_with_a_gradient_is_bounded():
+    """Its gradient of zeros lets momentum move it on."""
+    product = PRODUCTS["pair"](torch.float64)
+    base = optim.SGD(product.params, lr=1.0, momentum=0.9)
+    optimizer = FrobeniusDecay(base, product, decay=0, bound=1e-3)
+    assert moved(product, optimizer) <= 1e-3 * (1 + 1e-6)
+    product.params[0].requires_grad_(False)
+    optimizer.zero_grad(set_to_none=False)
+    before = product.materialize().detach().clone()
+    optimizer.step()
+    far = spectral_norm(product.materialize() - before, product)
+    assert 0 < far <= 1e-3 * (1 + 1e-6)
+
+
 def test_half_precision_moves_in_expectation():
     """A step far below the resolution of bf16 is rounded stochastically, not lost."""
     torch.manual_seed(0)

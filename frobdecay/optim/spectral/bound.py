@@ -188,16 +188,8 @@ def _limits(
     products: Sequence[Product], limits: Sequence[Coefficient | None], like: Tensor
 ) -> Coefficient:
     """What the products of the factors alone may move by: one number, or (products, 1, …)."""
-    within = [
-        limit if product.scale == 1 else limit / abs(product.scale)
-        for product, limit in zip(products, limits, strict=True)
-        if limit is not None
-    ]
-    first = within[0]
-    if not isinstance(first, Tensor) and all(
-        not isinstance(limit, Tensor) and limit == first for limit in within
-    ):
-        return first
+    pairs = zip(products, limits, strict=True)
+    within = [b if p.scale == 1 else b / abs(p.scale) for p, b in pairs if b is not None]
     return together(within, like)
 
 
