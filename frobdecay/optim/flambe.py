@@ -92,7 +92,7 @@ class Flambe(Optimizer):
         model = model_or_products if isinstance(model_or_products, nn.Module) else None
         version = VERSION.value
         found = [] if model_or_products is None else find_products(model_or_products)
-        self._engine: Decay | None = None  # while torch adds the groups
+        self._engine, self._backend = Decay(found, backend), backend
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -103,9 +103,6 @@ class Flambe(Optimizer):
         }
         super().__init__(params, defaults)
         check_membership(found, self.param_groups, model)
-        plan_groups(self, self.param_groups, found, None, "decoupled")
-        self._engine = Decay(found, backend)
-        self._backend = backend
         self._rounder = StochasticRounder()
         self._model = None if model is None else weakref.ref(model)
         self._version = version
@@ -113,7 +110,7 @@ class Flambe(Optimizer):
     @property
     def products(self) -> list[Product]:
         """The products that decay."""
-        return [] if self._engine is None else list(self._engine.products)
+        return list(self._engine.products)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group.
@@ -128,14 +125,12 @@ class Flambe(Optimizer):
         where = f"param group {len(self.param_groups)}"
         _check_options({**self.defaults, **param_group}, where)
         super().add_param_group(param_group)
-        if self._engine is not None:
-            try:
-                index = len(self.param_groups) - 1
-                added = self.param_groups[-1:]
-                plan_groups(self, added, self.products, None, "decoupled", first=index)
-            except Exception:
-                del self.param_groups[-1]
-                raise
+        try:
+            index, added = len(self.param_groups) - 1, self.param_groups[-1:]
+            plan_groups(self, added, self.products, None, "decoupled", first=index)
+        except Exception:
+            del self.param_groups[-1]
+            raise
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -176,7 +171,6 @@ class Flambe(Optimizer):
     def _decays(self) -> dict[int, Tensor]:
         """λ·∇½‖W‖² of the factors as they are now, by the id of the parameter."""
         engine = self._engine
-        assert engine is not None
         if not engine.products:
             return {}
         holding = engine.find(self.param_groups)
@@ -239,8 +233,9 @@ class Flambe(Optimizer):
     # --- checkpoints, copies --------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, and the state of the rounding under ``"frobdecay"``."""
-        return {**super().state_dict(), _KEY: self._rounder.state_dict()}
+        """Return torch's, and under ``"frobdecay"`` rounding and what products decay toward."""
+        ours = self._rounder.state_dict() | self._engine.state_dict()
+        return {**super().state_dict(), _KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, or the state of a LAMB with the same keys.
@@ -249,13 +244,17 @@ class Flambe(Optimizer):
             state_dict: is not changed.
 
         Raises:
-            ValueError: of another model, or of another version of frobdecay. Nothing was changed.
+            ValueError: of another model, or of another version of frobdecay, or of products that
+                decay toward something else. Nothing was changed.
         """
-        rounder = StochasticRounder()
-        if _KEY in state_dict:
-            rounder.load_state_dict(state_dict[_KEY])
+        rounder, ours = StochasticRounder(), state_dict.get(_KEY)
+        initial = self._engine.fitting(ours)
+        if ours is not None:
+            rounder.load_state_dict(ours)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != _KEY})
         self._rounder = rounder
+        for factor, own in initial:
+            factor.copy_(own)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(saved, params, strict=True):

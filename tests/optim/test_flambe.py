@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import frobdecay
 from frobdecay import Flambe, FrobeniusDecay
 from frobdecay.product.product import Product
+from frobdecay.product.toward import toward
 
 OPTIONS = {
     "defaults": {},
@@ -482,6 +483,30 @@ def test_half_precision_moves_in_expectation():
     Flambe([weight], lr=1e-4, weight_decay=0.0).step()
     assert weight.dtype == torch.bfloat16
     assert abs(weight.detach().float().mean().item() - (1 - 1e-4)) < 3e-5
+
+
+def test_training_is_resumed_toward_the_first_weight():
+    """Products that decay toward what they were do so after loading, or there is a word."""
+    net = Net()
+
+    def made(model):
+        found = toward(model.products(), "initial")
+        return Flambe(model.parameters(), found, lr=0.1, weight_decay=1.0)
+
+    optimizer = made(net)
+    run(net, optimizer, 2)
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    resumed = made(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_identical(run(other, resumed, 2), run(net, optimizer, 2))
+    plain = Flambe(net.parameters(), net.products()).state_dict()
+    with pytest.warns(UserWarning, match="no initial factors, so first"):
+        resumed.load_state_dict(plain)
+    before = copy.deepcopy(plain)
+    with pytest.raises(ValueError, match="expected initial factors of the 0 products"):
+        Flambe(net.parameters(), net.products()).load_state_dict(optimizer.state_dict())
+    assert_identical(plain, before)
 
 
 def test_copies_go_on_alike():
