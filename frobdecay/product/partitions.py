@@ -56,7 +56,7 @@ def refusal_of_optimizer(optimizer: Any) -> str | None:
 def refusal_of_division(optimizer: Optimizer) -> str | None:
     """Say why the param groups of an optimizer cannot be divided any more; None if they can."""
     if not _is_zero1(optimizer):
-        return None
+        return getattr(optimizer, "why_undivided", None)
     return (
         "it has partitioned its param groups already; give the factors a group of their own when "
         "building it, as in ZeroRedundancyOptimizer([{'params': others}, {'params': factors}], …)"

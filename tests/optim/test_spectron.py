@@ -197,6 +197,28 @@ def test_refused():
     assert_identical([*product.params], before)
 
 
+def test_factors_that_are_in_half_precision_later_are_refused():
+    """As model.bfloat16() makes them; nothing is changed."""
+    product = PRODUCTS["pair"](torch.float32)
+    optimizer = Spectron(product)
+    for param in product.params:
+        param.data = param.data.bfloat16()
+        param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"expected factors in float32 or float64, got torch.bf"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_its_group_is_not_divided():
+    """Where some of its factors would keep their weight decay; without, there is no need to."""
+    net = Net()
+    with pytest.raises(ValueError, match=r"group 0 of Spectron, got both: it steps in one"):
+        FrobeniusDecay(Spectron(net.products(), weight_decay=0.1), net.products()[:1])
+    optimizer = FrobeniusDecay(Spectron(net.products()), net.products()[:1], decay=0.1)
+    net.loss().backward()
+    optimizer.step()
+
+
 def test_schedulers_take_it():
     """It is a torch optimizer."""
     product = PRODUCTS["pair"](torch.float64)

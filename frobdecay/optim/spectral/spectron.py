@@ -104,6 +104,8 @@ class Spectron(Optimizer):
         TypeError: factors in half precision, which steps are too small for.
     """
 
+    why_undivided = "it steps in one: wrap it for all of its products, or with weight_decay=0"
+
     def __init__(
         self,
         model_or_products: nn.Module | Product | Iterable[Product],
@@ -128,16 +130,9 @@ class Spectron(Optimizer):
             "decoupled_weight_decay": True,
         }
         _check(defaults)
+        _check_dtypes(found)
         # Frozen ones too: they train once they have gradients.
         params = {id(p): p for product in found for p in product.params}
-        for product in found:
-            for param in product.params:
-                if param.dtype in HALF:
-                    raise TypeError(
-                        f"{product.name}: expected factors in float32 or float64, got "
-                        f"{param.dtype}: a step is near the resolution of half precision; keep "
-                        "the parameters in float32 and compute under autocast"
-                    )
         super().__init__(params.values(), defaults)
 
     @property
@@ -170,6 +165,7 @@ class Spectron(Optimizer):
 
         Raises:
             ValueError: an option out of its range. Nothing was changed then.
+            TypeError: factors that are in half precision by now. Nothing was changed then.
         """
         loss = None
         if closure is not None:
@@ -179,6 +175,8 @@ class Spectron(Optimizer):
         _check(group)
         engine = self._engine
         params = engine.refresh()
+        if any(param.dtype in HALF for param in params):
+            _check_dtypes(engine.products)
         momenta = self._momenta(group)
         like = [momenta.get(id(param), param) for param in params]
         held, seen = engine.held(), engine.seen(like)
@@ -215,12 +213,8 @@ class Spectron(Optimizer):
 
     def _rates(self, norms: dict[int, Tensor], moving: list[bool], group: Group) -> list[Tensor]:
         """ρ of every factor, (*batch): those of one product have the same."""
-        rows = zip(
-            self._engine.products,
-            self._engine.rows([norms[k] for k in range(len(moving))]),
-            self._engine.rows(moving),
-            strict=True,
-        )
+        engine, each = self._engine, [norms[k] for k in range(len(moving))]
+        rows = zip(engine.products, engine.rows(each), engine.rows(moving), strict=True)
         found: list[Tensor] = []
         for product, sizes, moves in rows:
             one = torch.ones_like(sizes[0])
@@ -249,3 +243,14 @@ def _check(group: Group) -> None:
         raise ValueError(f"expected momentum in [0, 1), got {group['momentum']!r}")
     if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
         raise ValueError(f"expected ns_steps to be 1 or more, got {group['ns_steps']!r}")
+
+
+def _check_dtypes(products: Iterable[Product]) -> None:
+    """Refuse factors in half precision, by the name of the product."""
+    for product in products:
+        if half := [param.dtype for param in product.params if param.dtype in HALF]:
+            raise TypeError(
+                f"{product.name}: expected factors in float32 or float64, got {half[0]}: a step is "
+                "near the resolution of half precision; keep the parameters in float32 and compute "
+                "under autocast"
+            )
