@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
 from frobdecay.optim.conventions import (
@@ -66,10 +67,10 @@ def check_arguments(optimizer: Any, decay: Any, mode: Any, bound: Any = None) ->
 
 
 def _is_wrapped(optimizer: Optimizer) -> bool:
-    """Whether a FrobeniusDecay is this optimizer or one inside it, as in a Lookahead."""
+    """Whether a FrobeniusDecay is this optimizer or one inside it, as in a Lookahead or a list."""
     if isinstance(optimizer, OptimizerProxy):
         return True
-    inside = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    inside = (value for value in tree_leaves(vars(optimizer)) if isinstance(value, Optimizer))
     return any(_is_wrapped(value) for value in inside if value is not optimizer)
 
 

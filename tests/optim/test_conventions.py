@@ -218,7 +218,9 @@ def test_a_wrapped_optimizer_is_found_inside_another():
     """Around(FrobeniusDecay(base)) decays already."""
     net = Net()
     inside = FrobeniusDecay(Unknown(net.parameters()), net.products(), mode="coupled")
-    for optimizer in (inside, Around(inside), Around(Around(inside))):
+    several = Around(Unknown(net.parameters()))
+    several.others = {"factors": [inside]}
+    for optimizer in (inside, Around(inside), Around(Around(inside)), several):
         with pytest.raises(ValueError, match="would decay twice"):
             FrobeniusDecay(optimizer, net.products(), mode="coupled")
 
