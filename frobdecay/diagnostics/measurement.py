@@ -147,10 +147,7 @@ class Measurement:
         return iter(self.products)
 
     def __getitem__(self, name: str) -> ProductMeasurement:
-        for product in self.products:
-            if product.name == name:
-                return product
-        raise KeyError(name)
+        return {product.name: product for product in self.products}[name]
 
     def total(self, quantity: str) -> float:
         """Return one quantity over the model.
@@ -253,16 +250,17 @@ def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float |
         if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor | None):
             raise TypeError(f"expected lr to be a number or an optimizer, got {type(lr).__name__}")
         return [None if lr is None else float(lr)] * len(products)
-    held = {id(p): group["lr"] for group in lr.param_groups for p in group["params"]}
+    held = {id(p): group.get("lr") for group in lr.param_groups for p in group["params"]}
     rates: list[float | None] = []
     for product in products:
-        found = [float(held[id(p)]) for p in product.params if id(p) in held]
+        found = [held[id(p)] for p in product.params if id(p) in held]
         if not found and any(param.requires_grad for param in product.params):
             raise ValueError(
                 f"{product.name}: expected an optimizer that holds its factors, got one that "
                 "holds none of them; build the optimizer after factorizing the model"
             )
-        rates.append(fmean(found) if found else None)  # of what is frozen
+        known = [float(rate) for rate in found if rate is not None]
+        rates.append(fmean(known) if known else None)  # of what is frozen, or has no lr
     return rates
 
 
@@ -272,7 +270,7 @@ def _decays(products: Sequence[Product], lr: LearningRate | None) -> list[float 
     held = {
         id(p): float(group["lr"]) * float(group[DECAY])
         for group in groups
-        if DECAY in group
+        if DECAY in group and group.get("lr") is not None
         for p in group["params"]
     }
     return [max((held[id(p)] for p in q.params if id(p) in held), default=None) for q in products]

@@ -294,16 +294,12 @@ class Recorder:
 
 def _norms(products: Sequence[Product]) -> list[float]:
     """‖W‖_F of all products, with one transfer from each device."""
-    by_device: dict[torch.device, list[int]] = {}
     norms = [product_norm(itself(product)).detach() for product in products]
-    for k, norm in enumerate(norms):
-        by_device.setdefault(norm.device, []).append(k)
-    found = [nan] * len(norms)
-    for members in by_device.values():
-        values = torch.stack([norms[k].double() for k in members]).tolist()
-        for k, value in zip(members, values, strict=True):
-            found[k] = value
-    return found
+    found = {
+        device: iter(torch.stack([n.double() for n in norms if n.device == device]).tolist())
+        for device in {norm.device for norm in norms}
+    }
+    return [next(found[norm.device]) for norm in norms]
 
 
 _LEGEND = 8  # as many products as a legend can name without hiding the lines

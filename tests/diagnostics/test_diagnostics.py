@@ -252,6 +252,22 @@ def test_lr_is_read_off_the_groups_of_an_optimizer(two):
     assert measured["b"].effective_step == near(1.0 / 4)
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": None}])
+def test_an_optimizer_without_a_learning_rate_is_measured_without(options):
+    """Some compute it themselves, as Adafactor of transformers does."""
+    factors = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4, 2))]
+
+    class Relative(torch.optim.Optimizer):
+        def __init__(self):
+            super().__init__(factors, {"weight_decay": 0.1, **options})
+
+    product = Product.of(*factors, name="a")
+    optimizer = FrobeniusDecay(Relative(), product, mode="coupled")
+    (found,) = measure(product, optimizer)
+    assert found.effective_step is None
+    assert found.decay_step is None
+
+
 def test_dict_holds_plain_floats_for_loggers(two):
     """Every value is a Python float, its key a path for TensorBoard's grouping."""
     numbers = measure(two, lr=0.1).as_dict("train")
