@@ -139,15 +139,19 @@ def _blocks(matrix: Tensor) -> Sequence[Tensor]:
 class _Times(Function):
     """W X without a copy of W, in either direction and any number of times."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, x: Tensor) -> Tensor:
+    def forward(matrix: Tensor, x: Tensor) -> Tensor:
         """Multiply block by block, in the dtype of X."""
-        ctx.save_for_backward(matrix, x)
-        if matrix.dtype == x.dtype:
-            return matrix @ x
         blocks = _blocks(matrix)
         xs = torch.split(x, len(blocks[0])) if matrix.ndim > 2 else [x] * len(blocks)
         return torch.cat([block.to(x.dtype) @ part for block, part in zip(blocks, xs, strict=True)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep what is there anyway."""
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -158,5 +162,7 @@ class _Times(Function):
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    if matrix.dtype == x.dtype:
+        return matrix @ x
     product: Tensor = _Times.apply(matrix, x)  # type: ignore[no-untyped-call]
     return product

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 TABLE = "_parameters"  # in a module's attributes
 
@@ -65,7 +66,7 @@ class Factor:
             seen = tensor
         else:
             seen = self._arranged(tensor, self.pattern)
-            if seen.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            if _memory(seen) != _memory(tensor):
                 raise ValueError(
                     f"expected the pattern {self.pattern!r} to be a view of {self.attribute!r}, "
                     f"but with shape {tuple(tensor.shape)} and strides {tensor.stride()} it "
@@ -87,12 +88,9 @@ class Factor:
     def outline(self) -> Tensor:
         """The view of the parameter; of a sharded one, its shape without numbers (meta device)."""
         param = self.param
-        known = (
-            torch.empty(param.shape, dtype=param.dtype, device="meta")
-            if is_sharded(param)
-            else param
-        )
-        return self.view(known)
+        if is_sharded(param):
+            param = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        return self.view(param)
 
 
 Seen = dict[int, list[tuple[str, Factor]]]
@@ -123,6 +121,12 @@ def _apart(one: Factor, other: Factor) -> bool:
         for index in (one.index, other.index)
     )
     return stop <= other_start or other_stop <= start
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """The address of what a tensor is a view of; None where torch.func transforms it."""
+    transformed = is_functorch_wrapped_tensor(tensor)
+    return None if transformed else tensor.untyped_storage().data_ptr()
 
 
 class _Attributes:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frobdecay import FrobeniusDecay, balance_
 from frobdecay.algebra.network import cp
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.diagnostics import measure
 from frobdecay.gradient.penalty import add_penalty_grad_
 from frobdecay.product import find
@@ -197,6 +198,35 @@ def test_half_precision_accumulates_in_float32():
     plain = squared_norm(wide)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert torch.equal(squared_norm(wide), plain)
+
+
+ARRANGED = {
+    "a pattern": (),
+    "W₀": (torch.float64,),
+    "W₀ in half precision": (torch.bfloat16,),
+}
+
+
+@pytest.mark.parametrize("dtypes", ARRANGED.values(), ids=ARRANGED)
+def test_transforms_of_torch_func_go_through_the_penalty(dtypes):
+    """Factors seen through a pattern, and beside a W₀, against the dense product."""
+    U, V = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((6, 2), (2, 5)))
+    base = [torch.randn(6, 5).to(dtype) for dtype in dtypes]
+    structure = Shifted((0.5,)) if base else None
+
+    def ours(u, v):
+        patterns = [None] * len(base) + [None, "r n -> n r"]
+        return penalty(Product.of(*base, u, v, patterns=patterns, structure=structure), 0.3)
+
+    def exact(u, v):
+        return 0.15 * ((base[0].double() + 0.5 * u @ v) if base else u @ v).square().sum()
+
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(U[0], V[0]),
+        lambda f: torch.func.vmap(torch.func.grad(f, (0, 1)))(U, V),
+        lambda f: torch.func.jacrev(torch.func.grad(f, (0, 1)), (0, 1))(U[0], V[0]),
+    ):
+        torch.testing.assert_close(transform(ours), transform(exact))
 
 
 def test_no_tensor_of_the_dense_shape_is_allocated_at_low_rank():
