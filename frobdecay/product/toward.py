@@ -26,6 +26,21 @@ from frobdecay.product.product import Product
 Toward = Literal["initial"] | nn.Module | Mapping[str, Tensor]
 
 
+class Beside:
+    """The owner of a constant, which goes where a factor is moved to: to its device."""
+
+    def __init__(self, tensor: Tensor, factor: Factor) -> None:
+        self._held, self._factor = tensor, factor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The constant; while the factor has no numbers (meta), it stays where it is."""
+        device = self._factor.param.device
+        if device != self._held.device and device.type != "meta":
+            self._held = self._held.to(device)
+        return self._held
+
+
 @dataclass(frozen=True)
 class FromDense(Shifted):
     """W₀ − U Vᵀ: norm and gradients of U and V are those of U Vᵀ − W₀."""
@@ -87,7 +102,7 @@ def _kept(factor: Factor) -> Factor:
     param = factor.param.detach()
     if is_sharded(param):
         return replace(factor, owner=Bare(param.clone()), attribute="tensor")
-    return Factor(Bare(factor.view(param).contiguous().clone()), "tensor")
+    return Factor(Beside(factor.view(param).contiguous().clone(), factor), "tensor")
 
 
 def _toward_weight(product: Product, weight: Any) -> Product:
@@ -122,8 +137,7 @@ def _toward_weight(product: Product, weight: Any) -> Product:
             f"{name}: expected a dense weight of shape {tuple(parametrization.shape)}, got "
             f"{tuple(weight.shape)}"
         )
-    device = product.params[0].device
-    matrix = Factor(Bare(view.matrix(weight.detach()).to(device)), "tensor")
+    matrix = Factor(Beside(view.matrix(weight.detach()), product.factors[0]), "tensor")
     return replace(product, factors=(matrix, *product.factors), structure=FromDense())
 
 

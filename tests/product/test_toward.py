@@ -2,6 +2,7 @@
 
 import copy
 import io
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from frobdecay import FrobeniusDecay, LowRank, Product, factorize, penalty, prod
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.product.product import squared_norm
-from frobdecay.product.toward import toward
+from frobdecay.product.toward import Beside, toward
 
 
 def moved(parameters, by=0.3):
@@ -213,6 +214,34 @@ def test_a_step_decays_toward_the_initial_weight(kind):
                 p -= 0.1 * 0.2 * slope
     for p, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, other)
+
+
+@pytest.mark.parametrize("kind", ["initial", "dense"])
+def test_what_they_decay_toward_goes_where_the_factors_go(kind):
+    """To the device that the model is moved to after its products were listed."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(12, 8, dtype=torch.float64, device="cpu"))
+    model = copy.deepcopy(dense)
+    factorize(model, rank=2)
+    found = products(model, toward=kind if kind == "initial" else dense)
+    moved(model.parameters())
+    expected = penalty(found, 1.0)
+    model.to(torch.get_default_device())
+    torch.testing.assert_close(penalty(found, 1.0).cpu(), expected.cpu())
+    constants = [f.owner for p in found for f in p.factors if isinstance(f.owner, Beside)]
+    assert len(constants) == (2 if kind == "initial" else 1)
+
+
+def test_a_constant_is_moved_once_and_not_to_where_nothing_is_kept():
+    """Without an accelerator: to another device it goes, to meta it does not."""
+    there, elsewhere, meta = (torch.device(kind) for kind in ("cpu", "cuda:7", "meta"))
+    held, factor = Mock(device=there), Mock(param=Mock(device=meta))
+    constant = Beside(held, factor)
+    assert constant.tensor is held
+    factor.param.device = elsewhere
+    held.to.return_value.device = elsewhere
+    assert constant.tensor is constant.tensor is held.to.return_value
+    held.to.assert_called_once_with(elsewhere)
 
 
 def trained(model, optimizer, steps):
