@@ -176,8 +176,7 @@ class Recorder:
             for product, table in zip(self.products, self.history.values(), strict=True)
             if quantity != "departure" or itself(product) is not product
         ]
-        columns = zip(*tables, strict=True)
-        return [total(quantity, column) for column in columns]
+        return [total(quantity, column) for column in zip(*tables, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain numbers, for a checkpoint."""

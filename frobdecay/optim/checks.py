@@ -19,7 +19,7 @@ from frobdecay.optim.conventions import (
     refusal_of_decoupled,
 )
 from frobdecay.optim.division import Division, plan_division
-from frobdecay.optim.proxy import OptimizerProxy
+from frobdecay.optim.proxy import OptimizerProxy, was_wrapped
 from frobdecay.optim.rates import Group, check_bound, has_weight_decay, is_zero, known_value
 from frobdecay.product.find import products as products_of
 from frobdecay.product.names import factor_name
@@ -227,12 +227,10 @@ def plan_groups(
 ) -> list[Division]:
     """Plan the division of groups, the first of which has the index ``first``."""
     factors = {id(param) for product in products for param in product.params}
-    layout = []
+    layout, modes = [], {"own_first": own_first, "again": not own_first and was_wrapped(optimizer)}
     for k, group in enumerate(groups, first):
         where = f"param group {k}"
-        division = plan_division(
-            group, lambda param: id(param) in factors, decay, where, own_first=own_first
-        )
+        division = plan_division(group, lambda param: id(param) in factors, decay, where, **modes)
         if division.split and (reason := refusal_of_division(optimizer)):
             raise ValueError(
                 f"expected only factors, or none, in {where} of {type(optimizer).__name__}, got "

@@ -142,6 +142,7 @@ def plan_division(
     where: str,
     *,
     own_first: bool = False,
+    again: bool = False,
 ) -> Division:
     """Say what has to become of a param group, changing nothing.
 
@@ -152,6 +153,8 @@ def plan_division(
             that, its ``weight_decay``.
         where: what messages call the group.
         own_first: whether the group's own ``frobenius_decay`` goes before ``decay``.
+        again: whether a wrapper has divided the groups before: of one with a weight decay, which
+            held no factors then, ``frobenius_decay`` says nothing of those that it holds now.
 
     Raises:
         ValueError, TypeError: the λ to take over is negative or no number; names the group.
@@ -159,7 +162,8 @@ def plan_division(
     flags = tuple(is_factor(param) for param in group["params"])
     if not any(flags):
         return Division(flags, False, group.get(DECAY, 0.0), False)
-    if DECAY in group and (decay is None or own_first):
+    said = DECAY in group and not (again and has_weight_decay(group))
+    if said and (decay is None or own_first):
         coef, taken, what = group[DECAY], False, DECAY
     elif decay is not None:
         coef, taken, what = decay, False, "decay"

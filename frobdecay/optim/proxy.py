@@ -66,6 +66,11 @@ class _Bypass:
                 return
 
 
+def was_wrapped(optimizer: Optimizer) -> bool:
+    """Whether a proxy has been put around an optimizer before."""
+    return any(isinstance(h, _Bypass) for h in vars(optimizer).get(_HOOKS[0], {}).values())
+
+
 class OptimizerProxy(Optimizer):
     """Stand in front of an optimizer.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.precision import HALF
+from frobdecay.algebra.precision import HALF, common_dtype
 from frobdecay.algebra.scaling import power_of_two
 from frobdecay.gradient.flat import Batched, Layout
 from frobdecay.gradient.placement import part_number, part_of
@@ -200,12 +200,14 @@ class Increments:
         """The parameters' buffers, zero at first."""
         new = [param for param in {id(p): p for p in params}.values() if id(param) not in self._of]
         for param in filter(is_sharded, new):
-            zeros = torch.zeros_like(param, dtype=_exact(param), requires_grad=False)
+            zeros = torch.zeros_like(param, dtype=common_dtype([param]), requires_grad=False)
             self._of[id(param)] = param, zeros
         plain = [param for param in new if not is_sharded(param)]
         for batch, layout in self._batched.of(plain):
             alike = [plain[k] for k in batch]
-            zeros = torch.zeros(layout.entries, dtype=_exact(alike[0]), device=alike[0].device)
+            zeros = torch.zeros(
+                layout.entries, dtype=common_dtype(alike[:1]), device=alike[0].device
+            )
             self._of.update(
                 zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)
             )
@@ -220,7 +222,3 @@ class Increments:
         if others:
             torch._foreach_add_([param for param, _ in others], [buffer for _, buffer in others])
         rounder.add_([param for param, _ in half], [buffer for _, buffer in half])
-
-
-def _exact(param: Tensor) -> torch.dtype:
-    return torch.float32 if param.dtype in HALF else param.dtype

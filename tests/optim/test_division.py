@@ -156,6 +156,20 @@ def test_wrapping_again_keeps_the_coefficient():
     assert options(again, "weight_decay", "frobenius_decay") == [(3, LAMBDA, 0.0), (4, 0.0, LAMBDA)]
 
 
+@pytest.mark.parametrize("before", [slice(0, 1), slice(1, 2)])
+def test_wrapping_again_takes_the_weight_decay_of_further_products(before):
+    """What held none of the first wrapper's factors has its weight decay still, and no λ."""
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.02)
+    FrobeniusDecay(base, net.products()[before])
+    optimizer = FrobeniusDecay(base, net.products())
+    factors = {id(param) for param in net.factors()}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            decays = (0.0, 0.02) if id(param) in factors else (0.02, 0.0)
+            assert (group["weight_decay"], group["frobenius_decay"]) == decays
+
+
 def test_a_product_listed_twice_decays_once():
     """The products of a model and of a part of it overlap."""
     net, twin = Net(), Net()
