@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from frobdecay.algebra.precision import Coefficient, check_coefficient
-from frobdecay.optim.rates import BOUND, DECAY, Group, has_weight_decay, known_value
+from frobdecay.optim.rates import BOUND, DECAY, Group, has_weight_decay, is_zero, known_value
 
 _PER_PARAMETER = ("params", "param_names")
 
@@ -153,8 +153,8 @@ def plan_division(
             that, its ``weight_decay``.
         where: what messages call the group.
         own_first: whether the group's own ``frobenius_decay`` goes before ``decay``.
-        again: whether a wrapper has divided the groups before: of one with a weight decay, which
-            held no factors then, ``frobenius_decay`` says nothing of those that it holds now.
+        again: whether a wrapper has divided the groups before: one with a weight decay held no
+            factors then, and a ``frobenius_decay`` of 0 says nothing of those that it holds now.
 
     Raises:
         ValueError, TypeError: the λ to take over is negative or no number; names the group.
@@ -162,8 +162,8 @@ def plan_division(
     flags = tuple(is_factor(param) for param in group["params"])
     if not any(flags):
         return Division(flags, False, group.get(DECAY, 0.0), False)
-    said = DECAY in group and not (again and has_weight_decay(group))
-    if said and (decay is None or own_first):
+    left = again and has_weight_decay(group) and is_zero(group.get(DECAY, 0.0))
+    if DECAY in group and not left and (decay is None or own_first):
         coef, taken, what = group[DECAY], False, DECAY
     elif decay is not None:
         coef, taken, what = decay, False, "decay"
