@@ -170,6 +170,18 @@ def test_wrapping_again_takes_the_weight_decay_of_further_products(before):
             assert (group["weight_decay"], group["frobenius_decay"]) == decays
 
 
+def test_wrapping_again_keeps_a_coefficient_that_was_given_meanwhile():
+    """To the group that the first wrapper left its weight decay, for products to come."""
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.02)
+    FrobeniusDecay(base, net.products()[:1])
+    base.param_groups[0]["frobenius_decay"] = 0.5
+    further = {id(param) for product in net.products()[1:] for param in product.params}
+    for group in FrobeniusDecay(base, net.products()).param_groups:
+        if further & {id(param) for param in group["params"]}:
+            assert group["frobenius_decay"] == 0.5
+
+
 def test_a_product_listed_twice_decays_once():
     """The products of a model and of a part of it overlap."""
     net, twin = Net(), Net()
