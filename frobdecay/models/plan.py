@@ -29,6 +29,7 @@ class PlanRow:
         made: the parametrization that it gets; None where it stays as it is.
         price: what the loss was measured to rise by for each share of its energy that is lost;
             None unless that decided the ranks.
+        calibrated: whether energy, which the price is of, is that of the outputs, and not ‖W‖².
     """
 
     name: str
@@ -42,6 +43,7 @@ class PlanRow:
     tensor: bool = False
     made: Any = field(default=None, repr=False, compare=False)
     price: float | None = None
+    calibrated: bool = field(default=False, repr=False, compare=False)
 
     @classmethod
     def of(

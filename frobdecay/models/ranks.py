@@ -191,6 +191,7 @@ def _check_plan(found: list[Entry], plan: RankPlan) -> None:
             continue
         own = entry.made_at(1)
         same = type(own) is type(row.made) and row.shape == entry.shape
+        same = same and row.made.matricize(row.shape) == entry.view
         if not same or entry.size(row.rank) != row.after:  # type: ignore[arg-type]
             raise ValueError(
                 f"{entry.weight.name}: expected what the plan is of, a weight of shape {row.shape} "

@@ -243,6 +243,21 @@ def test_prices_of_other_weights_are_refused():
     assert isinstance(model[0].weight, nn.Parameter)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_prices_of_another_energy_are_refused(calibrated):
+    """That of the weights is no price of that of the outputs; the same one is taken."""
+    model = _spectral(0.8, 0.9, 0.95)
+    inits = ["spectral", calibrate(model, [torch.randn(64, 24)])][:: -1 if calibrated else 1]
+    options = {"ratio": 0.5, "include": "*"}
+    measured = {"allocate": "sensitivity", "evaluate": _error_of(model)}
+    plan = plan_ranks(model, init=inits[0], **measured, **options)
+    again = plan_ranks(model, init=inits[0], allocate=plan, **options)
+    assert plan_ranks(model, init=inits[0], allocate=again, **options) == plan
+    with pytest.raises(ValueError, match=r"0\.weight: .*energy of (‖W‖²|its outputs).*init="):
+        factorize(model, init=inits[1], allocate=again, **options)
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
 def test_prices_are_not_measured_twice_for_what_stays_tied():
     """A copy that is not used is taken out of the plan, which is then made once more."""
     model = _spectral(0.8, 0.9, 0.95)

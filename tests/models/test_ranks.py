@@ -396,6 +396,7 @@ def test_the_ratio_search_asks_once_for_equal_shapes():
     ("parametrization", "rank"),
     [
         (functools.partial(LowRank, pattern="channel"), 4),
+        (functools.partial(LowRank, pattern="o i kh kw -> (o kw) (i kh)"), 4),
         (functools.partial(LowRank, depth=1), 4),
         (CP, 3),
         (Tucker, 2),

@@ -127,14 +127,19 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
 
 def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The same at the prices that were measured for another plan of these weights."""
-    known = {row.name: row.price for row in plan.rows if row.price is not None}
+    known = {row.name: row for row in plan.rows if row.price is not None}
     for entry in entries:
-        entry.price = next((known[name] for name in entry.weight.names if name in known), None)
-        if entry.price is None:
+        row = next((known[name] for name in entry.weight.names if name in known), None)
+        calibrated = entry.metric is not None
+        if row is None or row.calibrated != calibrated:
+            energy = ("the energy of ‖W‖²", "the energy of its outputs, as of calibrated init=")
+            got = "without" if row is None else f"with one for {energy[not calibrated]}"
             raise ValueError(
                 f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which "
-                "it has a price, got one without; measure it, or exclude= it"
+                f"it has a price for {energy[calibrated]}, got one {got}; measure it with the "
+                "init= that is asked for now, or exclude= it"
             )
+        entry.price = row.price
     return _priced(entries, [entry.energies() for entry in entries])
 
 

@@ -76,8 +76,8 @@ class Entry:
 
     def __post_init__(self) -> None:
         # Noted now: the weight itself is gone once it is factorized.
-        if self.weight.tensor is not None:
-            self.shape, self.dense = tuple(self.weight.tensor.shape), self.weight.tensor.numel()
+        if (own := self.weight.tensor) is not None:
+            self.shape, self.dense = () if own.is_nested else tuple(own.shape), own.numel()
             return
         held = factorized(self.weight.module).get(self.weight.attribute, [None])[0]
         if shape := getattr(held, "shape", None):
@@ -183,5 +183,7 @@ class Entry:
             row = PlanRow.of(name, shape, self.there, reason=remark)
             return replace(row, before=dense, made=None)
         if self.made is None:
-            return PlanRow(name, shape, before=dense, after=dense, reason=remark, price=self.price)
-        return replace(PlanRow.of(name, shape, self.made, self.error, remark), price=self.price)
+            row = PlanRow(name, shape, before=dense, after=dense, reason=remark)
+        else:
+            row = PlanRow.of(name, shape, self.made, self.error, remark)
+        return replace(row, price=self.price, calibrated=self.metric is not None)
