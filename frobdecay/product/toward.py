@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from frobdecay.algebra.network import Network, chain
+from frobdecay.algebra.scaling import is_finite
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.departure import Departure
 from frobdecay.product.factor import Bare, Factor, is_sharded
@@ -138,7 +139,13 @@ def _toward_weight(product: Product, weight: Any) -> Product:
             f"{tuple(weight.shape)}"
         )
     matrix = Factor(Beside(view.matrix(weight.detach()), product.factors[0]), "tensor")
-    return replace(product, factors=(matrix, *product.factors), structure=FromDense())
+    found = replace(product, factors=(matrix, *product.factors), structure=FromDense())
+    if not is_finite(weight):
+        raise ValueError(
+            f"{name}: expected a dense weight to decay toward, got NaN or infinity in it; repair "
+            "it, or exclude= leaves the product out"
+        )
+    return found
 
 
 def _parametrization(product: Product) -> Any:

@@ -320,6 +320,8 @@ def refused():
         "no such weight": ({"0.weight": torch.ones(32, 24)}, "1.weight: expected its dense weight"),
         "no tensor": ({"0.weight": [1]}, "0.weight: expected its dense weight.*got list"),
         "a shape": ({"0.weight": shape}, r"0.weight: .*shape \(32, 24\), got \(3, 3\)"),
+        "NaN": ({"0.weight": torch.full((32, 24), torch.nan)}, "0.weight: .*NaN or infinity in it"),
+        "infinity": ({"0.weight": torch.full((32, 24), torch.inf)}, "0.weight: .*NaN or infinity"),
         "integers": ({"0.weight": torch.ones(32, 24).int()}, "0.weight: .*torch.int32"),
     }
 
