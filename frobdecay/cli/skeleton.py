@@ -30,6 +30,7 @@ from frobdecay.models.checkpoints.tensors import identity
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
 from frobdecay.models.tables.fold import numbers, pattern
+from frobdecay.product.names import strip_wrappers
 from frobdecay.weights.registration import put_factors
 
 _LAYERS = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -117,7 +118,7 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
                 continue
             layer = _layer(parameter)
         path = name.removesuffix(".weight") or name
-        names[f"{path}.weight"] = name
+        names[strip_wrappers(f"{path}.weight").lstrip(".")] = name
         _put(model, path.split("."), layer)
     there = count([*weights.values(), *(f for _, each in factorized.values() for f in each)])
     model.register_parameter(

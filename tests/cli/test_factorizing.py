@@ -72,6 +72,35 @@ RULES = {
 }
 
 
+PREFIXES = ["_orig_mod.", "net._checkpoint_wrapped_module.", "net.."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_of_wrapped_models_are_those_of_the_file(tmp_path, capsys, prefix):
+    """What torch.compile and its kin put into names is no obstacle, to either command."""
+    dense, small, back = (tmp_path / name for name in ("in.pt", "out.safetensors", "back.pt"))
+    state = {f"{prefix}{name}": tensor for name, tensor in _net().state_dict().items()}
+    torch.save(state, dense)
+    assert _run("inspect", dense, "--ratio", 0.5) == 0
+    capsys.readouterr()
+    wanted = [f"{prefix}3", f"{prefix}4.weight"] if "_" in prefix else ["*3", "*4.weight"]
+    assert _run("factorize", dense, small, "--rank", 2, "--include", *wanted) == 0
+    out, names = capsys.readouterr().out, [f"{prefix}3.weight", f"{prefix}4.weight"]
+    assert all(f"{name} " in out for name in names)
+    assert [*read(str(small)).records] == names
+    assert _run("merge", small, back) == 0
+    assert sorted(torch.load(back)) == sorted(state)
+
+
+def test_a_file_of_a_compiled_model_is_loaded(tmp_path):
+    """Into the dense class, compiled or not."""
+    dense, small = tmp_path / "in.pt", tmp_path / "out.safetensors"
+    torch.save(torch.compile(_net()).state_dict(), dense)
+    assert _run("factorize", dense, small, "--rank", 2) == 0
+    one, other = load_factorized(_net(), small), load_factorized(torch.compile(_net()), small)
+    torch.testing.assert_close(one.state_dict(), other._orig_mod.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [".pt", ".safetensors", "a folder"])
 @pytest.mark.parametrize("case", RULES)
