@@ -218,6 +218,39 @@ def test_layers_that_may_be_read_are_refused_by_name(case, inside):
     torch.testing.assert_close(model(x), expected)
 
 
+def _by_self(net):
+    return lambda *_: net.fc.weight.sum() + _[2]
+
+
+def _by_layer(net):
+    fc = net.fc
+    return lambda *_: fc.weight.sum() + _[2]
+
+
+def _by_way(net):
+    return lambda *_: by_default(net.fc, _[2])
+
+
+def _by_global(net):
+    ENCLOSING["net"] = net
+    return eval("lambda *_: net.fc.weight.sum() + _[2]", ENCLOSING)
+
+
+ENCLOSING = {"__name__": __name__}
+
+
+@pytest.mark.parametrize("hook", [_by_self, _by_layer, _by_way, _by_global])
+def test_layers_in_variables_around_are_read(hook):
+    """What a function encloses, or finds as a global, is looked at as what it is given."""
+    model, x, _ = net(lambda self, x: self.other(self.fc(x)))
+    model.norm.register_forward_hook(hook(model))
+    with pytest.raises(ValueError, match=r"cannot unroll\n  fc.weight: .*read"):
+        unroll(model)
+    model.norm._forward_hooks.clear()
+    model.norm.register_forward_hook(lambda *_: model.fc(_[2]))
+    model.norm(unroll(model)(x))
+
+
 def _gated(self, x):
     return self.fc(x) * self.norm.weight + self.norm.bias
 

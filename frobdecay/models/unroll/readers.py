@@ -45,6 +45,7 @@ class _Code:
 
     Attributes:
         own: type of modules -> loads from ``self``.
+        fixed: id of a module -> loads from it as a global or enclosing variable.
         loose: attribute -> where it is read of what is not known, and the name of that, if any.
         asked: types of modules that are named, and where.
         computed: names of properties.
@@ -52,6 +53,7 @@ class _Code:
 
     def __init__(self, modules: Iterable[nn.Module], hooks: Iterable[Any]) -> None:
         self.own: dict[type, list[Load]] = defaultdict(list)
+        self.fixed: dict[int, list[Load]] = defaultdict(list)
         self.loose: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.asked: dict[type, str] = {}
         # What instances and classes have, until somebody names it.
@@ -134,6 +136,8 @@ class _Code:
             self.own[kind].append(load)
             return
         found = _UNKNOWN if load.local else _global(function, load.names)
+        if not load.local:
+            self.fixed[id(_global(function, load.names[:1]))].append(load)
         self.strings(found, load.where)
         if found is _UNKNOWN:
             self.note(load.names, load.where)
@@ -189,7 +193,7 @@ class Readers:
                 self._names[id(child)].add(name)
             if any(True for _ in _hooks(module)):
                 self._about.add(id(module))
-            for one in self._look_at(path, module) if id(module) not in gone else ():
+            for one in self._look_at(path, module, id(module) in gone):
                 if id(one) not in self._about:
                     self._about |= {id(below) for below in one.modules()}
 
@@ -209,9 +213,10 @@ class Readers:
         asked = (where for kind, where in self._code.asked.items() if isinstance(layer, kind))
         return next((f"{where} may ask for its type" for where in asked), None)
 
-    def _look_at(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
-        """Note what the code of a module reads from it; give the modules that get about."""
-        for load in self._code.own[type(module)]:
+    def _look_at(self, path: str, module: nn.Module, gone: bool) -> Iterator[nn.Module]:
+        """Note what code reads from a module, its own too if it stays; give what gets about."""
+        own = () if gone else self._code.own[type(module)]
+        for load in (*own, *self._code.fixed[id(module)]):
             if len(load.names) == 1:
                 yield module
                 continue
@@ -221,6 +226,7 @@ class Readers:
                 self._code.note(("", *way, last), load.where)
             elif isinstance(target, nn.Module):
                 said = f"its {type(module).__name__} reads {'.'.join(load.names[1:])} itself"
+                said = said if load in own else f"{load.where} reads {'.'.join(load.names)}"
                 self._reads[id(target)].append((last, said))
                 if last in _INSIDE:
                     yield target
@@ -228,7 +234,7 @@ class Readers:
                 found = _found(module, load.names[1:])
                 self._code.strings(found, load.where)
                 yield from _held(found)
-        if "_orig_mod" not in module._modules:  # torch.compile's wrapper is made anew
+        if not gone and "_orig_mod" not in module._modules:  # torch.compile's wrapper is made anew
             for name, value in vars(module).items():
                 for held in _held(value) if name != "_modules" else ():
                     at = f"{path}.{name}".lstrip(".")
