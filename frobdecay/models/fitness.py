@@ -56,7 +56,7 @@ def counted(model: nn.Module) -> int:
         if is_lazy(parameter):
             raise ValueError(
                 f"{name} has no shape yet (a lazy module); run the model once on an example "
-                "input before factorizing it"
+                "input before that"
             )
         count += parameter.numel()
     return count
@@ -168,8 +168,8 @@ def _not_plain(weight: Weight) -> str | None:
         return f"{reason}, and factorize before"
     if type(tensor) is not nn.Parameter:
         return f"a {type(tensor).__name__}, not a plain Parameter; factorize before converting it"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = f"{tensor.dtype}, {tensor.layout}"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = f"{tensor.dtype}, {'nested' if tensor.is_nested else tensor.layout}"
         return f"not dense ({kind}); convert it to a dense floating-point tensor first"
     if tensor.dtype not in DTYPES:
         return f"of dtype {tensor.dtype}; convert it to a real dtype that torch multiplies first"

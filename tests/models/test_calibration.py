@@ -660,6 +660,10 @@ REFUSED = {
     "an iterator twice": (lambda m: calibrate(m, iter([torch.ones(4, 16)]), groups=2), "groups=2"),
     "no groups": (lambda m: calibrate(m, [], groups=0), "number of passes"),
     "meta": (lambda m: calibrate(m.to("meta"), [torch.ones(4, 16)]), "meta device"),
+    "lazy": (
+        lambda m: calibrate(nn.Sequential(nn.LazyLinear(4), m), [torch.ones(4, 16)]),
+        "0.weight has no shape yet .*run the model once",
+    ),
     "texts": (lambda m: calibrate(m, ["a text"]), "expected tensors, got the text 'a text'; tok"),
     "a mask's name": (
         lambda m: calibrate(m, [{"input": torch.ones(4, 16)}], mask="maks"),

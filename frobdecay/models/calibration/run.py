@@ -13,6 +13,7 @@ from frobdecay.models.calibration.forward import check_batches, default_forward,
 from frobdecay.models.calibration.masks import DEFAULT, MaskOf, mask_of
 from frobdecay.models.calibration.probes import Probe, probes
 from frobdecay.models.calibration.sums import Sums
+from frobdecay.models.fitness import counted
 from frobdecay.models.progress import Progress
 from frobdecay.models.select import Walk, Weight, select
 from frobdecay.product.factor import is_sharded
@@ -65,6 +66,7 @@ def calibrate(
         RuntimeError: it failed in a process of ``DistributedDataParallel``; on all of them.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
+    counted(model)  # refuses lazy parameters
     watched = _watchable(walk, weights := select(walk, include, exclude))
     _check_passes(batches, groups)
     found.modules, (found.joined, found.parallel) = [*model.modules()], _processes(walk)

@@ -181,8 +181,13 @@ def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> Pl
 
 
 def _shapes(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """What has to agree: shapes; anything else that modules keep, by key alone."""
+    """What has to agree to be copied; anything else that modules keep, by key alone."""
     return {
-        key: f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "extra state"
+        key: f"shape {tuple(value.shape)}"
+        + f", {value.layout}" * (value.layout != torch.strided)
+        + f", on {value.device}" * value.is_meta
+        + ", complex" * value.is_complex()
+        if isinstance(value, Tensor)
+        else "extra state"
         for key, value in state_dict.items()
     }

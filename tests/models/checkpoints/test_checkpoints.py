@@ -392,6 +392,26 @@ def test_factors_into_a_dense_model():
         load_dense_(_factorized(), "model.pt")
 
 
+BIASES = {
+    "meta": (lambda bias: bias.to("meta"), "on meta"),
+    "sparse": (lambda bias: bias.to_sparse(), "sparse_coo"),
+    "complex": (lambda bias: bias + 1j, "complex"),
+}
+
+
+@pytest.mark.parametrize("name", ["head.bias", "head.weight"])
+@pytest.mark.parametrize("case", BIASES)
+def test_what_cannot_be_copied_is_refused_before_anything_is_changed(case, name):
+    """Torch would copy what comes before it, or a part."""
+    model, state = _factorized(), Net().state_dict()
+    before = copy.deepcopy(model.state_dict())
+    change, message = BIASES[case]
+    message = message if name == "head.bias" else "head.weight: expected .*(meta device|convert)"
+    with pytest.raises((TypeError, ValueError), match=message):
+        load_dense_(model, {**state, name: change(state[name])})
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_lengths_of_numpy_are_plain_in_files(tmp_path):
     """A record of numbers that only pickle knows could be read by neither loader."""
     halves = functools.partial(
