@@ -33,6 +33,8 @@ ARGUMENTS = {
     "rank negative": ({"rank": -3}, ValueError, "rank above 0, got -3"),
     "rank NaN": ({"rank": float("nan")}, ValueError, "rank above 0, got nan"),
     "rank infinite": ({"rank": float("inf")}, ValueError, "rank above 0, got inf"),
+    "rank beyond memory": ({"rank": 10**30}, ValueError, "above 0, got 1000.*no tensor is as"),
+    "rank share beyond it": ({"rank": 1e30}, ValueError, r"above 0, got 1e\+30, and no tensor"),
     "rank bool": ({"rank": True}, TypeError, "rank as int"),
     "rank text": ({"rank": "8"}, TypeError, "rank as int"),
     "rank of a layer 0": ({"rank": {"bad": 0}}, ValueError, r"rank\['bad'\].*above 0"),
@@ -58,6 +60,10 @@ ARGUMENTS = {
     "include regex": (
         {"rank": 2, "include": re.compile("fir")}, ValueError, "matches nothing.*first"),
     "include type": ({"rank": 2, "include": nn.LSTM}, ValueError, "LSTM matches no module"),
+    "include module": (
+        {"rank": 2, "include": nn.Linear(2, 2)}, TypeError, "include to be a name.*Linear"),
+    "exclude module of two inputs": (
+        {"rank": 2, "exclude": [nn.Bilinear(2, 2, 2)]}, TypeError, "exclude to be a name.*Bilin"),
     "include predicate": (
         {"rank": 2, "include": lambda name, module: False}, ValueError, "nothing; it is called"),
     "include number": ({"rank": 2, "include": 3}, TypeError, "expected include"),

@@ -42,7 +42,7 @@ def plain_rank(rank: Any) -> int | float:
 
     Raises:
         TypeError: neither, or a bool.
-        ValueError: zero, negative, NaN or infinite.
+        ValueError: zero, negative, NaN, or larger than any tensor.
     """
     value = rank.item() if getattr(rank, "ndim", None) == 0 else rank
     counts = hasattr(type(value), "__index__")
@@ -50,8 +50,9 @@ def plain_rank(rank: Any) -> int | float:
     if not number or isinstance(value, bool):
         raise TypeError(f"expected a rank as int or as float fraction of min(m, n), got {rank!r}")
     plain = operator.index(value) if counts else float(value)
-    if not 0 < plain < math.inf:
-        raise ValueError(f"expected a rank above 0, got {rank}")
+    if not 0 < plain < 2**31:
+        more = ", and no tensor is as large" * (plain > 0)
+        raise ValueError(f"expected a rank above 0, got {rank}{more}")
     return plain
 
 

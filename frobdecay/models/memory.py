@@ -65,16 +65,18 @@ def _disjoint(places: Sequence[_Place]) -> bool:
 
 def overlaps(tensors: Mapping[int, Tensor]) -> Iterator[tuple[int, int]]:
     """Pairs of keys of dense tensors that have a byte in common."""
-    places = [_Place(key, tensor) for key, tensor in tensors.items() if _has_memory(tensor)]
+    places = [_Place(key, tensor) for key, tensor in tensors.items() if has_memory(tensor)]
     places.sort(key=lambda place: (place.device, place.start))
     for cluster in _clusters(places):
         if len(cluster) > 1 and not _disjoint(cluster):
             yield from _pairs(cluster)
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and not tensor.is_meta and tensor.numel() > 0 and tensor.data_ptr() != 0
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it is a plain dense tensor that lies somewhere, by its strides."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or tensor.is_meta:
+        return False
+    return tensor.layout == torch.strided and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
 def _clusters(places: Iterable[_Place]) -> Iterator[list[_Place]]:

@@ -188,7 +188,7 @@ def each(selector: Selector, what: str) -> list[One]:
     several = isinstance(selector, list | tuple | set | frozenset)
     listed: list[Any] = list(selector) if several else [selector]  # type: ignore[arg-type]
     for one in listed:
-        if not (isinstance(one, str | re.Pattern | type) or callable(one)):
+        if isinstance(one, nn.Module) or not (isinstance(one, str | re.Pattern) or callable(one)):
             raise TypeError(
                 f"expected {what} to be a name, a glob, a compiled regular expression, a module "
                 f"type, a predicate(name, module), or a list of those, got {one!r}"

@@ -54,6 +54,24 @@ def test_tensors_need_numbers(kind, case):
     assert unchanged(model)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_parameters_are_left_or_refused_by_name(layout):
+    """They have no strides; what is beside them is factorized."""
+
+    def make():
+        model = nn.Sequential(nn.Linear(8, 8), nn.Module())
+        rows = torch.nested.nested_tensor([torch.ones(3, 8), torch.ones(5, 8)], layout=layout)
+        model[1].rows = nn.Parameter(rows)
+        return model
+
+    model = make()
+    assert factorize(model, rank=2).ranks == {"0.weight": 2}
+    with pytest.raises(ValueError, match=r"1\.rows cannot be factorized: .*(nested|NestedTensor)"):
+        factorize(make(), rank=2, include=["0", "1.rows"])
+    assert isinstance(merge(model)[0].weight, nn.Parameter)
+
+
 @KINDS
 @pytest.mark.parametrize("pattern", ["o i kh kw -> o i (kh kw)", "o -> o 1"])
 def test_patterns_of_another_order_are_refused(kind, pattern):
@@ -239,6 +257,14 @@ OTHERS = {
         lambda layer: torch.func.functional_call(
             layer, {"weight": torch.ones(4, 6, requires_grad=True)}, torch.ones(2, 6)),
         ValueError, "Linear.weight: .*functional_call the factors by their own names"),
+    "functional call of a weight": (
+        lambda layer: torch.func.functional_call(
+            layer, {"weight": torch.ones(4, 6)}, torch.ones(2, 6)),
+        ValueError, "Linear.weight: .*functional_call the factors by their own names"),
+    "functional call without a graph": (
+        torch.no_grad()(lambda layer: torch.func.functional_call(
+            layer, {"weight": nn.Parameter(torch.ones(4, 6))}, torch.ones(2, 6))),
+        ValueError, "Linear.weight: .*functional_call the factors by their own names"),
     "tangent": (_dual, ValueError, "without a graph"),
     "script": (torch.jit.script, RuntimeError, "got a factorized Linear.*unroll.*torch.export"),
     "integers": (_written(torch.ones(4, 6).int()), TypeError, "Linear.weight: .* convert it"),
@@ -263,10 +289,10 @@ def test_what_products_cannot_be_given_is_refused(kind, case):
     act, error, message = OTHERS[case]
     layer, x = nn.Linear(6, 4), torch.ones(2, 6)
     factorize(layer, rank=2, parametrization=kind)
-    expected, names = layer(x), [*layer.state_dict()]
+    expected, before = layer(x), copy.deepcopy(layer.state_dict())
     with pytest.raises(error, match=f"(?s){message}"):
         act(layer)
-    assert [*layer.state_dict()] == names
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(layer(x), expected)
 
 

@@ -17,6 +17,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from itertools import islice
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -110,15 +112,21 @@ def _assign(module: nn.Module, value: Any, attribute: str) -> None:
                 f"expected a weight of {dtype}, got {value.dtype}; convert one of them"
             )
         tangent = unpack_dual(value).tangent  # type: ignore[no-untyped-call]
-        if not parameter and (value.requires_grad or tangent is not None):
+        if _swapped() or (not parameter and (value.requires_grad or tangent is not None)):
             raise ValueError(
-                "expected a tensor without a graph, got one that is to be differentiated: its "
-                "factors are computed without that; assign value.detach(), and to differentiate "
-                "give torch.func.functional_call the factors by their own names"
+                "expected a tensor without a graph, to keep, got one that is to be differentiated "
+                "or taken back: its factors are computed without that, and stay; assign "
+                "value.detach(), and give torch.func.functional_call the factors by their own names"
             )
         held.right_inverse(value.detach())
     for factor in _factors(held) if parameter else ():
         factor.requires_grad_(value.requires_grad)
+
+
+def _swapped() -> bool:
+    """Whether ``torch.func.functional_call`` assigns, which could not put the factors back."""
+    frames = (frame.f_globals.get("__name__") for frame, _ in islice(walk_stack(None), 9))
+    return "torch.nn.utils._named_member_accessor" in frames
 
 
 def _delete(module: nn.Module, attribute: str) -> None:
@@ -220,8 +228,9 @@ def dense_to_factors(held: Any, dense: Tensor, like_model: bool = True) -> tuple
         TypeError, ValueError: a weight that has no factors, or only such as never train; a model
             that cannot take them.
     """
-    if not isinstance(dense, Tensor):
-        raise TypeError(f"expected a tensor, got {type(dense).__name__}")
+    if not isinstance(dense, Tensor) or dense.is_meta:
+        what = "one on the meta device" if isinstance(dense, Tensor) else type(dense).__name__
+        raise TypeError(f"expected a tensor with numbers, got {what}")
     if tuple(dense.shape) != (shape := tuple(held().shape)):
         raise ValueError(
             f"expected the dense weight to have shape {shape}, got {tuple(dense.shape)}"

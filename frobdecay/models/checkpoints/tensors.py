@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frobdecay.models.memory import has_memory
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.names import strip_wrappers
 
@@ -66,8 +67,7 @@ def unsaved_buffers(model: nn.Module) -> Callable[[str, Any], bool]:
 
 def identity(tensor: Tensor) -> Hashable:
     """Equal for names of one tensor (tied)."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if tensor.is_meta or not plain or not tensor.numel():
+    if not has_memory(tensor):
         return id(tensor)
     return (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
