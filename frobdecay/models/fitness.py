@@ -56,7 +56,7 @@ def counted(model: nn.Module) -> int:
         if is_lazy(parameter):
             raise ValueError(
                 f"{name} has no shape yet (a lazy module); run the model once on an example "
-                "input before that"
+                "input before factorizing it"
             )
         count += parameter.numel()
     return count

@@ -7,13 +7,13 @@ from operator import length_hint
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from frobdecay.models.calibration.calibration import Calibration
 from frobdecay.models.calibration.forward import check_batches, default_forward, evaluating
 from frobdecay.models.calibration.masks import DEFAULT, MaskOf, mask_of
 from frobdecay.models.calibration.probes import Probe, probes
 from frobdecay.models.calibration.sums import Sums
-from frobdecay.models.fitness import counted
 from frobdecay.models.progress import Progress
 from frobdecay.models.select import Walk, Weight, select
 from frobdecay.product.factor import is_sharded
@@ -66,7 +66,6 @@ def calibrate(
         RuntimeError: it failed in a process of ``DistributedDataParallel``; on all of them.
     """
     walk, found = Walk(model), Calibration() if stats is None else stats
-    counted(model)  # refuses lazy parameters
     watched = _watchable(walk, weights := select(walk, include, exclude))
     _check_passes(batches, groups)
     found.modules, (found.joined, found.parallel) = [*model.modules()], _processes(walk)
@@ -118,6 +117,11 @@ def _watchable(walk: Walk, chosen: Sequence[Weight]) -> tuple[list[Probe], dict[
     for weight in chosen:
         if weight.tensor is None or weight.excluded or weight.met:
             continue
+        if is_lazy(weight.tensor):
+            raise ValueError(
+                f"{weight.name} has no shape yet (a lazy module); run the model once on an example "
+                "input before calibrating it"
+            )
         if weight.tensor.is_meta:
             raise ValueError(
                 f"{weight.name} is on the meta device, where nothing is computed; load the model "

@@ -41,12 +41,12 @@ from frobdecay.models.checkpoints.tensors import (
     like,
     named_tensors,
     unsaved_buffers,
+    without_wrappers,
 )
 from frobdecay.models.fitness import reason_against, unwrapped
 from frobdecay.models.select import Walk, Weight
 from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
 from frobdecay.models.ties import forget_ties, other_ties
-from frobdecay.product.names import strip_wrappers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -164,11 +164,10 @@ def _read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any
         if (what := recognized(file)) != SAFETENSORS:
             raise ValueError(f"expected a safetensors file of save_factorized, got {what}")
         some, metadata = read_safetensors(file)
-        tensors |= {strip_wrappers(name): tensor for name, tensor in some.items()}
+        tensors |= without_wrappers(some)
         if HEADER in metadata:
             here, ties = parse_records(metadata[HEADER], some)
-            records |= {strip_wrappers(name): record for name, record in here.items()}
-            tied |= {strip_wrappers(name): strip_wrappers(one) for name, one in ties.items()}
+            records, tied = records | without_wrappers(here), tied | without_wrappers(ties)
             structured = True
     if not structured:
         raise ValueError(

@@ -29,7 +29,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
             )
     found = model.state_dict(keep_vars=True)  # some wrappers add no segments here
     params, buffers, state = (
-        {strip_wrappers(name): tensor for name, tensor in named}
+        without_wrappers(dict(named))
         for named in (
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
@@ -50,6 +50,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 "save a model that was gathered"
             )
     return state
+
+
+def without_wrappers(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table by names, and the names in it, without the segments that wrappers add."""
+    plain = strip_wrappers
+    return {plain(n): plain(one) if isinstance(one, str) else one for n, one in table.items()}
 
 
 def unsaved_buffers(model: nn.Module) -> Callable[[str, Any], bool]:
