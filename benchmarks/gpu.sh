@@ -27,9 +27,9 @@ for word; do
     if [[ $word == -* || ${#options[@]} != 0 ]]; then options+=("$word"); else runs+=("$word"); fi
 done
 ((${#runs[@]})) || runs=(
-    compression:small:5 why:small:3 warmup:small:3 compression:fashion:3 carryover:cpu:3
-    compression:gpu:3 pretraining:gpu:3 translation:gpu:3 why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3
-    lora:gpu:3
+    compression:gpu:3 pretraining:half:3 pretraining:small:3 carryover:cpu:3 translation:gpu:3
+    why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3 lora:gpu:3
+    compression:small:5 why:small:3 warmup:small:5 compression:fashion:5 pretraining:gpu:3
 )
 failed=()
 for run in "${runs[@]}"; do
