@@ -167,9 +167,9 @@ def main(report: Report, options: argparse.Namespace) -> None:
     """Measure the functions."""
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:  # first calls import what they need
-        for name, (make, call) in _runs(BLOCK, _files(BLOCK, Path(folder))).items():
-            if name in (options.only or [name]):
-                call(make())
+        runs = _runs(BLOCK, _files(BLOCK, Path(folder)))
+        for make, call in (runs[name] for name in options.only or runs):
+            call(make())
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             runs = _runs(size, _files(size, Path(folder)))

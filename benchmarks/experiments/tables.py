@@ -188,15 +188,14 @@ def figure(records: Sequence[Record], experiment: Experiment) -> Any:
             for variant, protocol in preset.items()
         }
         return transfer.figure(records, experiment, axis)
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    arms = transfer.coloured(records, experiment)
     records = by_variant(records)
     variants = list(dict.fromkeys(record["variant"] for record in records))
     drawn = Figure(figsize=(13, 3.8 * len(variants)), layout="constrained")
-    colours = colormaps["tab10" if len(experiment.arms) <= 10 else "tab20"].colors
     for variant, row in zip(variants, drawn.subplots(len(variants), 3, squeeze=False), strict=True):
-        for colour, (key, arm) in zip(colours, experiment.arms.items(), strict=False):
+        for key, (arm, colour) in arms.items():
             mine = [r for r in records if (r["arm"], r["variant"]) == (key, variant)]
             if mine:
                 _draw(row, mine, arm.label, colour)
@@ -204,7 +203,7 @@ def figure(records: Sequence[Record], experiment: Experiment) -> Any:
             axes.set(title=title, xlabel="epoch", yscale="linear" if axes is row[0] else "log")
             axes.grid(alpha=0.3)
         row[0].set_ylabel(variant)
-        row[0].legend(fontsize="small" if len(experiment.arms) <= 10 else "xx-small")
+        row[0].legend(fontsize="small" if len(arms) <= 10 else "xx-small")
     drawn.suptitle(experiment.title)
     return drawn
 

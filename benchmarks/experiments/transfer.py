@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.experiments.experiment import Claim, Experiment
 
-__all__ = ["best", "differences", "figure"]
+__all__ = ["best", "coloured", "differences", "figure"]
 
 Record = Mapping[str, Any]
 
@@ -85,6 +85,16 @@ def differences(records: Sequence[Record], claim: Claim, experiment: Experiment)
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
+def coloured(records: Sequence[Record], experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The arms that have trials, each with its colour in a figure."""
+    from matplotlib import colormaps
+
+    run = {record["arm"] for record in records}
+    arms = {key: arm for key, arm in experiment.arms.items() if key in run}
+    colours = colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
+    return {key: (arm, colour) for (key, arm), colour in zip(arms.items(), colours, strict=False)}
+
+
 def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str, float]) -> Any:
     """Draw the score against the number that varies: a line an arm, its best variant marked.
 
@@ -96,17 +106,13 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
     Returns:
         The ``matplotlib.figure.Figure``.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    run = {record["arm"] for record in records}
-    arms = {key: arm for key, arm in experiment.arms.items() if key in run}
-    colours = colormaps["tab10" if len(arms) <= 10 else "tab20"].colors
     looks = any(record.get("looks") for record in records)
     drawn = Figure(figsize=(11, 4.6 * (1 + looks)), layout="constrained")
     panels, *below = drawn.subplots(1 + looks, 2, squeeze=False)
     larger = _validates_upwards(experiment)
-    for (key, arm), colour in zip(arms.items(), colours, strict=False):
+    for key, (arm, colour) in coloured(records, experiment).items():
         variants = {v: t for v, t in _by_variant(records, key).items() if v in axis}
         names = sorted(variants, key=axis.__getitem__)
         marked = best(records, key, larger)

@@ -154,5 +154,5 @@ _RULE = (
     "are in the claim's favour; intervals are Student's. A claim *holds* where all of the "
     "interval is above what is needed, *fails* where all of it is below, and is *undecided* "
     "otherwise. The best variant of an arm is that of the highest mean validation. The claims and "
-    "what they need were written down before the tables were."
+    "what they need were written down before the last of the trials that they compare were run."
 )

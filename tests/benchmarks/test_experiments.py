@@ -509,6 +509,15 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_pruning_leaves_no_graph_behind(tmp_path, protocol):
+    """A CUDA graph of the next step is captured on a stream that could not join it."""
+    pruned = trial(tmp_path, VISION["compression"].arms["pruned"], protocol)
+    pruned._prune()
+    weights = [module.weight for module, _ in pruned._inside(pruned.model)]
+    assert weights
+    assert all(weight.grad_fn is None for weight in weights)
+
+
 REPLAYED = pytest.mark.parametrize("name", ["dense", "sifd", "warmsifd25", "pruned"])
 GRIDS = {**VISION["warmup"].arms, **VISION["compression"].arms}
 
