@@ -255,6 +255,17 @@ def test_padding_modes_equal_dense(mode, padding, monkeypatch):
         torch.testing.assert_close(conv(x), twin(x))
 
 
+@pytest.mark.parametrize("size", [(2, 2), (2, 4), (4, 4)])
+def test_half_precision_to_one_column_is_right(size):
+    """Where torch's own is not, on CPUs with AMX: 85 channels or more, more than one row."""
+    conv = nn.Conv2d(256, 64, 3, stride=2, padding=1, bias=False)
+    conv = factored(conv, pattern="o i kh kw -> (o kh) (i kw)", rank=96)
+    x = torch.randn(2, 256, *size).bfloat16().float()
+    with force(True):
+        expected, out = conv(x), conv.to(torch.bfloat16)(x.bfloat16()).float()
+    assert torch.linalg.vector_norm(out - expected) < 0.05 * torch.linalg.vector_norm(expected)
+
+
 @pytest.mark.covers("D18")
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 3, 1), (4, 6, 1, 3), (6, 6, 1, 1)])

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from einops import rearrange, repeat
 from torch import Tensor
 
 from frobdecay.algebra.reading import Matricization
-from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.cost import Cost, factors_cheaper, known
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
 
@@ -150,13 +151,13 @@ def _two_convolutions(
     x = input
     for d in order:
         half = halves[d]
-        x = function(
-            x,
-            half.kernel(view, names[d], copies),
-            bias if d == order[1] else None,
-            groups=group_counts[d],
-            **{name: half.own(value, _NEUTRAL[name]) for name, value in options.items()},
-        )
+        own = {name: half.own(value, _NEUTRAL[name]) for name, value in options.items()}
+        kernel, last = half.kernel(view, names[d], copies), bias if d == order[1] else None
+        x = function(x, kernel, last, groups=group_counts[d], **own)
+        # On CPUs with AMX, torch's convolution to a column of pixels is wrong in bfloat16.
+        strided = own["stride"][-1] > 1 and x.is_cpu and x.dtype is torch.bfloat16
+        if strided and known(x.shape[-1] == 1):
+            return NotImplemented
     return x
 
 

@@ -69,10 +69,10 @@ def cheaper(positions: Callable[[], Any], saved: float, once: float) -> bool:
     if (saved >= 0) == (once >= 0):
         return saved >= 0
     total = positions() * saved + once
-    return not _known(total < 0) if saved >= 0 else _known(total >= 0)
+    return not known(total < 0) if saved >= 0 else known(total >= 0)
 
 
-def _known(condition: Any) -> bool:
+def known(condition: Any) -> bool:
     """Whether a condition holds, False where it depends on a dynamic size."""
     if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
         # Imported here because it loads sympy, a quarter of a second.
