@@ -27,9 +27,10 @@ for word; do
     if [[ $word == -* || ${#options[@]} != 0 ]]; then options+=("$word"); else runs+=("$word"); fi
 done
 ((${#runs[@]})) || runs=(
-    compression:gpu:3 pretraining:half:3 pretraining:small:3 carryover:cpu:3 translation:gpu:3
+    compression:gpu:3 pretraining:half:3 pretraining:large:3 translation:gpu:3
     why:gpu:3 tensors:gpu:3 distillation:gpu:3 language:gpu:3 lora:gpu:3
     compression:small:5 why:small:3 warmup:small:5 compression:fashion:5 pretraining:gpu:3
+    pretraining:small:3 pretraining:smallhalf:3 causal:cpu:3 carryover:cpu:3
 )
 failed=()
 for run in "${runs[@]}"; do
@@ -38,7 +39,7 @@ for run in "${runs[@]}"; do
     IFS=: read -r name preset seeds <<<"$run"
     there=()
     case $run in
-        pretraining:* | *:small:* | *:fashion:*) there=(--device cuda --graph) ;;
+        pretraining:* | causal:* | *:small:* | *:fashion:*) there=(--device cuda --graph) ;;
         *:cpu:*) there=(--device cuda) ;;
     esac
     timeout --kill-after=5 "$left" "$python" -m benchmarks.experiments "$name" --preset "$preset" \

@@ -342,8 +342,18 @@ _ARMS = {
     "lowrank": PretrainingArm(label="low-rank, AdamW", peak=_ADAMW, init="kaiming"),
 }
 
-_SMALL = PretrainingProtocol()
-_LARGER = replace(_SMALL, width=192, layers=6, epochs=20)
+_BASE = PretrainingProtocol()
+_SMALL = replace(_BASE, width=64)
+_LARGE = replace(_BASE, width=192, layers=6, epochs=20)
+_DECAYS = (0.1, 0.3, 1.0, 3.0)
+
+
+def _changes(protocol: PretrainingProtocol) -> str:
+    return (
+        f"{protocol.layers} layers, width {protocol.width}, rank {protocol.rank:g} of that, "
+        f"{protocol.epochs * protocol.steps:,} steps of {protocol.batch}×{protocol.length} "
+        "characters of Shakespeare"
+    )
 
 
 def _variants(protocol: PretrainingProtocol, levels: Sequence[int]) -> dict[str, Any]:
@@ -351,6 +361,13 @@ def _variants(protocol: PretrainingProtocol, levels: Sequence[int]) -> dict[str,
 
 
 _LEVELS = (0, -1, 1, -2, 2)
+_SIZES = {
+    "gpu": _BASE,
+    "half": replace(_BASE, rank=0.5),
+    "small": _SMALL,
+    "smallhalf": replace(_SMALL, rank=0.5),
+    "large": _LARGE,
+}
 
 PRETRAINING = {
     "pretraining": Experiment(
@@ -359,23 +376,10 @@ PRETRAINING = {
         "a model of more than twice their size.",
         _ARMS,
         {
-            "cpu": _variants(_SMALL, _LEVELS[:3]),
-            "gpu": _variants(_SMALL, _LEVELS),
-            "small": _variants(_LARGER, _LEVELS),
-            "half": _variants(replace(_LARGER, rank=0.5), _LEVELS),
+            "cpu": _variants(_BASE, _LEVELS[:3]),
+            **{preset: _variants(protocol, _LEVELS) for preset, protocol in _SIZES.items()},
         },
-        {
-            **dict.fromkeys(
-                ("cpu", "gpu"),
-                "4 layers, width 128, rank a quarter of that, 800 steps of 24×64 characters of "
-                "Shakespeare",
-            ),
-            **{
-                preset: f"6 layers, width 192, rank {part} of that, 2,000 steps of 24×64 "
-                "characters of Shakespeare"
-                for preset, part in (("small", "a quarter"), ("half", "a half"))
-            },
-        },
+        {preset: _changes(protocol) for preset, protocol in [("cpu", _BASE), *_SIZES.items()]},
         PretrainingTrial,
         "test cross-entropy of a character, nats",
         baseline="sifd",
@@ -399,5 +403,36 @@ PRETRAINING = {
         reference="dense",
         larger_is_better=False,
         digits=3,
-    )
+    ),
+    "causal": Experiment(
+        "λ carried over, language models with AdamW",
+        "Asked of decoupled decay: is the λ that is best for the dense network best for SI & FD, "
+        "and is that of plain decay another?",
+        {
+            **{key: _ARMS[key] for key in ("dense", "lowrank", "si")},
+            "fd": PretrainingArm(label="FD, AdamW", peak=_ADAMW, init="kaiming", decay="frobenius"),
+            "sifd": _ARMS["sifd"],
+        },
+        {"cpu": {f"λ {decay:g}": replace(_SMALL, weight_decay=decay) for decay in _DECAYS}},
+        {"cpu": f"{_changes(_SMALL)}, AdamW at {_ADAMW:g}"},
+        PretrainingTrial,
+        "test cross-entropy of a character, nats",
+        claims=(
+            Claim(
+                "the dense network's λ costs SI & FD at most 0.01 against its own best",
+                "sifd",
+                None,
+                0.01,
+                tuned="regret",
+            ),
+            Claim("and costs low-rank + SI more than that", "sifd", "si", tuned="regret"),
+            Claim("at that λ SI & FD is better than SI", "sifd", "si", tuned="reference"),
+            Claim("so it is where each has its own best λ", "sifd", "si", tuned="own"),
+            Claim("SI is better than plain low-rank there", "si", "lowrank", tuned="own"),
+            Claim("FD alone is below plain low-rank there", "lowrank", "fd", tuned="own"),
+        ),
+        along="weight_decay",
+        larger_is_better=False,
+        digits=3,
+    ),
 }

@@ -295,7 +295,7 @@ def test_every_preset_makes_its_jobs(name, preset):
 
 
 def test_what_the_script_for_devices_runs_can_be_run():
-    """Each word names an experiment, a preset of it and seeds; graphs are for images."""
+    """Each word names an experiment, a preset of it and seeds."""
     script = Path(command.__file__).parents[1] / "gpu.sh"
     shown = script.read_text().partition("|| runs=(")[2].partition(")")[0].split()
     assert len(shown) > 5
