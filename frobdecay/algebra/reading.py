@@ -113,6 +113,11 @@ class Matricization(Reading):
         return cls(pattern, sizes, tensor_axes, matrix)
 
     @cached_property
+    def straight(self) -> bool:
+        """Whether the tensor is the matrix itself."""
+        return self.tensor_axes == self.read_axes
+
+    @cached_property
     def batch_axes(self) -> tuple[str, ...]:
         """Axis names of the batch."""
         return tuple(name for (name,) in self.read_axes[:-2])

@@ -41,7 +41,7 @@ _OPERATORS = """
     add and div floordiv lshift matmul mod mul or pow rshift sub truediv xor
 """
 _IN_PLACE = frozenset([*(f"__i{name}__" for name in _OPERATORS.split()), "__setitem__", "__set__"])
-_FLAGS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+FLAGS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _HOOKS = frozenset(["retain_grad", "register_post_accumulate_grad_hook"])
 
 
@@ -78,21 +78,6 @@ def _written(name: str) -> RuntimeError:
     )
 
 
-def formless(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an argument leaves no choice but the dense tensor.
-
-    That is a detached weight which is to get the gradient itself, and a strided nested tensor,
-    whose rows cannot be counted.
-    """
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, ProductTensor):
-            if value.detached and value.apart:
-                return func not in _FLAGS
-        elif isinstance(value, Tensor) and value.is_nested:
-            return True
-    return False
-
-
 def below_autograd(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call an operator that passed by ``__torch_function__`` with the dense numbers.
 
@@ -123,8 +108,8 @@ def below_autograd(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         dense = weight.numbers()
         return dense.clone() if views else dense.detach()
 
-    plain = _mapped(tuple(args), ProductTensor, numbers)
-    return func(*plain, **{key: _mapped(v, ProductTensor, numbers) for key, v in kwargs.items()})
+    args, kwargs = _mapped((tuple(args), dict(kwargs)), ProductTensor, numbers)
+    return func(*args, **kwargs)
 
 
 _BETWEEN = ("frobdecay.", "torch._", "torch.overrides", "torch.autograd.")
@@ -157,27 +142,24 @@ def _holds(value: Any, kind: type[Tensor]) -> bool:
     return isinstance(value, kind)
 
 
-def on_dense(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function with the dense tensors in place of the factored ones."""
-    formed: list[Tensor] = []
-
-    def form(weight: Tensor) -> Tensor:
-        assert isinstance(weight, ProductTensor)
-        formed.append(weight.materialize())
-        return formed[-1]
-
-    dense_args = _mapped(tuple(args), ProductTensor, form)
-    dense_kwargs = {key: _mapped(value, ProductTensor, form) for key, value in kwargs.items()}
-    return _unwritten(func, formed, dense_args, dense_kwargs)
-
-
-def _unwritten(
+def on_dense(
     func: Callable[..., Any],
-    formed: Sequence[Tensor],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    kind: type[Tensor] = ProductTensor,
+    dense: Callable[[Any], Tensor] = ProductTensor.materialize,
 ) -> Any:
-    """Call a function that must not write to the formed tensors, and does not look as if it did."""
+    """Call a function with dense tensors in place of those of a kind, which are not written to.
+
+    Nor does the result look as if they could be.
+    """
+    formed: list[Tensor] = []
+
+    def form(tensor: Tensor) -> Tensor:
+        formed.append(dense(tensor))
+        return formed[-1]
+
+    args, kwargs = _mapped((tuple(args), dict(kwargs)), kind, form)
     versions = [None if t.is_inference() else t._version for t in formed]
     result = func(*args, **kwargs)
     if versions != [None if t.is_inference() else t._version for t in formed]:
@@ -226,24 +208,17 @@ class ReadOnlyView(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
+    @untraced
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _on_plain(func, args, {} if kwargs is None else kwargs)
+        """Call what does not write with ordinary tensors in place of read-only ones."""
+        kwargs = kwargs or {}
+        if func in METADATA or func in FLAGS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        refuse_writes(func, args, kwargs, ReadOnlyView)
+        return on_dense(func, args, kwargs, ReadOnlyView, _plain)
 
 
-@untraced
-def _on_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function that does not write with ordinary tensors in place of read-only ones."""
-    if func in METADATA or func in _FLAGS:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    refuse_writes(func, args, kwargs, ReadOnlyView)
-    plain: list[Tensor] = []
-
-    def unwrap(view: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            plain.append(view.as_subclass(Tensor))
-        return plain[-1]
-
-    plain_args = _mapped(tuple(args), ReadOnlyView, unwrap)
-    plain_kwargs = {key: _mapped(value, ReadOnlyView, unwrap) for key, value in kwargs.items()}
-    return _unwritten(func, plain, plain_args, plain_kwargs)
+def _plain(view: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return view.as_subclass(Tensor)

@@ -14,23 +14,22 @@ another tensor's data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from frobdecay.weights.dense import (
+    FLAGS,
     METADATA,
     below_autograd,
-    formless,
     inert_hook,
     on_dense,
     refuse_writes,
 )
 from frobdecay.weights.forms import FORMS
 from frobdecay.weights.product_tensor import ProductTensor
-from frobdecay.weights.tracing import untraced
+from frobdecay.weights.tracing import frames, untraced
 
 
 class FactoredTensor(ProductTensor):
@@ -69,28 +68,35 @@ class FactoredTensor(ProductTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _answer(func, args, {} if kwargs is None else kwargs)
+        """Call it on the factors, on the metadata or on the dense tensor, or refuse."""
+        if torch.compiler.is_dynamo_compiling() or frames() is not None:
+            return _untraced(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        form = None if "out" in kwargs else FORMS.get(func)
+        for value in (*args, *kwargs.values()) if form is not None else ():
+            if isinstance(value, ProductTensor):
+                if value.detached and value.apart and func not in FLAGS:
+                    form = None  # it is to get the gradient itself
+            elif isinstance(value, Tensor) and value.is_nested:
+                form = None  # a strided one, whose rows cannot be counted
+        if form is not None:
+            try:
+                result = form(*args, **kwargs)
+            except NotImplementedError:  # of a kind torch has few functions for, as oneDNN's
+                result = NotImplemented
+            if result is not NotImplemented:
+                return result
+        elif func in METADATA or (func is Tensor.untyped_storage and args[0].compiling):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        elif func is Tensor.register_hook:
+            return inert_hook(*args, **kwargs)
+        refuse_writes(func, args, kwargs, ProductTensor)
+        return on_dense(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return below_autograd(func, args, {} if kwargs is None else kwargs)
 
 
-@untraced
-def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function on the factors, on the metadata or on the dense tensor, or refuse."""
-    form = FORMS.get(func)
-    if form is not None and "out" not in kwargs and not formless(func, args, kwargs):
-        try:
-            result = form(*args, **kwargs)
-        except NotImplementedError:  # of a kind that torch multiplies with few tensors, as oneDNN's
-            result = NotImplemented
-        if result is not NotImplemented:
-            return result
-    elif func in METADATA or (func is Tensor.untyped_storage and args[0].compiling):
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-    elif func is Tensor.register_hook:
-        return inert_hook(*args, **kwargs)
-    refuse_writes(func, args, kwargs, ProductTensor)
-    return on_dense(func, args, kwargs)
+_untraced = untraced(FactoredTensor.__torch_function__)

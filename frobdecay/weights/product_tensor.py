@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.reading import Matricization
-from frobdecay.weights.tracing import scripting, tracing, transforms_active
+from frobdecay.weights.tracing import (
+    forward_ad,
+    functorch_active,
+    scripting,
+    transforms_active,
+)
 
 # Classes of the tensors that a compiler traces with.
 _TRACED = ("FakeTensor", "FunctionalTensor")
@@ -26,6 +32,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 # Without the keys of a backend that has memory, torch refuses to put the tensor in another's place.
 _NOWHERE = torch.device("meta")
+
+# Functions of C: calls of Python's are most of what an access of a weight takes.
+_LOOKS, _VERSION = attrgetter("shape", "dtype", "device"), attrgetter("_version")
+_WANTS_GRAD = attrgetter("requires_grad")
 
 
 class _Flatten:
@@ -53,14 +63,28 @@ def _flatten(tensor: ProductTensor) -> tuple[list[str], Matricization]:
     return names, tensor.matricization
 
 
-@lru_cache(maxsize=4096)
-def _template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape without memory, whose pointer torch refuses to give away."""
+_known: dict[Any, tuple[Tensor, bool]] = {}
+
+
+def _fit(
+    looks: Any, factors: tuple[Tensor, ...], view: Matricization
+) -> tuple[Tensor | None, bool]:
+    """Check the factors; of their looks, keep a tensor without memory and whether it is direct.
+
+    Torch refuses to give that tensor's pointer away.
+    """
+    _check(factors, view)
+    if looks is None:
+        return None, False
+    r, (*batch, m, n) = factors[0].shape[-1], view.read_shape
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
-        made = torch.empty(shape, dtype=dtype, device=device)
+        made = torch.empty(view.shape, dtype=factors[0].dtype, device=factors[0].device)
         made.untyped_storage().resize_(0)
         torch._C._set_throw_on_mutable_data_ptr(made)
-    return made
+    if len(_known) == 4096:
+        _known.clear()
+    _known[looks] = made, view.straight and not batch and len(factors) == 2 and r * (m + n) <= m * n
+    return _known[looks]
 
 
 class _Multiplied(torch.autograd.Function):
@@ -73,7 +97,7 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: tuple[ProductTensor], *factors: Tensor) -> ProductTensor:
         ctx.factors, ctx.view = factors, made[0].matricization
-        ctx.versions = [f._version for f in factors]
+        ctx.versions = list(map(_VERSION, factors))
         return made[0]
 
     @staticmethod
@@ -125,6 +149,7 @@ class ProductTensor(Tensor):
         factors: U, M.., V, as part of the graph that they belong to.
         matricization: how their product is read.
         constant: whether it was made under ``no_grad``.
+        direct: whether it is U Vᵀ and any vector is multiplied faster with V and then U.
         detached: whether it came from ``detach``. Autograd may know it nevertheless: as a leaf, or
             because torch detached it to keep it for a backward pass and put it back into the graph.
     """
@@ -132,12 +157,13 @@ class ProductTensor(Tensor):
     factors: tuple[Tensor, ...]
     matricization: Matricization
     constant: bool
-    detached: bool
+    direct: bool
+    detached = False
     _made_tracked: bool
     # A convolution's weight as three, which is no chain of matrices: a hint that copies lose.
     stages: tuple[Tensor, Tensor, Tensor] | None = None
-    _memo: tuple[tuple[Any, ...], Tensor] | None
-    _dense: tuple[Tensor, Tensor] | None
+    _memo: tuple[tuple[Any, ...], Tensor] | None = None
+    _dense: tuple[Tensor, Tensor] | None = None
 
     # Set here and not in __init__: torch.compile calls an __init__ without its arguments.
     @staticmethod
@@ -145,27 +171,26 @@ class ProductTensor(Tensor):
         cls: type[ProductTensor], factors: Sequence[Tensor], matricization: Matricization
     ) -> ProductTensor:
         """Check the factors and make the tensor, which has no storage."""
-        factors = tuple(factors)
-        _check(factors, matricization)
-        traced, transformed = tracing(), transforms_active()
+        factors, view = tuple(factors), matricization
+        traced = torch.compiler.is_compiling() or scripting()
+        transformed = functorch_active() or forward_ad._current_level >= 0
+        odd = traced or transformed or (factors and type(factors[0]).__name__ in _TRACED)
+        looks = None if odd else (view.straight, view.shape, view.read_shape, *map(_LOOKS, factors))
+        template, direct = _known.get(looks) or _fit(looks, factors, view)
         constant = not torch.is_grad_enabled() and not traced
         if constant:
-            factors = tuple([f.detach() for f in factors])
-        shape, dtype, device = matricization.shape, factors[0].dtype, factors[0].device
+            factors = tuple(map(Tensor.detach, factors))
         self: ProductTensor
-        if traced or transformed or type(factors[0]).__name__ in _TRACED:
-            self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        if template is None:
+            U = factors[0]
+            self = Tensor._make_wrapper_subclass(cls, view.shape, dtype=U.dtype, device=U.device)
         else:
-            template = _template(shape, dtype, device)
             self = Tensor._make_subclass(cls, template, device_for_backend_keys=_NOWHERE)
-        self.factors = factors
-        self.matricization = matricization
-        self._memo = self._dense = None
-        self.detached = False
+        self.factors, self.matricization, self.direct = factors, view, direct
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
         unknown = constant or transformed or scripting()
-        self._made_tracked = not unknown and any(f.requires_grad for f in factors)
+        self._made_tracked = not unknown and any(map(_WANTS_GRAD, factors))
         return _multiplied((self,), *factors) if self._made_tracked else self
 
     def like(
@@ -188,7 +213,8 @@ class ProductTensor(Tensor):
     @property
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
-        return type(self.factors[0]).__name__ in _TRACED or tracing()
+        traced = type(self.factors[0]).__name__ in _TRACED
+        return traced or torch.compiler.is_compiling() or scripting()
 
     @property
     def needs_grad(self) -> bool:
@@ -345,14 +371,11 @@ def _check(factors: tuple[Tensor, ...], matricization: Matricization) -> None:
         return  # sizes are tensors in a trace, whose comparisons it would record
     U = factors[0]
     r = U.shape[-1] if U.ndim else 0
-    rows, last = m, len(factors) - 1
-    for i, factor in enumerate(factors):
-        if i:
-            rows = r if i < last else n
+    sides = (m, *[r] * (len(factors) - 2), n)
+    for i, (factor, rows) in enumerate(zip(factors, sides, strict=True)):
         if factor.shape != (*batch, rows, r):
-            expected = (*batch, rows, r if i else "rank")
             raise ValueError(
-                f"expected factor {i} of shape {expected} for the pattern "
+                f"expected factor {i} of shape {(*batch, rows, r if i else 'rank')} for pattern "
                 f"{matricization.pattern!r}, got {tuple(factor.shape)}"
             )
         if i and (factor.dtype is not U.dtype or factor.device != U.device):

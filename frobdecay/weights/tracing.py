@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad as forward_ad
 
 scripting: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-_functorch_active: Callable[[], bool] = getattr(
+functorch_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 
-
-def tracing() -> bool:
-    """Whether what runs here is written down, by torch.compile, torch.export or torch.jit."""
-    return torch.compiler.is_compiling() or scripting()
+# None but where torch.compile looks at the functions that are called.
+frames: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 
 def transforms_active() -> bool:
     """Whether torch.func transforms what runs here, or its tensors may be dual ones."""
-    return _functorch_active() or forward_ad._current_level >= 0
+    return functorch_active() or forward_ad._current_level >= 0
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,14 +35,12 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any) -> Any:
         nonlocal outside
-        compiler = torch.compiler
-        if "torch._dynamo" not in sys.modules or (
-            compiler.is_compiling() and not compiler.is_dynamo_compiling()
-        ):
+        if not torch.compiler.is_dynamo_compiling() and frames() is None:
             return function(*args)
         if outside is None:
             # Not before the compiler is there: to import it takes more than a second.
-            outside = compiler.disable(function, reason="a factored weight is used")  # type: ignore[no-untyped-call]
+            disable = torch.compiler.disable
+            outside = disable(function, reason="a factored weight is used")  # type: ignore[no-untyped-call]
         return outside(*args)
 
     return call

@@ -5,6 +5,7 @@ import functools
 import io
 import operator
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from torch.utils.module_tracker import ModuleTracker
 from frobdecay.algebra.reading import Matricization
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.matrix import matrix
 from frobdecay.weights.product_tensor import ProductTensor
 
 # --------------------------------------------------------------------------- all other functions
@@ -327,6 +329,39 @@ def test_the_choice_is_followed(monkeypatch):
     assert W._memo is not None
     monkeypatch.setattr(ProductTensor, "materialize", forbidden)
     F.linear(torch.zeros(1, 8, dtype=torch.float64), W)
+
+
+@pytest.mark.parametrize("pattern", ["o i -> o i", "o i -> i o", "(b o) i -> b o i"])
+@pytest.mark.parametrize(("rank", "depth"), [(2, 0), (3, 0), (4, 0), (2, 1)])
+def test_the_way_that_needs_no_choice_is_the_chosen_one(pattern, rank, depth):
+    """Of square weights, whose factors look alike whichever way they are read."""
+    axes = {"b": 2} if "b" in pattern else {}
+    W = weight(pattern, (6, 6), rank=rank, depth=depth, **axes)
+    assert W.direct == (pattern == "o i -> o i" and depth == 0 and rank <= 3)
+    assert not W.direct or matrix(W).cheaper(lambda: 10**9)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(F.linear(x, W), x @ W.materialize().mT)
+
+
+@pytest.mark.parametrize(("gradients", "most"), [(True, 5), (False, 4)])
+def test_few_functions_are_called_on_the_way_to_the_factors(gradients, most):
+    """Between a layer and the functions of torch that it ends in: most of the time is calls."""
+    layer, ours = nn.Linear(8, 8), []
+    factored(layer, rank=2)
+
+    def note(frame, event, _):
+        if event == "call" and "frobdecay" in frame.f_globals.get("__name__", ""):
+            ours.append(frame.f_code.co_name)
+
+    x = torch.randn(1, 8)
+    with torch.set_grad_enabled(gradients):
+        layer(x)
+        sys.setprofile(note)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    assert 3 <= len(ours) <= most, ours
 
 
 def test_more_function_calls_count_against_the_factors():

@@ -21,7 +21,7 @@ import torch
 # A function call takes the time of this many multiply-adds: 3 µs at 3e10 a second, one core.
 CALL = 100_000
 
-_forced: bool | None = None
+forced: bool | None = None
 
 
 class Cost(NamedTuple):
@@ -56,8 +56,8 @@ def factors_cheaper(positions: Callable[[], Any], cost: Callable[[], Cost]) -> b
     Returns:
         True for the factors.
     """
-    if _forced is not None:
-        return _forced
+    if forced is not None:
+        return forced
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return True
     dense, factored, once, calls = cost()
@@ -85,9 +85,9 @@ def known(condition: Any) -> bool:
 @contextmanager
 def force(factored: bool | None) -> Iterator[None]:
     """Make every choice the given one; for tests and measurements."""
-    global _forced
-    before, _forced = _forced, factored
+    global forced
+    before, forced = forced, factored
     try:
         yield
     finally:
-        _forced = before
+        forced = before

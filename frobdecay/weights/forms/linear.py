@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
+from frobdecay.weights.forms import cost
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
 from frobdecay.weights.forms.matrix import Matrix, matrix
 from frobdecay.weights.forms.table import form
@@ -67,6 +68,9 @@ def _inner_times(W: Matrix, x: Tensor) -> Tensor:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, ProductTensor) or isinstance(input, ProductTensor):
         return NotImplemented
+    if weight.direct and cost.forced is not False:  # what follows says so, too, in more calls
+        U, V = weight.factors
+        return F.linear(input @ V, U, bias)
     W = matrix(weight)
     if W is None or (W.U.ndim > 2 and W.blocks is None) or not W.cheaper(_rows(input)):
         return NotImplemented

@@ -55,11 +55,11 @@ class Matrix(NamedTuple):
 def matrix(weight: ProductTensor) -> Matrix | None:
     """Read a weight as a matrix, or as a batch of them; None where its pattern is neither."""
     view, (U, *inner, V) = weight.matricization, weight.factors
-    if view.tensor_axes == (view.row_axes, view.column_axes):
-        return Matrix(U, tuple(inner), V)
-    upright = Matrix(U, tuple(inner), V), view.row_axes, view.column_axes
-    batch, dims = view.batch_axes, view.tensor_axes
-    for W, U_axes, V_axes in (upright, (upright[0].mT, view.column_axes, view.row_axes)):
+    whole = Matrix(U, tuple(inner), V)
+    if view.straight:
+        return whole
+    batch, dims, rows, columns = view.batch_axes, view.tensor_axes, view.row_axes, view.column_axes
+    for W, U_axes, V_axes in ((whole, rows, columns), (whole.mT, columns, rows)):
         if dims == (*((name,) for name in batch), U_axes, V_axes):
             return W
         if len(batch) == 1 and dims == (batch + U_axes, V_axes):
