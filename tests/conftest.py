@@ -86,3 +86,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in reversed(list(item.iter_markers("integration"))):  # the closest says it last
             item.user_properties += mark.kwargs.items()
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only, without threads.
+
+    Those of gloo may wait for the interpreter's lock while what holds it waits for their end.
+    """
+    distributed = pytest.importorskip("torch.distributed")
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -257,50 +257,40 @@ def test_interrupts_are_rolled_back_too():
 
 
 @pytest.mark.covers("P24")
-def test_data_parallel_wrappers_are_refused(tmp_path):
+@pytest.mark.usefixtures("alone")
+def test_data_parallel_wrappers_are_refused():
     """They would go on reducing the gradients of parameters that are gone."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        model = Net()
-        factorize(model, rank=2, include="first")
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for act in (lambda m: factorize(m, rank=2), merge, unroll):
-            _assert_raises_and_changes_nothing(
-                act, wrapped, ValueError, "DistributedDataParallel.*before wrapping"
-            )
-        assert [p.name for p in products(wrapped)] == ["first.weight"]
-    finally:
-        torch.distributed.destroy_process_group()
+    model = Net()
+    factorize(model, rank=2, include="first")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for act in (lambda m: factorize(m, rank=2), merge, unroll):
+        _assert_raises_and_changes_nothing(
+            act, wrapped, ValueError, "DistributedDataParallel.*before wrapping"
+        )
+    assert [p.name for p in products(wrapped)] == ["first.weight"]
 
 
 @pytest.mark.cpu("its mesh is of CPUs")
 @pytest.mark.covers("P26")
-def test_sharded_weights_are_refused(tmp_path):
+@pytest.mark.usefixtures("alone")
+def test_sharded_weights_are_refused():
     """Sharded weights are refused by name where whole ones are needed, half sharded ones by all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        model = Net()
-        model.bad.weight = nn.Parameter(distribute_tensor(model.bad.weight.detach(), mesh))
-        with pytest.raises(ValueError, match=r"bad.weight.*DTensor.*before fully_shard"):
-            factorize(model, rank=2, include="bad")
-        assert "DTensor" in str(factorize(model, rank=2))
-        held = model.first.parametrizations.weight
-        held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
-        with pytest.raises(ValueError, match=r"first.weight.*DTensor.*before merging"):
-            merge(model)
-        base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-        with pytest.raises(ValueError, match=r"first.weight.*expected a DTensor"):
-            FrobeniusDecay(base, model)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    model = Net()
+    model.bad.weight = nn.Parameter(distribute_tensor(model.bad.weight.detach(), mesh))
+    with pytest.raises(ValueError, match=r"bad.weight.*DTensor.*before fully_shard"):
+        factorize(model, rank=2, include="bad")
+    assert "DTensor" in str(factorize(model, rank=2))
+    held = model.first.parametrizations.weight
+    held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
+    with pytest.raises(ValueError, match=r"first.weight.*DTensor.*before merging"):
+        merge(model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"first.weight.*expected a DTensor"):
+        FrobeniusDecay(base, model)
 
 
 @pytest.mark.covers("P18")

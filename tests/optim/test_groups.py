@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
@@ -188,16 +188,13 @@ def test_the_groups_train_like_one(net):
 
 
 @pytest.mark.covers("P43")
+@pytest.mark.usefixtures("alone")
 def test_meshes_are_kept_apart():
     """Parameters on a device mesh and plain ones cannot be updated by one fused call."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-        model[0].weight = nn.Parameter(distribute_tensor(torch.ones(3, 3), mesh))
-        assert names(split_param_groups(model, 0.1)) == [(0.1, "0.weight"), (0.1, "1.weight")]
-    finally:
-        distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[0].weight = nn.Parameter(distribute_tensor(torch.ones(3, 3), mesh))
+    assert names(split_param_groups(model, 0.1)) == [(0.1, "0.weight"), (0.1, "1.weight")]
 
 
 def test_the_factory_builds_it_all(net):

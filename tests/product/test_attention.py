@@ -10,7 +10,7 @@ from cases import Sizes
 from closeness import TOLERANCE
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
@@ -747,16 +747,8 @@ def test_balancing_refuses_computed_biases():
         balance_(products(computed_bias()))
 
 
-@pytest.fixture
-def _mesh():
-    """A process group of one."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 @pytest.mark.cpu("its mesh is of CPUs")
-@pytest.mark.usefixtures("_mesh")
+@pytest.mark.usefixtures("alone")
 def test_balancing_refuses_sharded_weights():
     """Every process has a part of them only."""
     module = layer()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
 
@@ -26,12 +26,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _process_group(request):
     """A process group of one, for those that ask for one."""
-    if not any(name in request.node.name for name in bases.NETWORK):
-        yield
-        return
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+    if any(name in request.node.name for name in bases.NETWORK):
+        request.getfixturevalue("alone")
 
 
 def sweep(cases: list, column: str) -> list:

@@ -21,6 +21,7 @@ from factored_cases import (
     network,
     weight,
 )
+from gloo import run
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.distributed._tools.mod_tracker import ModTracker
@@ -422,22 +423,17 @@ def test_averaged_models_average_the_factors(average):
     torch.testing.assert_close(averaged(x), model(x))
 
 
+def parallel(rank, world):
+    """Gradients in ``DistributedDataParallel``, and without."""
+    model, x = network(), torch.randn(2, 3, 6, 6)
+    nn.parallel.DistributedDataParallel(model)(x).square().sum().backward()
+    return [p.grad for p in model.parameters()], gradients_of(model, model(x))[1:]
+
+
 @pytest.mark.covers("P24")
-def test_distributed_data_parallel_takes_the_factors(tmp_path):
+def test_distributed_data_parallel_takes_the_factors():
     """DDP registers the factors and gives their gradients."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch without torch.distributed")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        model, x = network(), torch.randn(2, 3, 6, 6)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped(x).square().sum().backward()
-        ours = [p.grad for p in model.parameters()]
-        assert_same(ours, gradients_of(model, model(x))[1:])
-    finally:
-        torch.distributed.destroy_process_group()
+    assert_same(*run(parallel, 1)[0])
 
 
 @pytest.mark.cpu("elsewhere the device is in it, as in those of all tensors")

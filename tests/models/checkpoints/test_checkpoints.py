@@ -1017,6 +1017,7 @@ def test_a_dense_file_and_a_missing_one(tmp_path):
 
 @pytest.mark.cpu("its mesh is of CPUs")
 @needs_safetensors
+@pytest.mark.usefixtures("alone")
 def test_sharded_models_are_refused(tmp_path):
     """Each process has a part; nothing is read from it or written to it."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -1025,20 +1026,15 @@ def test_sharded_models_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     model = _factorized()
     save_factorized(model, path)
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        held, mesh = model.head.parametrizations.weight, init_device_mesh("cpu", (1,))
-        held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
-        for act in (save_factorized, load_factorized):
-            with pytest.raises(ValueError, match=r"head.*original0 is sharded.*before fully_shard"):
-                act(model, path)
-        with pytest.raises(ValueError, match=r"head\.weight: the factors are sharded"):
-            load_dense_(model, Net().state_dict())
-        with pytest.raises(ValueError, match=r"cannot reset Linear\.weight: .* sharded"):
-            model.head.reset_parameters()
-    finally:
-        torch.distributed.destroy_process_group()
+    held, mesh = model.head.parametrizations.weight, init_device_mesh("cpu", (1,))
+    held.original0 = nn.Parameter(distribute_tensor(held.original0.detach(), mesh))
+    for act in (save_factorized, load_factorized):
+        with pytest.raises(ValueError, match=r"head.*original0 is sharded.*before fully_shard"):
+            act(model, path)
+    with pytest.raises(ValueError, match=r"head\.weight: the factors are sharded"):
+        load_dense_(model, Net().state_dict())
+    with pytest.raises(ValueError, match=r"cannot reset Linear\.weight: .* sharded"):
+        model.head.reset_parameters()
 
 
 @pytest.mark.parametrize("act", [save_factorized, load_factorized])
