@@ -19,8 +19,8 @@ from frobdecay.optim.conventions import (
     refusal_of_decoupled,
 )
 from frobdecay.optim.division import Division, plan_division
-from frobdecay.optim.proxy import OptimizerProxy, was_wrapped
-from frobdecay.optim.rates import Group, check_bound, has_weight_decay, is_zero, known_value
+from frobdecay.optim.proxy import OptimizerProxy, decayed_before
+from frobdecay.optim.rates import DECAY, Group, check_bound, has_weight_decay, is_zero, known_value
 from frobdecay.product.find import products as products_of
 from frobdecay.product.names import factor_name
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
@@ -185,8 +185,7 @@ def plan_wrapping(
     groups = optimizer.param_groups
     check_membership(products, groups, model)
     layout = plan_groups(optimizer, groups, products, decay, mode)
-    scheduled = any("initial_lr" in group for group in groups)
-    if scheduled and any(division.split for division in layout):
+    if any("initial_lr" in group for group in groups) and any(one.split for one in layout):
         raise ValueError(
             "expected an optimizer without a learning-rate scheduler, got 'initial_lr' in a param "
             "group: wrapping divides groups, of which the scheduler would not know; wrap the "
@@ -194,18 +193,24 @@ def plan_wrapping(
             "their own when building the optimizer: frobdecay.split_param_groups. In the middle of "
             "a training remove 'initial_lr' from the groups, wrap, and build the scheduler anew"
         )
+    pairs = [*zip(groups, layout, strict=True)]
     if decay is None and not any(
-        key in group
-        for group, division in zip(groups, layout, strict=True)
-        for key in ("weight_decay", "frobenius_decay")
-        if any(division.flags)
+        any(one.flags) and {"weight_decay", DECAY} & group.keys() for group, one in pairs
     ):
         raise ValueError(
             f"expected decay=λ for {type(optimizer).__name__}, got None: it has no weight_decay "
             "that could be taken over"
         )
-    held = [division for division in layout if any(division.flags)]
-    if held and all(division.taken and is_zero(division.coef) for division in held):
+    factors = {id(param) for product in products for param in product.params}
+    lost = {id(param) for param in decayed_before(optimizer) or ()} - factors
+    if any(id(param) in lost for group in groups for param in group["params"]):
+        warnings.warn(
+            f"factors of other products, for which this {type(optimizer).__name__} was wrapped "
+            "before, do not decay from now on: wrap it for all products together",
+            stacklevel=3,
+        )
+    held = [one for one in layout if any(one.flags)]
+    if held and all(one.taken and is_zero(one.coef) for one in held):
         warnings.warn(
             "no product will decay: λ is taken over from the factors' weight_decay, which in this "
             f"{type(optimizer).__name__} is 0; build it with weight_decay=λ, or pass decay=λ to "
@@ -227,7 +232,10 @@ def plan_groups(
 ) -> list[Division]:
     """Plan the division of groups, the first of which has the index ``first``."""
     factors = {id(param) for product in products for param in product.params}
-    layout, modes = [], {"own_first": own_first, "again": not own_first and was_wrapped(optimizer)}
+    layout, modes = (
+        [],
+        {"own_first": own_first, "again": not own_first and decayed_before(optimizer) is not None},
+    )
     for k, group in enumerate(groups, first):
         where = f"param group {k}"
         division = plan_division(group, lambda param: id(param) in factors, decay, where, **modes)

@@ -43,10 +43,13 @@ class Division:
     taken: bool
 
     def commit(self, group: Group, bound: Coefficient | None = None) -> list[Group]:
-        """Change the group, and return it with what was split off; factors get the bound."""
+        """Change the group, and return it with what was split off; factors get the bound.
+
+        It takes the place of another, but not of None, which is none.
+        """
         parts = self._commit(group)
-        if bound is not None and any(self.flags):
-            parts[-1].setdefault(BOUND, bound)
+        if any(self.flags) and bound is not None is not parts[-1].get(BOUND, bound):
+            parts[-1][BOUND] = bound
         return parts
 
     def _commit(self, group: Group) -> list[Group]:

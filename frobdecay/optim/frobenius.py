@@ -32,7 +32,7 @@ from frobdecay.optim.conventions import (
 from frobdecay.optim.decaying import Decay, PenalizedClosure
 from frobdecay.optim.division import Halves, adapt_plain, is_plain, keep_bounds, tensors_of
 from frobdecay.optim.proxy import OptimizerProxy
-from frobdecay.optim.rates import DECAY, Group, Rate, asked, is_dummy_step, known_value
+from frobdecay.optim.rates import BOUND, DECAY, Group, Rate, asked, is_dummy_step, known_value
 from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.optim.stability import Watch
 from frobdecay.product.find import VERSION
@@ -137,7 +137,7 @@ class FrobeniusDecay(OptimizerProxy):
         parts = [division.commit(whole, bound) for division, whole in pairs]
         optimizer.param_groups[:] = [group for part in parts for group in part]
         super().__init__(optimizer)
-        self._engine = engine
+        self._use(engine)
         self._mode: Mode = mode
         self._decay, self._bound = decay, bound
         self._backend = backend
@@ -292,8 +292,14 @@ class FrobeniusDecay(OptimizerProxy):
 
     def _adopt(self, products: list[Product], version: int) -> None:
         if _addresses(products) != _addresses(self._engine.products):
-            self._engine = Decay(products, self._backend)
+            self._use(Decay(products, self._backend))
         self._version = version
+
+    def _use(self, engine: Decay) -> None:
+        self._engine = engine
+        self._bypass.decayed = [
+            weakref.ref(param) for product in engine.products for param in product.params
+        ]
 
     # --- groups, checkpoints, copies ------------------------------------------------------------
 
@@ -316,7 +322,8 @@ class FrobeniusDecay(OptimizerProxy):
             self._base, [probe], products, self._decay, self._mode, first=index, own_first=True
         )
         self._base.add_param_group(param_group)
-        self.param_groups[index:] = division.commit(self.param_groups[index], self._bound)
+        whole = self.param_groups[index]
+        self.param_groups[index:] = division.commit(whole, whole.get(BOUND, self._bound))
         self._layout.append(division)
         self._adopt(products, version)
 
@@ -372,7 +379,7 @@ class FrobeniusDecay(OptimizerProxy):
         products = state.pop("products")
         super().__init__(state["_base"])
         self.__dict__.update(state)
-        self._engine = Decay(products, self._backend)
+        self._use(Decay(products, self._backend))
         self._watch, self._halves = Watch(), Halves()
         self._model = None
         self._version = VERSION.value

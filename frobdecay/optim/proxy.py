@@ -9,6 +9,7 @@ once inside that optimizer's methods.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,12 @@ class _Bypass:
 
     Attributes:
         expected: whether the proxy is calling.
+        decayed: the parameters that the last proxy decays as factors.
     """
 
     def __init__(self) -> None:
         self.expected, self._warned = False, False
+        self.decayed: list[weakref.ref[Tensor]] = []
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> _Bypass:
@@ -66,9 +69,11 @@ class _Bypass:
                 return
 
 
-def was_wrapped(optimizer: Optimizer) -> bool:
-    """Whether a proxy has been put around an optimizer before."""
-    return any(isinstance(h, _Bypass) for h in vars(optimizer).get(_HOOKS[0], {}).values())
+def decayed_before(optimizer: Optimizer) -> list[Tensor] | None:
+    """The parameters that a proxy around an optimizer has decayed; None if there was no proxy."""
+    hooks = vars(optimizer).get(_HOOKS[0], {}).values()
+    found = next((hook for hook in hooks if isinstance(hook, _Bypass)), None)
+    return None if found is None else [p for ref in found.decayed if (p := ref()) is not None]
 
 
 class OptimizerProxy(Optimizer):

@@ -170,6 +170,35 @@ def test_wrapping_again_takes_the_weight_decay_of_further_products(before):
             assert (group["weight_decay"], group["frobenius_decay"]) == decays
 
 
+def test_wrapping_again_for_fewer_products_is_said():
+    """The others would not decay; in groups that were divided, of one each, and shared."""
+    for each, options in (
+        (False, {"weight_decay": LAMBDA}),
+        (True, {"weight_decay": LAMBDA}),
+        (False, {}),
+    ):
+        net = Net()
+        params = [{"params": [p]} for p in net.parameters()] if each else net.parameters()
+        base, decay = torch.optim.SGD(params, lr=0.1, **options), None if options else LAMBDA
+        wrapped = copy.deepcopy(FrobeniusDecay(base, net.products(), decay=decay))
+        for one, products in ((base, net.products()), (wrapped.optimizer, wrapped.products)):
+            with pytest.warns(UserWarning, match="factors of other products.*products together"):
+                FrobeniusDecay(one, products[:1], decay=decay)
+            FrobeniusDecay(one, products, decay=decay)
+
+
+def test_wrapping_again_takes_the_new_bound():
+    """An argument goes before the number that an earlier one has become; None stays none."""
+    net = Net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=LAMBDA)
+    FrobeniusDecay(base, net.products(), bound=1.0)
+    optimizer = FrobeniusDecay(base, net.products(), bound=0.5)
+    assert [group.get("step_bound") for group in optimizer.param_groups] == [None, 0.5]
+    base.param_groups[1]["step_bound"] = None
+    FrobeniusDecay(base, net.products(), bound=2.0)
+    assert [group.get("step_bound") for group in base.param_groups] == [None, None]
+
+
 def test_wrapping_again_keeps_a_coefficient_that_was_given_meanwhile():
     """To the group that the first wrapper left its weight decay, for products to come."""
     net = Net()
