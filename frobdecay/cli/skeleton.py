@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from frobdecay.cli.read import Checkpoint, count
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
 from frobdecay.models.checkpoints.records import weight_of
-from frobdecay.models.checkpoints.tensors import identity
+from frobdecay.models.checkpoints.tensors import identity, without_wrappers
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
 from frobdecay.models.tables.fold import numbers, pattern
@@ -100,6 +100,7 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
             "layers are told apart by the shapes of their weights",
             file=sys.stderr,
         )
+    without_wrappers(checkpoint.tensors)  # refuses what would be one
     model, names = nn.Module(), {}
     held: dict[Hashable, Any] = {}  # what is tied is one layer, or one parameter, here too
     for name in _in_order(dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors)):

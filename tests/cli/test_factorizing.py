@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("safetensors")
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -90,6 +91,22 @@ def test_names_of_wrapped_models_are_those_of_the_file(tmp_path, capsys, prefix)
     assert [*read(str(small)).records] == names
     assert _run("merge", small, back) == 0
     assert sorted(torch.load(back)) == sorted(state)
+
+
+def test_two_names_of_one_weight_are_refused(tmp_path, capsys):
+    """With a wrapper's segment and without: one of them would be lost. So in the loader."""
+    dense, small, state = tmp_path / "in.pt", tmp_path / "out.safetensors", _net().state_dict()
+    torch.save(state | {f"_orig_mod.{name}": value for name, value in state.items()}, dense)
+    told = _refused(capsys, "factorize", dense, small, "--rank", 2)
+    assert "expected either 0.weight or _orig_mod.0.weight, got both" in told
+    assert not small.exists()
+    torch.save(state, dense)
+    assert _run("factorize", dense, small, "--rank", 2) == 0
+    with safe_open(small, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"_orig_mod.0.bias": tensors["0.bias"] + 1}, small, metadata)
+    with pytest.raises(ValueError, match=r"either 0\.bias or _orig_mod\.0\.bias, got both"):
+        load_factorized(_net(), small)
 
 
 def test_a_file_of_a_compiled_model_is_loaded(tmp_path):

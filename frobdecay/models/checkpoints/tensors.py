@@ -53,8 +53,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def without_wrappers(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table by names, and the names in it, without the segments that wrappers add."""
-    plain = strip_wrappers
+    """A table by names, and the names in it, without the segments that wrappers add.
+
+    Raises:
+        ValueError: two names that are one then.
+    """
+    plain, seen = strip_wrappers, dict[str, str]()
+    for name in table:
+        if (other := seen.setdefault(plain(name), name)) != name:
+            raise ValueError(f"expected either {other} or {name}, got both, which are one weight")
     return {plain(n): plain(one) if isinstance(one, str) else one for n, one in table.items()}
 
 
