@@ -83,8 +83,8 @@ def _fit(
         torch._C._set_throw_on_mutable_data_ptr(made)
     if len(_known) == 4096:
         _known.clear()
-    _known[looks] = made, view.straight and not batch and len(factors) == 2 and r * (m + n) <= m * n
-    return _known[looks]
+    direct = view.straight and not batch and len(factors) == 2 and r * (m + n) <= m * n
+    return _known.setdefault(looks, (made, direct))
 
 
 class _Multiplied(torch.autograd.Function):
