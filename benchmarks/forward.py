@@ -11,6 +11,7 @@ backward pass to the input and to all parameters. Compared, in turns, are
     factored, formed      the same, with the choice forced
     pair                  two thin layers in an nn.Sequential, written by hand
     parametrize           torch's parametrize with U @ V.T: what it costs without FactoredTensor
+    parametrized by …     the same with nothing in it, in the table of calls with one row
     dense                 the layer as it was
     tltorch               FactorizedLinear of tensorly-torch: a CP matrix, applied factor by factor
     geotorch              its low_rank, which forms W from matrix exponentials
@@ -46,12 +47,19 @@ __all__ = ["main"]
 
 Run = Callable[[], object]
 AUTO, FACTORED, FORMED, PAIR = "automatic", "factored", "formed", "pair"
-PLAIN, DENSE = "parametrize", "dense"
+PLAIN, DENSE, UNTOUCHED = "parametrize", "dense", "parametrized by nothing"
 
 FULL_RANKS, FULL_ROWS = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2), (1, 32, 512, 4096)
 QUICK_RANKS, QUICK_ROWS = (1 / 16, 1 / 4, 1 / 2), (1, 512)
 MANY = 512
 """Rows from which a layer has to be as fast as the pair; below, calls are what costs."""
+
+
+NAMED = ("layer", "scheme", "r", "rows", "gradients")
+"""What a row is of."""
+
+CALLED = (128, 256, 512, 1024)
+"""Widths of layers that are called with one row."""
 
 
 class _Product(nn.Module):
@@ -229,6 +237,34 @@ def _compiled(options: Any, device: torch.device) -> list[dict[str, Any]]:
     return [{"layer": f"{n}→{m}", "rows": MANY, **ms, "÷ pair": ratio}]
 
 
+class _Whole(nn.Module):
+    """A parametrization that does nothing: what torch's own way to a weight takes."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def _calls(options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """One row of input, forward alone: what is called, more than what is computed."""
+    rows = []
+    for n in CALLED:
+        dense = nn.Linear(n, n)
+        factored, untouched = copy.deepcopy(dense), copy.deepcopy(dense)
+        factorize(factored, rank=n // 8, init="matched")
+        parametrize.register_parametrization(untouched, "weight", _Whole())
+        pair = nn.Sequential(nn.Linear(n, n // 8, bias=False), nn.Linear(n // 8, n))
+        models = {AUTO: factored, PAIR: pair, UNTOUCHED: untouched, DENSE: dense}
+        x = torch.randn(1, n, device=device)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                runs = {name: partial(model.to(device), x) for name, model in models.items()}
+                timings = measure.interleave(runs, device, seconds=options.seconds)
+            us = {name: 1e3 * timing.ms for name, timing in timings.items()}
+            about = {"layer": f"{n}→{n}", "r": n // 8, "gradients": "yes" if gradients else "no"}
+            rows.append({**about, **us, "added, µs": us[AUTO] - us[DENSE]})
+    return rows
+
+
 def _memory(options: Any, device: torch.device) -> list[dict[str, Any]]:
     """What one pass allocates, next to the dense weight that it must not form."""
     rows = []
@@ -290,7 +326,10 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
 
 
 def _targets(
-    rows: list[dict[str, Any]], convs: list[dict[str, Any]], memory: list[dict[str, Any]]
+    rows: list[dict[str, Any]],
+    convs: list[dict[str, Any]],
+    calls: list[dict[str, Any]],
+    memory: list[dict[str, Any]],
 ) -> list[Target]:
     """The worst row of each kind, named."""
     found = []
@@ -298,7 +337,7 @@ def _targets(
     def worst(what: str, key: str, among: list[dict[str, Any]], limit: float, unit: str) -> None:
         if among:
             row = max(among, key=lambda row: row[key])
-            where = ", ".join(str(row[k]) for k in ("layer", "scheme", "r", "rows") if k in row)
+            where = ", ".join(str(row[k]) for k in NAMED if k in row)
             found.append(Target(f"{what}, worst ({where})", row[key], limit, unit=unit))
 
     # where the automatic choice is to form W, the pair is not what it competes with
@@ -308,6 +347,7 @@ def _targets(
     # where the multiplications take least, what is left are the calls
     short = sorted((row for row in rows if row["rows"] == 1), key=lambda row: row[PAIR])[:1]
     worst("added per call at 1 row", "added, µs", short, 25, "µs")
+    worst("forward at 1 row, added to dense", "added, µs", calls, 25, "µs")
     worst("linear, choice ÷ better of factored and formed", "÷ best", rows, 1.08, "×")
     worst("convolution, choice ÷ better of factored and formed", "÷ best", convs, 1.08, "×")
     for row in memory:
@@ -347,8 +387,10 @@ def main(report: Report, options: argparse.Namespace) -> None:
     convs = _convolutions(options, device)
     if convs:
         report.table("3×3 convolutions, forward and backward, ms", convs)
+    calls = _calls(options, device)
+    report.table("one row, forward alone, µs", calls)
     memory = _memory(options, device)
-    report.targets = _targets(rows, convs, memory)
+    report.targets = _targets(rows, convs, calls, memory)
     report.table("memory of one pass", memory)
     if len(options.ranks) > 1:
         report.table("break-even rank, factored against dense", _break_even(rows))
