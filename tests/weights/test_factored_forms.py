@@ -255,15 +255,24 @@ def test_padding_modes_equal_dense(mode, padding, monkeypatch):
         torch.testing.assert_close(conv(x), twin(x))
 
 
-@pytest.mark.parametrize("size", [(2, 2), (2, 4), (4, 4)])
-def test_half_precision_to_one_column_is_right(size):
-    """Where torch's own is not, on CPUs with AMX: 85 channels or more, more than one row."""
+@pytest.mark.parametrize("pattern", ["o i kh kw -> (o kh) (i kw)", "o i kh kw -> o (i kh kw)"])
+@pytest.mark.parametrize("size", [(2, 2), (4, 1), (4, 2), (4, 4)])
+def test_half_precision_to_one_column_is_right(pattern, size):
+    """Where torch's own is not, on CPUs with AMX, forward from 85 channels on, and backward."""
     conv = nn.Conv2d(256, 64, 3, stride=2, padding=1, bias=False)
-    conv = factored(conv, pattern="o i kh kw -> (o kh) (i kw)", rank=96)
+    conv = factored(conv, pattern=pattern, rank=96)
     x = torch.randn(2, 256, *size).bfloat16().float()
-    with force(True):
-        expected, out = conv(x), conv.to(torch.bfloat16)(x.bfloat16()).float()
-    assert torch.linalg.vector_norm(out - expected) < 0.05 * torch.linalg.vector_norm(expected)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        conv, x = conv.to(dtype), x.to(dtype).requires_grad_()
+        with force(True):
+            out = conv(x)
+        out.backward(torch.ones_like(out))
+        found.append([out, x.grad, *(p.grad for p in conv.parameters())])
+        conv.zero_grad()
+        x = x.detach()
+    for mine, expected in zip(*found, strict=True):
+        assert (mine.float() - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.covers("D18")

@@ -153,11 +153,13 @@ def _two_convolutions(
         half = halves[d]
         own = {name: half.own(value, _NEUTRAL[name]) for name, value in options.items()}
         kernel, last = half.kernel(view, names[d], copies), bias if d == order[1] else None
-        x = function(x, kernel, last, groups=group_counts[d], **own)
-        # On CPUs with AMX, torch's convolution to a column of pixels is wrong in bfloat16.
-        strided = own["stride"][-1] > 1 and x.is_cpu and x.dtype is torch.bfloat16
-        if strided and known(x.shape[-1] == 1):
-            return NotImplemented
+        y = function(x, kernel, last, groups=group_counts[d], **own)
+        strided = not transposed and own["stride"][-1] > 1 and y.is_cpu
+        # Torch's own convolution to one column is wrong so, with AMX; the first is that of any step
+        if strided and y.dtype is torch.bfloat16 and known(y.shape[-1] == 1):
+            own["stride"] = (*own["stride"][:-1], 1)
+            y = function(x, kernel, last, groups=group_counts[d], **own)[..., :1]
+        x = y
     return x
 
 
