@@ -406,8 +406,8 @@ PRETRAINING = {
     ),
     "causal": Experiment(
         "λ carried over, language models with AdamW",
-        "Asked of decoupled decay: is the λ that is best for the dense network best for SI & FD, "
-        "and is that of plain decay another?",
+        "nothing about it; asked is, of decoupled decay, whether the λ that is best for the dense "
+        "network is best for SI & FD, and whether that of plain decay is another.",
         {
             **{key: _ARMS[key] for key in ("dense", "lowrank", "si")},
             "fd": PretrainingArm(label="FD, AdamW", peak=_ADAMW, init="kaiming", decay="frobenius"),
