@@ -69,8 +69,10 @@ class FactoredTensor(ProductTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call it on the factors, on the metadata or on the dense tensor, or refuse."""
-        if torch.compiler.is_dynamo_compiling() or frames() is not None:
-            return _untraced(func, types, args, kwargs)
+        # Without types it comes from there, and frames may be looked at still: under the stance
+        # "eager_on_recompile" torch runs what it has compiled, as this function, for them.
+        if types is not None and (torch.compiler.is_dynamo_compiling() or frames() is not None):
+            return _untraced(func, None, args, kwargs)
         kwargs = kwargs or {}
         form = None if "out" in kwargs else FORMS.get(func)
         for value in (*args, *kwargs.values()) if form is not None else ():

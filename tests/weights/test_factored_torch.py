@@ -136,6 +136,27 @@ def test_a_weight_may_cross_a_graph_break(compiler):
     assert_same(gradients_of(layer, compiled(x)), gradients_of(layer, broken(x)))
 
 
+STANCES = ["eager_on_recompile", "force_eager", "fail_on_recompile", "eager_then_compile"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's, of a view
+@pytest.mark.parametrize("stance", STANCES)
+def test_stances_of_the_compiler_run(stance, compiler):
+    """With what was compiled before, and with a weight that it was not compiled for."""
+    x = torch.randn(2, 6)
+
+    def use(W):
+        rows = W[1:]  # read-only
+        return F.linear(x, W).sum() + (W * 2).sum() + rows.sum() + (rows * W[:-1]).sum()
+
+    compiled = torch.compile(use, backend="eager")
+    compiled(factored(nn.Linear(6, 6)).weight)
+    with torch.compiler.set_stance(stance):
+        for size in (6, 6) if stance == "fail_on_recompile" else (4, 6):
+            W = factored(nn.Linear(6, size)).weight
+            torch.testing.assert_close(compiled(W), use(W))
+
+
 @pytest.mark.covers("P17")
 def test_a_write_in_a_compiled_function_raises(compiler):
     """Writes are refused while a graph is traced, too."""
