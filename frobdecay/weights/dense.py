@@ -147,7 +147,7 @@ def on_dense(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     kind: type[Tensor] = ProductTensor,
-    dense: Callable[[Any], Tensor] = ProductTensor.materialize,
+    dense: Callable[[Any], Tensor] = lambda weight: weight.materialize(),
 ) -> Any:
     """Call a function with dense tensors in place of those of a kind, which are not written to.
 

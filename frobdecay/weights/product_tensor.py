@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _NOWHERE = torch.device("meta")
 
 # Functions of C: calls of Python's are most of what an access of a weight takes.
 _LOOKS, _VERSION = attrgetter("shape", "dtype", "device"), attrgetter("_version")
-_WANTS_GRAD = attrgetter("requires_grad")
+_WANTS_GRAD, _DETACHED = attrgetter("requires_grad"), methodcaller("detach")
 
 
 class _Flatten:
@@ -81,7 +81,7 @@ def _fit(
         made = torch.empty(view.shape, dtype=factors[0].dtype, device=factors[0].device)
         made.untyped_storage().resize_(0)
         torch._C._set_throw_on_mutable_data_ptr(made)
-    if len(_known) == 4096:
+    if len(_known) >= 4096:  # more where threads have met here
         _known.clear()
     direct = view.straight and not batch and len(factors) == 2 and r * (m + n) <= m * n
     return _known.setdefault(looks, (made, direct))
@@ -179,7 +179,7 @@ class ProductTensor(Tensor):
         template, direct = _known.get(looks) or _fit(looks, factors, view)
         constant = not torch.is_grad_enabled() and not traced
         if constant:
-            factors = tuple(map(Tensor.detach, factors))
+            factors = tuple(map(_DETACHED, factors))
         self: ProductTensor
         if template is None:
             U = factors[0]

@@ -33,14 +33,14 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     outside: Callable[..., Any] | None = None
 
     @wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal outside
         if not torch.compiler.is_dynamo_compiling() and frames() is None:
-            return function(*args)
+            return function(*args, **kwargs)
         if outside is None:
             # Not before the compiler is there: to import it takes more than a second.
             disable = torch.compiler.disable
             outside = disable(function, reason="a factored weight is used")  # type: ignore[no-untyped-call]
-        return outside(*args)
+        return outside(*args, **kwargs)
 
     return call

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from frobdecay.algebra.reading import Matricization
+from frobdecay.weights import product_tensor
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.forms.cost import Cost, factors_cheaper
 from frobdecay.weights.forms.matrix import matrix
@@ -480,6 +481,59 @@ def test_a_frozen_factor_stays_a_constant(frozen):
     assert layer.weight.requires_grad
     layer(torch.randn(2, 5)).sum().backward()
     assert [f.grad is None for f in factors] == [frozen == 0, frozen == 1]
+
+
+class _Noted(FactoredTensor):
+    """A weight of a class of its own."""
+
+    def materialize(self):
+        """Note it."""
+        self.noted = True
+        return super().materialize()
+
+
+def test_a_class_of_ones_own_forms_its_dense_tensor_itself():
+    """Whichever function asks for it."""
+    W = weight("o i -> o i", (6, 5))
+    own = _Noted(W.factors, W.matricization)
+    torch.testing.assert_close(own * 2, W * 2)
+    assert own.noted
+
+
+class _Detaching(Tensor):
+    """A factor of a class of its own."""
+
+    def detach(self):
+        """Note it."""
+        made = super().detach()
+        made.noted = True
+        return made
+
+
+def test_a_factor_of_ones_own_detaches_itself():
+    """Where the weight is made without a graph."""
+    W = weight("o i -> o i", (6, 5))
+    with torch.no_grad():
+        own = FactoredTensor([f.as_subclass(_Detaching) for f in W.factors], W.matricization)
+    assert all(f.noted for f in own.factors)
+
+
+@pytest.mark.parametrize("made", [lambda W: W, lambda W: W[1:]])
+def test_the_protocol_takes_names(made):
+    """Other classes of tensors may pass on what they are asked for by name."""
+    W = made(weight("o i -> o i", (6, 5)))
+    ours = type(W).__torch_function__(torch.sum, (type(W),), args=(W,), kwargs={})
+    torch.testing.assert_close(ours, W.sum())
+
+
+@pytest.mark.parametrize("entries", [4095, 4096, 4097])
+def test_what_is_kept_of_weights_looks_is_bounded(entries, monkeypatch):
+    """Also where two threads have added an entry at once."""
+    known = dict.fromkeys(range(entries))
+    monkeypatch.setattr(product_tensor, "_known", known)
+    W = weight("o i -> o i", (6, 5))
+    assert len(known) == (entries + 1 if entries < 4096 else 1)
+    torch.testing.assert_close(W.materialize(), dense_of(W))
 
 
 @pytest.mark.cpu("numpy reads no other memory")
