@@ -5,6 +5,7 @@ then. Tests marked ``cpu``, with what they say about a CPU, stay on it.
 """
 
 import os
+import tempfile
 from importlib.util import find_spec
 
 import pytest
@@ -32,6 +33,11 @@ def interpret_kernels() -> None:
     finally:
         del os.environ["TRITON_INTERPRET"]
 
+
+# Torch's cache of compiled graphs takes those for another instruction set, and computes nonsense.
+kind = f"{torch.backends.cpu.get_cpu_capability()}-{os.environ.get('ONEDNN_MAX_CPU_ISA', '')}"
+name = f"torchinductor-{os.environ.get('USER', '')}-{kind.replace(' ', '')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
 
 interpret_kernels()
 DEVICE = os.environ.get("FROBDECAY_TEST_DEVICE")
