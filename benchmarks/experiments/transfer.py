@@ -134,11 +134,14 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
         for row in below:
             _draw_looks(row, list(variants.get(marked or "", {}).values()), colour)
     reference = best(records, experiment.reference, larger)
-    for panel, title in zip(panels, (experiment.score, "validation"), strict=True):
+    titles, upwards = (experiment.score, "validation"), (experiment.larger_is_better, larger)
+    for panel, title, up in zip(panels, titles, upwards, strict=True):
         if reference in axis:
             panel.axvline(axis[reference], color="0.6", ls=":", zorder=0)
         scale = "log" if min(axis.values()) > 0 else "linear"
-        panel.set(title=title, xlabel=experiment.along, xscale=scale)
+        low, high = panel.dataLim.intervaly
+        wide = "log" if not up and 0 < 20 * low < high else "linear"  # as of perplexities
+        panel.set(title=title, xlabel=experiment.along, xscale=scale, yscale=wide)
         panel.set_xticks(
             list(axis.values()), [f"{place:g}" for place in axis.values()], minor=False
         )
