@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.experiments.engine import Trial
 
-__all__ = ["Claim", "Experiment"]
+__all__ = ["Claim", "Experiment", "carried_over"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,28 @@ class Claim:
     against: str | None
     margin: float = 0.0
     tuned: str = ""
+
+
+def carried_over(margin: float, said: str) -> list[Claim]:
+    """What is asked where variants differ in λ beside AdamW: does the dense network's carry over?
+
+    Args:
+        margin: what SI & FD may lose by it, in the score's unit.
+        said: the same in words.
+    """
+    return [
+        Claim(
+            f"the dense network's λ costs SI & FD at most {said} against its own best",
+            "sifd",
+            None,
+            margin,
+            tuned="regret",
+        ),
+        Claim("and costs low-rank + SI more than that", "sifd", "si", tuned="regret"),
+        Claim("at that λ SI & FD is better than SI", "sifd", "si", tuned="reference"),
+        Claim("so it is where each has its own best λ", "sifd", "si", tuned="own"),
+        Claim("SI is better than plain low-rank there", "si", "lowrank", tuned="own"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import frobdecay
-from benchmarks.experiments.experiment import Claim, Experiment
+from benchmarks.experiments.experiment import Claim, Experiment, carried_over
 from benchmarks.experiments.text import Running, load_characters
 from benchmarks.experiments.trials import Arm, Common, Training, count_parameters
 from benchmarks.models.decoder import Decoder
@@ -417,20 +417,10 @@ PRETRAINING = {
         {"cpu": f"{_changes(_SMALL)}, AdamW at {_ADAMW:g}"},
         PretrainingTrial,
         "test cross-entropy of a character, nats",
-        claims=(
-            Claim(
-                "the dense network's λ costs SI & FD at most 0.01 against its own best",
-                "sifd",
-                None,
-                0.01,
-                tuned="regret",
-            ),
-            Claim("and costs low-rank + SI more than that", "sifd", "si", tuned="regret"),
-            Claim("at that λ SI & FD is better than SI", "sifd", "si", tuned="reference"),
-            Claim("so it is where each has its own best λ", "sifd", "si", tuned="own"),
-            Claim("SI is better than plain low-rank there", "si", "lowrank", tuned="own"),
+        claims=[
+            *carried_over(0.01, "0.01"),
             Claim("FD alone is below plain low-rank there", "lowrank", "fd", tuned="own"),
-        ),
+        ],
         along="weight_decay",
         larger_is_better=False,
         digits=3,

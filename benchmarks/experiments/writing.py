@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.experiments.experiment import Claim, Experiment
+from benchmarks.experiments.experiment import Claim, Experiment, carried_over
 from benchmarks.experiments.language import LanguageArm, LanguageProtocol, LanguageTrial
 from benchmarks.experiments.lora import LoraArm, LoraProtocol, lora_trial
 from benchmarks.experiments.translation import TranslationArm, TranslationProtocol, TranslationTrial
@@ -153,19 +153,7 @@ TEXT: Mapping[str, Experiment] = {
         score="test BLEU",
         trial=TranslationTrial,
         along="weight_decay",
-        claims=[
-            Claim(
-                "the dense network's λ costs SI & FD at most half a point against its own best",
-                "sifd",
-                None,
-                0.5,
-                tuned="regret",
-            ),
-            Claim("and costs low-rank + SI more than that", "sifd", "si", tuned="regret"),
-            Claim("at that λ SI & FD is better than SI", "sifd", "si", tuned="reference"),
-            Claim("so it is where each has its own best λ", "sifd", "si", tuned="own"),
-            Claim("SI is better than plain low-rank there", "si", "lowrank", tuned="own"),
-        ],
+        claims=carried_over(0.5, "half a point"),
     ),
     "language": Experiment(
         "Language modelling with small heads (after Table 4)",

@@ -201,8 +201,7 @@ def plan_wrapping(
             f"expected decay=λ for {type(optimizer).__name__}, got None: it has no weight_decay "
             "that could be taken over"
         )
-    factors = {id(param) for product in products for param in product.params}
-    lost = {id(param) for param in decayed_before(optimizer) or ()} - factors
+    lost = {id(param) for param in decayed_before(optimizer) or ()} - _ids(products)
     if any(id(param) in lost for group in groups for param in group["params"]):
         warnings.warn(
             f"factors of other products, for which this {type(optimizer).__name__} was wrapped "
@@ -220,6 +219,10 @@ def plan_wrapping(
     return layout
 
 
+def _ids(products: Sequence[Product]) -> set[int]:
+    return {id(param) for product in products for param in product.params}
+
+
 def plan_groups(
     optimizer: Optimizer,
     groups: Sequence[Group],
@@ -231,11 +234,9 @@ def plan_groups(
     own_first: bool = False,
 ) -> list[Division]:
     """Plan the division of groups, the first of which has the index ``first``."""
-    factors = {id(param) for product in products for param in product.params}
-    layout, modes = (
-        [],
-        {"own_first": own_first, "again": not own_first and decayed_before(optimizer) is not None},
-    )
+    factors, layout = _ids(products), []
+    again = not own_first and decayed_before(optimizer) is not None
+    modes = {"own_first": own_first, "again": again}
     for k, group in enumerate(groups, first):
         where = f"param group {k}"
         division = plan_division(group, lambda param: id(param) in factors, decay, where, **modes)

@@ -48,7 +48,7 @@ class Division:
         It takes the place of another, but not of None, which is none.
         """
         parts = self._commit(group)
-        if any(self.flags) and bound is not None is not parts[-1].get(BOUND, bound):
+        if any(self.flags) and bound is not None and parts[-1].get(BOUND, bound) is not None:
             parts[-1][BOUND] = bound
         return parts
 

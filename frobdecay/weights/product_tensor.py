@@ -19,12 +19,7 @@ from torch import Tensor
 
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.reading import Matricization
-from frobdecay.weights.tracing import (
-    forward_ad,
-    functorch_active,
-    scripting,
-    transforms_active,
-)
+from frobdecay.weights.tracing import forward_ad, functorch_active, scripting, transforms_active
 
 # Classes of the tensors that a compiler traces with.
 _TRACED = ("FakeTensor", "FunctionalTensor")
@@ -173,7 +168,7 @@ class ProductTensor(Tensor):
         """Check the factors and make the tensor, which has no storage."""
         factors, view = tuple(factors), matricization
         traced = torch.compiler.is_compiling() or scripting()
-        transformed = functorch_active() or forward_ad._current_level >= 0
+        transformed = functorch_active() or forward_ad._current_level >= 0  # without a call of ours
         odd = traced or transformed or (factors and type(factors[0]).__name__ in _TRACED)
         looks = None if odd else (view.straight, view.shape, view.read_shape, *map(_LOOKS, factors))
         template, direct = _known.get(looks) or _fit(looks, factors, view)

@@ -58,11 +58,12 @@ def without_wrappers(table: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: two names that are one then.
     """
-    plain, seen = strip_wrappers, dict[str, str]()
+    names: dict[str, str] = {}
     for name in table:
-        if (other := seen.setdefault(plain(name), name)) != name:
+        if (other := names.setdefault(strip_wrappers(name), name)) != name:
             raise ValueError(f"expected either {other} or {name}, got both, which are one weight")
-    return {plain(n): plain(one) if isinstance(one, str) else one for n, one in table.items()}
+    values = {plain: table[name] for plain, name in names.items()}
+    return {n: strip_wrappers(one) if isinstance(one, str) else one for n, one in values.items()}
 
 
 def unsaved_buffers(model: nn.Module) -> Callable[[str, Any], bool]:
