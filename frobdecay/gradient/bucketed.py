@@ -14,10 +14,11 @@ so that the number of calls is that of different factor shapes. Buffers live as 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, permutations
 from typing import Protocol
 
 import torch
@@ -31,6 +32,9 @@ from frobdecay.product.departure import Departure
 
 Targets = Sequence[Tensor | None]
 """Of all factors, job by job."""
+
+Updates = tuple[Tensor, ...] | list[Tensor]
+"""What is added to the targets of some factors."""
 
 Coefs = Sequence[Coefficient]
 """Of all factors, job by job."""
@@ -94,8 +98,7 @@ def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
         else:
             shapes = tuple(view.shape for view in job.views)
             others[job.dtype, shapes, job.batch, job.structure].append(k)
-    runners: list[Callable[[Targets, Coefs, Grams | None], None]] = []
-    runners += [_Pairs(jobs, members) for members in pairs.values()]
+    runners: list[_Pairs | _Alike] = [_Pairs(jobs, members) for members in pairs.values()]
     runners += [_Alike(jobs, members) for members in others.values()]
 
     def run(
@@ -149,107 +152,122 @@ def rows_of(jobs: Sequence[Job]) -> list[slice]:
     return [slice(stop - len(job.views), stop) for job, stop in zip(jobs, stops, strict=True)]
 
 
-class _Stack:
-    """Factors of one shape, gathered into one buffer.
+class _Stacks:
+    """Factors that differ in the length of their first axis alone, gathered into one buffer.
 
-    They have more columns than the factors where that is faster: zeros, which multiply to zeros.
+    Those of one shape are a stack, behind each other in memory. They have more columns than the
+    factors where that is faster: zeros, which multiply to zeros.
+
+    Args:
+        views: by the number of a factor what is seen of it.
+        dtype: of the stacks.
+        columns: of the stacks, where not those of the factors.
+
+    Attributes:
+        slots: the numbers of the factors, in the order of the stacks.
     """
 
     def __init__(
-        self, slots: list[int], views: list[Tensor], dtype: torch.dtype, columns: int | None = None
+        self, views: Mapping[int, Tensor], dtype: torch.dtype, columns: int | None = None
     ) -> None:
-        self.slots, self.views = slots, views
-        *rows, r = len(views), *views[0].shape  # of factors without axes, the stack is one row
-        shape = (*rows, columns or r)
-        self.stack = torch.zeros(shape, dtype=dtype, device=views[0].device)
-        self.gathered = list(self.stack[..., :r].unbind())
-        self.groups = overlapping(views)
-        self.alike = columns in (None, r) and all(view.dtype == dtype for view in views)
+        self.slots = sorted(views, key=lambda slot: views[slot].shape)
+        self.views = [views[slot] for slot in self.slots]
+        self.groups = overlapping(self.views)
+        first = self.views[0]
+        last = first.shape[-1:] if columns is None else (columns,)
+        alike = Counter(view.shape for view in self.views)
+        self.shapes = [(n, *shape[:-1], *last) for shape, n in alike.items()]
+        self.rows, self.stacks, self.gathered = self.room(dtype)
+        self.as_it_is = columns is None and first.ndim > 0 and first.dtype == dtype
 
-    def gather(self) -> Tensor:
+    def room(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Room for all: whole, by stacks, and by factors."""
+        first, counts = self.views[0], [math.prod(shape[:2]) for shape in self.shapes]
+        rows = first.new_zeros((sum(counts), *self.shapes[0][2:]), dtype=dtype)
+        apart = zip(torch.split(rows, counts), self.shapes, strict=True)
+        stacks = [part.view(shape) for part, shape in apart]
+        r = slice(first.shape[-1]) if first.ndim else slice(None)
+        return rows, stacks, [part for stack in stacks for part in stack[..., r].unbind()]
+
+    def gather(self) -> list[Tensor]:
         """Copy the factors as they are now."""
-        if self.alike:
-            torch.stack(self.views, out=self.stack)
+        if self.as_it_is:
+            torch.cat(self.views, out=self.rows)
         else:
             torch._foreach_copy_(self.gathered, self.views)
-        return self.stack
+        return self.stacks
 
-    def scatter(self, updates: Sequence[Tensor], targets: Targets) -> None:
-        """Add updates, one a factor, to their targets.
+    def scatter(self, updates: Updates, targets: Targets, coef: float = 1.0) -> None:
+        """Add updates, one a factor, times a number to their targets.
 
         On a GPU one call is one kernel, in which two sums into the same number would be a race.
         """
-        into, parts, groups = [], [], []
-        for slot, part, group in zip(self.slots, updates, self.groups, strict=True):
-            if (target := targets[slot]) is not None:
-                into.append(target)
-                parts.append(part)
-                groups.append(group)
-        order = turns([target.data_ptr() for target in into], groups)
+        given, groups = [targets[slot] for slot in self.slots], self.groups
+        into = [target for target in given if target is not None]
+        if len(into) < len(given):
+            there = [target is not None for target in given]
+            updates, groups = [*compress(updates, there)], [*compress(groups, there)]
+        order = turns(list(map(Tensor.data_ptr, into)), groups)
         for now in sorted({*order}):
             chosen = [turn == now for turn in order]
-            torch._foreach_add_([*compress(into, chosen)], [*compress(parts, chosen)])
+            torch._foreach_add_([*compress(into, chosen)], [*compress(updates, chosen)], alpha=coef)
 
 
 class _Pairs:
     """Products U Vᵀ of one rank: a stack for each number of rows, one buffer of Grams."""
 
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
-        slots, views, rows = defaultdict(list), {}, rows_of(jobs)
+        views: defaultdict[object, dict[int, Tensor]] = defaultdict(dict)
+        rows = rows_of(jobs)
         for k in members:
             for slot, view in enumerate(jobs[k].views, rows[k].start):
-                slots[tuple(view.shape), view.dtype].append(slot)
-                views[slot] = view
+                views[view.shape[1:], view.dtype][slot] = view
         dtype, columns = jobs[members[0]].dtype, _columns(jobs[members[0]].views[0])
-        self.stacks = [
-            _Stack(found, [views[slot] for slot in found], dtype, columns)
-            for found in slots.values()
-        ]
-        self.updates = [torch.zeros_like(stack.stack) for stack in self.stacks]
-        r = jobs[members[0]].views[0].shape[-1]
-        self.parts = [update[..., :r].unbind() for update in self.updates]
-        self.order = [slot for stack in self.stacks for slot in stack.slots]
+        self.buffers = [_Stacks(some, dtype, columns) for some in views.values()]
+        rooms = [buffer.room(dtype) for buffer in self.buffers]
+        self.updates = [stack for _, stacks, _ in rooms for stack in stacks]
+        self.parts = [parts for _, _, parts in rooms]
+        self.order = [slot for buffer in self.buffers for slot in buffer.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
         pairs = [(rows[k].start, rows[k].start + 1) for k in members]
-        partner = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
-        first = self.stacks[0].stack
-        shape = (len(self.order), *first.shape[1:-2], first.shape[-1], first.shape[-1])
+        partner = {a: b for pair in pairs for a, b in permutations(pair)}
+        first, r = self.updates[0], self.updates[0].shape[-1]
         # matmul would take longer to look at the shapes than bmm takes to multiply
-        self.multiply = torch.bmm if len(shape) == 3 else torch.matmul
-        self.grams = first.new_empty(shape)
+        self.multiply = torch.bmm if first.ndim == 3 else torch.matmul
+        self.grams = first.new_empty((len(self.order), *first.shape[1:-2], r, r))
         self.partners = torch.empty_like(self.grams)
         self.partner = torch.tensor(
             [place[partner[slot]] for slot in self.order], dtype=torch.int64, device=first.device
         )
-        sizes = [len(stack.slots) for stack in self.stacks]
-        self.gram_parts, self.partner_parts = (
-            torch.split(self.grams, sizes),
-            torch.split(self.partners, sizes),
-        )
+        sizes = list(map(len, self.updates))
+        self.gram_parts = torch.split(self.grams, sizes)
+        self.partner_parts = torch.split(self.partners, sizes)
 
     def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
-        for stack, gram in zip(self.stacks, self.gram_parts, strict=True):
-            gathered = stack.gather()
-            self.multiply(gathered.mT, gathered, out=gram)
+        stacks = [stack for buffer in self.buffers for stack in buffer.gather()]
+        for stack, gram in zip(stacks, self.gram_parts, strict=True):
+            self.multiply(stack.mT, stack, out=gram)
         if grams is not None:
-            r = self.stacks[0].views[0].shape[-1]
+            r = self.buffers[0].views[0].shape[-1]
             grams.update(zip(self.order, self.grams[..., :r, :r].unbind(), strict=True))
         torch.index_select(self.grams, 0, self.partner, out=self.partners)
-        self.partners.mul_(together([coefs[slot] for slot in self.order], self.partners))
-        each = zip(self.stacks, self.partner_parts, self.updates, self.parts, strict=True)
-        for stack, gram, update, parts in each:
-            self.multiply(stack.stack, gram, out=update)
-            stack.scatter(parts, targets)
+        coef = together([coefs[slot] for slot in self.order], self.partners)
+        if isinstance(coef, Tensor):
+            self.partners.mul_(coef)
+            coef = 1.0
+        for stack, gram, update in zip(stacks, self.partner_parts, self.updates, strict=True):
+            self.multiply(stack, gram, out=update)
+        for buffer, parts in zip(self.buffers, self.parts, strict=True):
+            buffer.scatter(parts, targets, coef)
 
 
-def _columns(view: Tensor) -> int:
-    """How many columns to multiply with: 16 on a CPU where there are almost as many.
+def _columns(view: Tensor) -> int | None:
+    """How many columns to multiply with, if more: 16 on a CPU where there are almost as many.
 
     There a vector has 16 numbers, and what is left beside whole vectors costs more than it
     counts: at rank 11, 96 rows, Grams and updates take 62 µs instead of 178, copies 29 µs.
     """
-    r = view.shape[-1]
-    return 16 if view.device.type == "cpu" and 8 < r < 16 else r
+    return 16 if view.is_cpu and 8 < view.shape[-1] < 16 else None
 
 
 class _Alike:
@@ -258,27 +276,23 @@ class _Alike:
     def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
         first = jobs[members[0]]
         self.structure, self.batch, rows = first.structure, first.batch + 1, rows_of(jobs)
-        self.stacks = [
-            _Stack(
-                [rows[k].start + j for k in members],
-                [jobs[k].views[j] for k in members],
-                first.dtype,
-            )
+        self.buffers = [
+            _Stacks({rows[k].start + j: jobs[k].views[j] for k in members}, first.dtype)
             for j in range(len(first.views))
         ]
 
     def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
         wanted: list[Coefficient | None] = [
-            together([coefs[slot] for slot in stack.slots], stack.stack, 1)
-            if any(targets[slot] is not None for slot in stack.slots)
+            together([coefs[slot] for slot in buffer.slots], buffer.rows, 1)
+            if any(targets[slot] is not None for slot in buffer.slots)
             else None
-            for stack in self.stacks
+            for buffer in self.buffers
         ]
-        gathered = [stack.gather() for stack in self.stacks]
+        gathered = [buffer.gather()[0] for buffer in self.buffers]
         found = self.structure.gradients(gathered, self.batch, wanted)
-        for stack, gradient in zip(self.stacks, found, strict=True):
+        for buffer, gradient in zip(self.buffers, found, strict=True):
             if gradient is not None:
-                stack.scatter(gradient.contiguous().unbind(), targets)
+                buffer.scatter(gradient.contiguous().unbind(), targets)
 
 
 def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None) -> Coefficient:
@@ -287,8 +301,8 @@ def together(coefs: Sequence[Coefficient], like: Tensor, ndim: int | None = None
     Numbers are written by an accelerator itself: nothing is copied there, and a CUDA graph keeps
     them.
     """
-    numbers = not any(isinstance(coef, Tensor) for coef in coefs)
-    if numbers and all(coef == coefs[0] for coef in coefs):
+    numbers = not any(issubclass(kind, Tensor) for kind in {*map(type, coefs)})
+    if numbers and coefs.count(coefs[0]) == len(coefs):
         return coefs[0]
     if numbers and like.is_cpu:
         column = like.new_tensor(coefs)

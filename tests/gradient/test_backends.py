@@ -261,9 +261,9 @@ def test_a_shared_factor_gets_the_sum(backend):
         assert close(shared.grad, total, 1e-12)
 
 
-def at_once(targets, updates):
+def at_once(targets, updates, alpha):
     """``_foreach_add_`` as one kernel runs it: each sum starts from what was there before."""
-    sums = [target + update for target, update in zip(targets, updates, strict=True)]
+    sums = [target + alpha * update for target, update in zip(targets, updates, strict=True)]
     for target, found in zip(targets, sums, strict=True):
         target.copy_(found)
 
