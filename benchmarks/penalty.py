@@ -9,6 +9,7 @@ Every row adds λ·∇½‖W‖² of all products of a model to gradients that e
 
     automatic, bucketed, …      frobdecay.add_penalty_grad_, by backend
     automatic, replayed         the same from a CUDA graph: what is left of it for the device
+    automatic, calls alone      the calls of torch that it makes, one after the other
     released formulas           a loop over layers, VT stored r×n, each product of three in its
                                 cheaper order, ``grad += coef * …``
     … by multi_dot              the same, the order left to torch.linalg.multi_dot
@@ -26,11 +27,13 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
 from benchmarks.cases import CASES, FRACTION, Case, stack, suites
@@ -50,6 +53,7 @@ AUTO, RELEASED, MULTI_DOT = "automatic", "released formulas", "released, by mult
 FORMED, GRAM, DECAY = "autograd, W formed", "autograd, Gram", "weight decay"
 COMPILED = "autograd, Gram, compiled"
 REPLAYED = f"{AUTO}, replayed"
+ALONE = f"{AUTO}, calls alone"
 GEMM, COPY = "GEMM", "copy"
 
 PROMISED: dict[str, dict[str, dict[str, float]]] = {
@@ -125,6 +129,8 @@ class Suite:
                 self.refused[name] = reasons[0]
         if self.device.type == "cuda":
             runs[REPLAYED] = measure.captured(runs[AUTO], self.device)
+        else:
+            runs[ALONE] = _calls_of(runs[AUTO])
         return runs
 
     def backend(self, name: str | None) -> Run:
@@ -195,6 +201,36 @@ class Suite:
         c, source = torch.empty_like(a), torch.ones(count // 4, device=self.device)
         target = torch.zeros_like(source)
         return {GEMM: lambda: torch.mm(a, b, out=c), COPY: lambda: target.copy_(source)}
+
+
+class _Calls(TorchFunctionMode):
+    """Writes down what is called of torch, but for what only looks at a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Run] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call it, and keep how."""
+        if func.__name__ not in ("__get__", "data_ptr", "unbind", "_set_grad_enabled"):
+            self.found.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_of(run: Run) -> Run:
+    """The same calls of torch, on the same tensors: no Python is left but a loop."""
+    run()
+    with _Calls() as calls:
+        run()
+
+    @torch.no_grad()
+    def replay() -> None:
+        for call in calls.found:
+            call()
+
+    return replay
 
 
 def _ordered(matrices: list[Tensor]) -> Tensor:
