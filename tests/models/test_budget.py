@@ -233,11 +233,15 @@ def test_what_was_measured_for_one_plan_serves_another(rule):
 
 
 def test_prices_of_other_weights_are_refused():
-    """A plan that has none, and one of another model."""
+    """A plan that has none, one of another model, and one in which names have other shapes."""
     model, small = _spectral(0.8, 0.9, 0.95), _spectral(0.8)
-    loss = _error_of(small, (1,))
-    plan = plan_ranks(small, ratio=0.5, include="*", allocate="sensitivity", evaluate=loss)
-    for other in (plan, plan_ranks(model, ratio=0.5)):
+    narrow = nn.Sequential(*(nn.Linear(12, 12) for _ in model))
+    measured = {"ratio": 0.5, "include": "*", "allocate": "sensitivity"}
+    plans = [
+        plan_ranks(one, **measured, evaluate=lambda now: float(now[0].weight.detach().norm()))
+        for one in (small, narrow)
+    ]
+    for other in (*plans, plan_ranks(model, ratio=0.5)):
         with pytest.raises(ValueError, match=r"weight: expected allocate= to be a plan by 'sens"):
             factorize(model, ratio=0.5, include="*", allocate=other)
     assert isinstance(model[0].weight, nn.Parameter)

@@ -127,17 +127,18 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
 
 def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The same at the prices that were measured for another plan of these weights."""
-    known = {row.name: row for row in plan.rows if row.price is not None}
+    known = {(row.name, row.shape): row for row in plan.rows if row.price is not None}
     for entry in entries:
-        row = next((known[name] for name in entry.weight.names if name in known), None)
+        places = [(name, entry.shape) for name in entry.weight.names]
+        row = next((known[place] for place in places if place in known), None)
         calibrated = entry.metric is not None
         if row is None or row.calibrated != calibrated:
             energy = ("the energy of ‖W‖²", "the energy of its outputs, as of calibrated init=")
             got = "without" if row is None else f"with one for {energy[not calibrated]}"
             raise ValueError(
-                f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which "
-                f"it has a price for {energy[calibrated]}, got one {got}; measure it with the "
-                "init= that is asked for now, or exclude= it"
+                f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which, "
+                f"of shape {tuple(entry.shape)}, it has a price for {energy[calibrated]}, got one "
+                f"{got}; measure it with the init= that is asked for now, or exclude= it"
             )
         entry.price = row.price
     return _priced(entries, [entry.energies() for entry in entries])
