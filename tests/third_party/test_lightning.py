@@ -253,6 +253,49 @@ def test_two_optimizers_by_hand(name, tmp_path):
     assert ours.losses[-1] < 0.9 * ours.losses[0]
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_backbone_that_is_added_has_one_learning_rate(name, tmp_path):
+    """By what the page says: ``BackboneFinetuning`` writes it to the last group alone."""
+    make = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[name]
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+            self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+            frobdecay.factorize(self, rank=4)
+
+        def training_step(self, batch, index):
+            return self.head(self.backbone(batch)).square().mean()
+
+        def configure_optimizers(self):
+            groups = split_param_groups(self.head, 0.1)
+            for group in groups:
+                del group["param_names"]
+            base = make(groups, lr=0.1, weight_decay=0)
+            return FrobeniusDecay(base, self, decay=0.1)
+
+    callback = lightning.pytorch.callbacks.BackboneFinetuning(1, lambda epoch: 0.5)
+    trainer = lightning.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=str(tmp_path),
+        callbacks=[callback],
+    )
+    model = Classifier()
+    trainer.fit(model, torch.utils.data.DataLoader(list(torch.randn(4, 8)), batch_size=2))
+    groups = trainer.optimizers[0].param_groups
+    added = {id(param) for param in model.backbone.parameters()}
+    assert {id(param) for param in groups[-1]["params"]} == added
+    assert groups[-1]["lr"] == pytest.approx(0.1 * 0.1 * 0.5**2)
+    assert (groups[-1]["weight_decay"], groups[-1]["frobenius_decay"]) == (0, 0.1)
+
+
 @cell("wrapped too late", refused=True)
 def test_wrapping_what_lightning_hands_out_is_refused(tmp_path):
     """Inside a training step there is Lightning's optimizer, around which a wrapper is too late."""
