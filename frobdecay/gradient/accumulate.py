@@ -63,7 +63,9 @@ class Accumulator:
             Choice(choice.backend, tuple(held[i] for i in choice.members), choice.reason)
             for choice in select(list(here.values()), self.backend)
         ]
-        jobs = {k: Job(part.views(), part.batch, part.structure) for k, part in here.items()}
+        # Detached, for torch swaps no parameter that has views which autograd knows.
+        views = {k: tuple(map(Tensor.detach, part.views())) for k, part in here.items()}
+        jobs = {k: Job(views[k], part.batch, part.structure) for k, part in here.items()}
         together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
         for choice in self.choices:
             for k in choice.members:

@@ -201,7 +201,7 @@ def plan_wrapping(
             f"expected decay=λ for {type(optimizer).__name__}, got None: it has no weight_decay "
             "that could be taken over"
         )
-    lost = {id(param) for param in decayed_before(optimizer) or ()} - _ids(products)
+    lost = decayed_before(optimizer) - _ids(products)
     if any(id(param) in lost for group in groups for param in group["params"]):
         warnings.warn(
             f"factors of other products, for which this {type(optimizer).__name__} was wrapped "
@@ -235,7 +235,7 @@ def plan_groups(
 ) -> list[Division]:
     """Plan the division of groups, the first of which has the index ``first``."""
     factors, layout = _ids(products), []
-    again = not own_first and decayed_before(optimizer) is not None
+    again = not own_first and bool(decayed_before(optimizer))
     modes = {"own_first": own_first, "again": again}
     for k, group in enumerate(groups, first):
         where = f"param group {k}"

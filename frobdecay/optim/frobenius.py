@@ -297,9 +297,7 @@ class FrobeniusDecay(OptimizerProxy):
 
     def _use(self, engine: Decay) -> None:
         self._engine = engine
-        self._bypass.decayed = [
-            weakref.ref(param) for product in engine.products for param in product.params
-        ]
+        self._bypass.decayed = [factor for product in engine.products for factor in product.factors]
 
     # --- groups, checkpoints, copies ------------------------------------------------------------
 

@@ -9,7 +9,6 @@ once inside that optimizer's methods.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frobdecay.optim.rates import DECAY, is_zero
+from frobdecay.product.factor import Factor
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -36,12 +36,13 @@ class _Bypass:
 
     Attributes:
         expected: whether the proxy is calling.
-        decayed: the parameters that the last proxy decays as factors.
+        decayed: the factors that the last proxy decays. Parameters themselves are not referred to:
+            torch can swap none that has a weak reference.
     """
 
     def __init__(self) -> None:
         self.expected, self._warned = False, False
-        self.decayed: list[weakref.ref[Tensor]] = []
+        self.decayed: list[Factor] = []
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> _Bypass:
@@ -69,11 +70,11 @@ class _Bypass:
                 return
 
 
-def decayed_before(optimizer: Optimizer) -> list[Tensor] | None:
-    """The parameters that a proxy around an optimizer has decayed; None if there was no proxy."""
+def decayed_before(optimizer: Optimizer) -> set[int]:
+    """Ids of the parameters that a proxy around an optimizer has decayed; none without a proxy."""
     hooks = vars(optimizer).get(_HOOKS[0], {}).values()
-    found = next((hook for hook in hooks if isinstance(hook, _Bypass)), None)
-    return None if found is None else [p for ref in found.decayed if (p := ref()) is not None]
+    held = (one for hook in hooks if isinstance(hook, _Bypass) for one in hook.decayed)
+    return {id(getattr(factor.owner, factor.attribute, None)) for factor in held}
 
 
 class OptimizerProxy(Optimizer):

@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from benchmarks.measure import no_waiting
+from frobdecay import add_penalty_grad_, factorize, products
 from frobdecay.optim.frobenius import FrobeniusDecay
 from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product
@@ -351,3 +352,51 @@ def test_skipped_steps_need_no_synchronization(make):
         scaler.update()
     train(twin, wrap(twin, False), 3)
     torch.testing.assert_close(net.U, twin.U, rtol=1e-4, atol=1e-5)
+
+
+# --- torch swaps parameters -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def swapping():
+    """Conversions and loading swap parameters, as they do where those are of another class."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("add", ["wrapper", "bounded", "gradient"])
+@pytest.mark.parametrize("kind", ["factorized", "attention"])
+def test_parameters_can_be_swapped(kind, add):
+    """Nothing that is kept from step to step forbids it; the next decay is of the new ones."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    if kind == "factorized":
+        factorize(layer, rank=4)
+
+    def prepared(model):
+        found = products(model)
+        base = optim.SGD(model.parameters(), lr=0.1, weight_decay=LAMBDA)
+        if add == "gradient":
+            return base, lambda: add_penalty_grad_(found, LAMBDA)
+        bound = 1.0 if add == "bounded" else None
+        return FrobeniusDecay(base, found, bound=bound), lambda: None
+
+    def step(model, optimizer, before):
+        optimizer.zero_grad()
+        model(x.to(next(model.parameters()).dtype)).square().mean().backward()
+        before()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    mine = prepared(layer)
+    step(layer, *mine)
+    layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+    layer.double()
+    fresh = copy.deepcopy(layer)
+    step(layer, *mine)
+    step(fresh, *prepared(fresh))
+    for one, other in zip(layer.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
