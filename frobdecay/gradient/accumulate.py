@@ -64,8 +64,8 @@ class Accumulator:
             for choice in select(list(here.values()), self.backend)
         ]
         # Detached, for torch swaps no parameter that has views which autograd knows.
-        views = {k: tuple(map(Tensor.detach, part.views())) for k, part in here.items()}
-        jobs = {k: Job(views[k], part.batch, part.structure) for k, part in here.items()}
+        own = {k: [v.detach() if v._is_view() else v for v in p.views()] for k, p in here.items()}
+        jobs = {k: Job(tuple(own[k]), part.batch, part.structure) for k, part in here.items()}
         together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
         for choice in self.choices:
             for k in choice.members:
