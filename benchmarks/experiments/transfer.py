@@ -109,6 +109,8 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
     from matplotlib.figure import Figure
 
     looks = any(record.get("looks") for record in records)
+    run = {variant for record in records for variant in record["variants"]}
+    axis = {variant: place for variant, place in axis.items() if variant in run}
     drawn = Figure(figsize=(11, 4.6 * (1 + looks)), layout="constrained")
     panels, *below = drawn.subplots(1 + looks, 2, squeeze=False)
     larger = _validates_upwards(experiment)
@@ -150,7 +152,8 @@ def figure(records: Sequence[Record], experiment: Experiment, axis: Mapping[str,
     for panel, title in zip(*below, _LOOKS.values(), strict=True) if below else ():
         panel.set(title=f"{title}, each at its ★", xlabel="step", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    handles = panels[0].get_legend_handles_labels()
+    drawn.legend(*handles, loc="outside lower center", ncols=3, fontsize="small")
     drawn.suptitle(f"{experiment.title}; ★ best on validation, dotted: that of the dense network")
     return drawn
 
