@@ -48,6 +48,7 @@ class FrobeniusDecayFactory:
         no_decay: Selector = (),
         decay: Coefficient | None = None,
         mode: Mode = "auto",
+        bound: Coefficient | None = None,
         backend: str | None = None,
         **options: Any,
     ) -> FrobeniusDecay:
@@ -61,6 +62,7 @@ class FrobeniusDecayFactory:
             no_decay: see ``split_param_groups``; factors among it decay neither way.
             decay: λ of the products, if it is another.
             mode: see ``FrobeniusDecay``.
+            bound: see ``FrobeniusDecay``.
             backend: see ``FrobeniusDecay``.
             options: further arguments of ``optimizer``.
 
@@ -85,7 +87,7 @@ class FrobeniusDecayFactory:
             )
             decay = None
         base = optimizer(groups, **{**said, **options})
-        return FrobeniusDecay(base, model, decay=decay, mode=mode, backend=backend)
+        return FrobeniusDecay(base, model, decay=decay, mode=mode, bound=bound, backend=backend)
 
 
 def _asked_for(args: Any, model: nn.Module) -> tuple[Callable[..., Optimizer], dict[str, Any]]:

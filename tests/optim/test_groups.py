@@ -200,8 +200,15 @@ def test_meshes_are_kept_apart():
 def test_the_factory_builds_it_all(net):
     """Groups, optimizer with its options, wrapper with its own."""
     optimizer = FrobeniusDecayFactory()(
-        net, optimizer=torch.optim.SGD, lr=0.5, weight_decay=0.1, no_decay="token", decay=0.2
+        net,
+        optimizer=torch.optim.SGD,
+        lr=0.5,
+        weight_decay=0.1,
+        no_decay="token",
+        decay=0.2,
+        bound=3.0,
     )
+    assert [g.get("step_bound") for g in optimizer.param_groups] == [None, None, 3.0]
     found = [(g["lr"], g["weight_decay"], g["frobenius_decay"]) for g in optimizer.param_groups]
     assert found == [(0.5, 0.1, 0.0), (0.5, 0.0, 0.0), (0.5, 0.0, 0.2)]
     assert "token" in optimizer.param_groups[1]["param_names"]
