@@ -106,7 +106,7 @@ def limit_of(group: Group, where: str) -> Coefficient | None:
     """The largest ‖ΔW‖₂ that a group of factors allows in this step; None where it has no bound.
 
     Raises:
-        TypeError, ValueError: the bound is no positive finite number, or there is no lr.
+        TypeError, ValueError: the bound is no positive finite number, or lr none of at least 0.
     """
     bound = group.get(BOUND)
     if bound is None:
@@ -117,7 +117,9 @@ def limit_of(group: Group, where: str) -> Coefficient | None:
             f"expected an 'lr' and differentiable=False in {where} with {BOUND}={bound}, got "
             f"{sorted(group)}: the bound is a multiple of lr, and not recorded by autograd"
         )
-    return known_value(group["lr"]) * known_value(bound)
+    lr = known_value(group["lr"])
+    check_coefficient(lr if isinstance(lr, Tensor) else float(lr), f"lr of {where} with {BOUND}")
+    return lr * known_value(bound)
 
 
 def check_bound(bound: Any, what: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from cases import PRODUCTS, seeded
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import frobdecay
 from frobdecay import Factor, FrobeniusDecay, Product, Spectron
 from frobdecay.algebra.sharpness import norms_above
+from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.optim.rates import BOUND
@@ -417,6 +419,7 @@ def test_what_is_no_number_goes_where_the_base_would_have_put_it(bad):
     net.U.grad[0, 0] = bad
     optimizer.step()
     assert (~net.U.isfinite() if bad == torch.inf else net.U.isnan()).any()
+    assert net.V.isfinite().all()
     assert not any(p.isnan().any() for p in (net.P, net.Q, *net.others()))
 
 
@@ -493,6 +496,32 @@ def test_bounds_that_are_none(bound):
         FrobeniusDecay(optim.SGD(Net().parameters()), Net().products(), decay=0, bound="1")
 
 
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), torch.tensor(-1.0)])
+def test_a_learning_rate_that_bounds_nothing_is_refused_at_the_step(lr):
+    """Before the base has taken it, which most take as it is."""
+    net = Net()
+    optimizer = FrobeniusDecay(
+        optim.AdamW(net.parameters(), lr=0.1), net.products(), decay=0.1, bound=1
+    )
+    before = values(net)
+    optimizer.param_groups[1]["lr"] = lr
+    with pytest.raises(ValueError, match="lr of param group 1 with step_bound"):
+        train(net, optimizer, 1)
+    assert_identical(values(net), before)
+
+
+def test_learning_rates_of_numpy_bound():
+    """As a schedule may bring them, of an array in float32."""
+    net, other = Net(), Net()
+    for each, lr in ((net, np.float32(0.5)), (other, 0.5)):
+        optimizer = FrobeniusDecay(
+            optim.SGD(each.parameters(), lr=0.1), each.products(), decay=0, bound=0.5
+        )
+        optimizer.param_groups[0]["lr"] = lr
+        train(each, optimizer, 1)
+    assert_identical(values(net), values(other))
+
+
 @pytest.mark.parametrize("change", [{"lr": None}, {"differentiable": True}], ids=str)
 def test_groups_that_cannot_be_bounded_are_refused_at_the_step(change):
     """Also without decay; nothing has moved then."""
@@ -535,6 +564,22 @@ def test_a_factor_of_two_products_is_refused():
     pairs = [Product.of(U, V, name="one"), Product.of(W, V, name="other")]
     with pytest.raises(ValueError, match=r"other .*also a factor of 'one'"):
         FrobeniusDecay(optim.AdamW([U, V, W]), pairs, bound=1.0)
+
+
+@pytest.mark.parametrize("kind", ["full", "toward"])
+def test_a_weight_beside_the_factors_is_the_reason(kind):
+    """What is added, or decayed toward, is refused by what it is, with what to do."""
+    U, V, W = (nn.Parameter(torch.randn(size)) for size in ((3, 2), (4, 2), (3, 4)))
+    if kind == "full":
+        product = Product.of(W.detach(), U, V, structure=Shifted((2.0,)))
+    else:
+        net = nn.Sequential(nn.Linear(4, 3))
+        frobdecay.factorize(net, rank=2)
+        (product,) = frobdecay.products(net, toward="initial")
+    with pytest.raises(ValueError, match=r"weight beside its factors; list it without .*bound="):
+        FrobeniusDecay(optim.AdamW(parameters(product)), product, decay=0.1, bound=1.0)
+    with pytest.raises(ValueError, match=r"weight beside .*leave it to another optimizer"):
+        Spectron(product)
 
 
 @pytest.mark.parametrize("turned", [False, True])

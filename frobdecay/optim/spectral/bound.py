@@ -196,8 +196,15 @@ def _limits(
 # --- what can be bounded --------------------------------------------------------------------------
 
 
-def check_bounded(products: Sequence[Product]) -> None:
+UNBOUNDED = f"leave it out by a param group of its own with {BOUND!r}: None, or pass bound=None"
+
+
+def check_bounded(products: Sequence[Product], instead: str = UNBOUNDED) -> None:
     """Refuse products whose step cannot be bounded, before anything is changed.
+
+    Args:
+        products: whose steps shall be.
+        instead: what the message tells to do.
 
     Raises:
         ValueError: not a chain of matrices, or a parameter that is a factor more than once.
@@ -206,22 +213,23 @@ def check_bounded(products: Sequence[Product]) -> None:
     for product in products:
         if reason := _why_not(product):
             raise ValueError(
-                f"{product.name}: expected a chain of matrices U M.. Vᵀ for bound=, got "
-                f"{product.structure.name}: {reason}; leave it out of the bound by a param group "
-                f"of its own with {BOUND!r}: None, or pass bound=None"
+                f"{product.name}: expected a chain of matrices U M.. Vᵀ, to bound its step, got "
+                f"{product.structure.name}: {reason}; {instead}"
             )
         for factor in product.factors:
             if (other := other_use(seen, product.name, factor)) is not None:
                 raise ValueError(
                     f"{product.name} ({factor.attribute}): expected a parameter that is a factor "
-                    f"once, for bound=, got one that is also a factor of {other!r}: one step "
-                    "cannot have two sizes; untie them, or pass bound=None"
+                    f"once, to bound its step, got one that is also a factor of {other!r}: one "
+                    f"step cannot have two sizes; untie them, or {instead}"
                 )
 
 
 def _why_not(product: Product) -> str | None:
     structure, outlines = product.structure, product.outlines()
-    if not isinstance(structure, Network) or not structure.is_chain:
+    if not isinstance(structure, Network):
+        return "it has a weight beside its factors; list it without lora='full' or toward="
+    if not structure.is_chain:
         return "the norms of its factors say nothing of the spectral norm of one matrix"
     if any(view.ndim != product.batch + 2 for view in outlines[1:-1]):
         return "an inner factor has rows of its own, so that the product is no matrix"

@@ -118,7 +118,7 @@ class Spectron(Optimizer):
         backend: str | None = None,
     ) -> None:
         found = find_products(model_or_products)
-        check_bounded(found)
+        check_bounded(found, "leave it to another optimizer, give Spectron the other products")
         self._engine = Accumulator(found, backend)
         self._backend = backend
         defaults = {
