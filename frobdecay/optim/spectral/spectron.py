@@ -72,7 +72,7 @@ def orthogonalizers(grams: Tensor, steps: int = 5) -> Tensor:
 
 
 class Spectron(Optimizer):
-    r"""Train the factors of products by Spectron's rule; see the module's docstring.
+    r"""Train the factors of products by Spectron's rule; see ``frobdecay.optim.spectral.spectron``.
 
     Examples:
         >>> import torch, frobdecay
