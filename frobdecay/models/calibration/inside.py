@@ -38,23 +38,15 @@ class Inside(TorchFunctionMode):
     def __init__(self, module: nn.Module, probes: Sequence[Probe], meet: Meet) -> None:
         super().__init__()
         self._module, self._probes, self._meet = module, probes, meet
-        self._chosen: Any = None
         self._mode: Any = super()  # its methods have no types
 
     def open(self, *_: object) -> None:
-        """Before the forward pass: one expert after the other, as transformers' own code does."""
-        config: Any = getattr(self._module, "config", None)
-        self._chosen = getattr(config, "_experts_implementation", None)
-        if self._chosen is not None:
-            config._experts_implementation = "eager"
+        """Before the forward pass."""
         self._mode.__enter__()
 
     def close(self, *_: object) -> None:
         """After it, also if it failed."""
         self._mode.__exit__(None, None, None)
-        if self._chosen is not None:
-            module: Any = self._module
-            module.config._experts_implementation = self._chosen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do what is asked for, and look at products."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,27 +68,32 @@ class Watch:
         self._sums = sums
         self.mask: Mask = None
         self.unfit = self._fits = self._hides = False
-        self._eager = eagerly()
         self._live: dict[int, tuple[Any, dict[Any, _Seen]]] = {}
-        by_module: defaultdict[int, list[Probe]] = defaultdict(list)
+        by_module: defaultdict[nn.Module, list[Probe]] = defaultdict(list)
         for probe in probes:
-            by_module[id(probe.module)].append(probe)
-        self._hooks: list[Any] = []
-        self._eager.__enter__()
-        encoders = (module for module in modules if isinstance(module, nn.TransformerEncoder))
-        self._nesting: list[Any] = [m for m in encoders if getattr(m, "use_nested_tensor", False)]
-        for encoder in self._nesting:
-            encoder.use_nested_tensor = False
-        for some in by_module.values():
-            module, stacks = some[0].module, [probe for probe in some if probe.attribute]
-            register = functools.partial(module.register_forward_hook, prepend=True)
+            by_module[probe.module].append(probe)
+        self._undo = ExitStack()
+        self._undo.enter_context(eagerly())
+        for module in modules:
+            if isinstance(module, nn.TransformerEncoder):
+                self._set(module, "use_nested_tensor", False)
+        for module, some in by_module.items():
             # Before other hooks, which may return something else than the module.
-            if stacks:
+            register = functools.partial(module.register_forward_hook, prepend=True)
+            if stacks := [probe for probe in some if probe.attribute]:
+                # One expert after the other, as transformers' own code does.
+                self._set(getattr(module, "config", None), "_experts_implementation", "eager")
                 inside = Inside(module, stacks, self._meet)
-                opened = module.register_forward_pre_hook(inside.open)
-                self._hooks += [opened, register(inside.close, always_call=True)]
+                self._undo.enter_context(module.register_forward_pre_hook(inside.open))
+                self._undo.enter_context(register(inside.close, always_call=True))
             else:
-                self._hooks.append(register(self._hook(some), with_kwargs=True))
+                self._undo.enter_context(register(self._hook(some), with_kwargs=True))
+
+    def _set(self, holder: Any, name: str, value: object) -> None:
+        """Set what holds something, until ``remove``."""
+        if (was := getattr(holder, name, None)) is not None:
+            setattr(holder, name, value)
+            self._undo.callback(setattr, holder, name, was)
 
     def count(self, mask: Mask) -> None:
         """Say which rows count from now on; what was met until now was in another batch."""
@@ -96,11 +102,7 @@ class Watch:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        self._eager.__exit__(None, None, None)
-        for encoder in self._nesting:
-            encoder.use_nested_tensor = True
-        for hook in self._hooks:
-            hook.remove()
+        self._undo.close()
 
     def _hook(self, probes: list[Probe]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, named: Mapping[str, Any], made: Any) -> None:
