@@ -74,7 +74,6 @@ class Calibration:
         self.unwatched: dict[str, str] = {}
         self.parallel = self.joined = False
         self._watch: Watch | None = None
-        self._run: Sums | None = None
 
     # --- watching ---------------------------------------------------------------------------------
 
@@ -107,15 +106,13 @@ class Calibration:
                 check_same(weight.name, self.sums.prints.get(weight.name), weight)
                 found = print_of(weight)
                 run.prints |= {} if found is None else {weight.name: found}
-        self._run = run
-        self._watch = Watch(self.probes, self._run, self.modules)
+        self._watch = Watch(self.probes, run, self.modules)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        watch, run = self._watch, self._run
-        assert watch is not None
-        assert run is not None
-        watch.remove()
+        assert self._watch is not None
+        self._watch.remove()
+        run = self._watch.sums
         try:
             told = error is None or (isinstance(error, Exception) and not self.joined)
             if told and self.parallel and torch.distributed.is_initialized():
@@ -124,7 +121,7 @@ class Calibration:
                 self.check("this run")
                 self.sums.join(run)
         finally:
-            self._watch = self._run = None
+            self._watch = None
 
     def check(self, what: str) -> None:
         """Refuse a run that saw nothing until now, or numbers that are none.
@@ -132,15 +129,15 @@ class Calibration:
         Raises:
             ValueError: says which weight saw what.
         """
-        run = self._run
-        if run is None or not run.moments:
+        watch = self._watch
+        if watch is None or not watch.sums.moments:
             raise ValueError(
                 f"no watched weight saw an input in {what}: the loader is empty or exhausted, or "
                 "the model did not run"
             )
-        if self._watch is not None and self._watch.unfit:
+        if watch.unfit:
             warnings.warn(_UNFIT, stacklevel=2)
-        bad = next((key for key, moment in run.moments.items() if not moment.finite()), None)
+        bad = next((key for key, each in watch.sums.moments.items() if not each.finite()), None)
         if bad is not None:
             raise ValueError(
                 f"the {bad[1]} of {bad[0]} held NaN or infinity in {what}; look at the batches and "
@@ -165,8 +162,7 @@ class Calibration:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model."""
-        model: dict[str, Any] = {"probes": [], "weights": [], "modules": []}
-        return self.__dict__ | model | {"_watch": None, "_run": None}
+        return self.__dict__ | {"probes": [], "weights": [], "modules": [], "_watch": None}
 
     def save(self, path: FilePath) -> None:
         """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.

@@ -49,10 +49,6 @@ class Sums:
         """Memory of the sums."""
         return sum(p.nbytes for moment in self.moments.values() for p in moment.parts())
 
-    def note(self, name: str, key: Key) -> None:
-        """Note that a probe met what a moment has just summed."""
-        self.shared[name][key] += 1
-
     def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
         """Sum the rows of one call, of all matrices of a stack or of one."""
         key = (probe.name, of)
@@ -71,7 +67,7 @@ class Sums:
         else:
             moment.add(rows)
         self.calls[key] += 1
-        self.note(probe.name, key)
+        self.shared[probe.name][key] += 1
         return key
 
     def to(self, device: torch.device | str) -> None:

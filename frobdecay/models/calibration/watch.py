@@ -58,6 +58,7 @@ class Watch:
         modules: all of the model: encoders among them make no nested tensors until ``remove``.
 
     Attributes:
+        sums: where to.
         mask: which rows count, of the tensors whose shape begins so.
         unfit: whether a mask leaves rows out, and what was met did not have its shape, all of it.
     """
@@ -65,7 +66,7 @@ class Watch:
     def __init__(
         self, probes: Iterable[Probe], sums: Sums, modules: Iterable[nn.Module] = ()
     ) -> None:
-        self._sums = sums
+        self.sums = sums
         self.mask: Mask = None
         self.unfit = self._fits = self._hides = False
         self._live: dict[int, tuple[Any, dict[Any, _Seen]]] = {}
@@ -117,13 +118,13 @@ class Watch:
         inputs = None if probe.inputs is None else probe.inputs(call)
         if probe.of == "rows":
             assert inputs is not None
-            self._sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
+            self.sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
         elif not self._shared(probe, inputs):
             assert probe.outputs is not None
             made = self._rows(probe, probe.outputs(call))
             if probe.batch:
                 made = made.reshape(len(made), *probe.batch, -1).movedim(0, -2)
-            self._sums.add(probe, "outputs", made)
+            self.sums.add(probe, "outputs", made)
 
     @torch.no_grad()
     def _meet(self, probe: Probe, inputs: Tensor, outputs: Tensor, at: int | None) -> None:
@@ -133,7 +134,7 @@ class Watch:
         with naming(probe.name):
             kept = inputs if probe.of == "inputs" else outputs
             each = kept if at is None else kept.reshape(-1, kept.shape[-1])
-            self._sums.add(probe, probe.of, each, at)
+            self.sums.add(probe, probe.of, each, at)
 
     def _shared(self, probe: Probe, inputs: Tensor | None) -> bool:
         """Sum the inputs, or note that they were; whether either was done."""
@@ -146,9 +147,9 @@ class Watch:
             known = seen[place] = _Seen(version, mask, set())
         known.names.add(probe.name)
         if known.key is not None:
-            self._sums.note(probe.name, known.key)
+            self.sums.shared[probe.name][known.key] += 1
         elif probe.of == "inputs":
-            known.key = self._sums.add(probe, "inputs", self._rows(probe, inputs))
+            known.key = self.sums.add(probe, "inputs", self._rows(probe, inputs))
         return known.key is not None
 
     def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
