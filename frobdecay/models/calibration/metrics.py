@@ -149,9 +149,9 @@ def why_unseen(sums: Sums, weight: Weight, view: Matricization) -> str | None:
             )
         if key[1] == "outputs":
             check_same(weight.name, sums.prints.get(key[0].partition("#")[0]), weight)
-        if calls != sums.calls[key]:
+        if calls != sums.calls(key):
             raise ValueError(
-                f"{weight.name} met {calls} of the {sums.calls[key]} inputs that were summed for "
+                f"{weight.name} met {calls} of the {sums.calls(key)} inputs that were summed for "
                 f"{key[0]}, which it shares, and its own were not summed apart; calibrate one of "
                 "the two in a run of its own, with include="
             )

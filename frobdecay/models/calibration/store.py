@@ -39,7 +39,7 @@ def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
         {
             "version": VERSION,
             "dtype": str(sums.dtype).rpartition(".")[2],
-            "moments": [[*key, sums.calls[key]] for key in keys],
+            "moments": [[*key, sums.calls(key)] for key in keys],
             "shared": shared,
             "prints": sums.prints,
             **said,
@@ -78,7 +78,6 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
             raise ValueError(f"of version {said['version']}, which this one does not read")
         sums = Sums({"float64": torch.float64, "float32": torch.float32}[said["dtype"]], "cpu")
         keys = [(str(name), str(of)) for name, of, _ in said["moments"]]
-        sums.calls.update({key: int(said["moments"][k][2]) for k, key in enumerate(keys)})
         for name, met in said["shared"].items():
             sums.shared[name].update({keys[k]: int(n) for k, n in met})
         sums.prints = dict(said.get("prints", {}))  # which older files lack

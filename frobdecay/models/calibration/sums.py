@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,14 +32,12 @@ class Sums:
 
     Attributes:
         moments: whose, of what -> the moment.
-        calls: the same -> how many calls it sums.
-        shared: name of a probe -> whose moment -> how many of those calls were its own, too.
+        shared: name of a probe -> whose moment, its own too -> how many of its calls that sums.
         prints: name of a weight whose outputs were summed -> its fingerprint then.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.moments: dict[Key, Moment | Frequencies] = {}
-        self.calls: Counter[Key] = Counter()
         self.shared: defaultdict[str, Counter[Key]] = defaultdict(Counter)
         self.prints: dict[str, Print] = {}
         self.dtype, self.device = dtype, device
@@ -48,6 +46,10 @@ class Sums:
     def nbytes(self) -> int:
         """Memory of the sums."""
         return sum(p.nbytes for moment in self.moments.values() for p in moment.parts())
+
+    def calls(self, key: Key) -> int:
+        """How many calls a moment sums: all that the probe met which took it."""
+        return max((met[key] for met in self.shared.values()), default=0)
 
     def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
         """Sum the rows of one call, of all matrices of a stack or of one."""
@@ -66,7 +68,6 @@ class Sums:
             moment.add(rows, at)
         else:
             moment.add(rows)
-        self.calls[key] += 1
         self.shared[probe.name][key] += 1
         return key
 
@@ -97,10 +98,8 @@ class Sums:
                 for mine, theirs in zip(held.parts(), parts, strict=True):
                     mine += theirs.to(mine.device)
         self.prints = {**other.prints, **self.prints}
-        shared = {
-            name: {places[key]: n for key, n in met.items()} for name, met in other.shared.items()
-        }
-        self._count({places[key]: n for key, n in other.calls.items()}, shared)
+        for name, met in other.shared.items():
+            self.shared[name].update({places[key]: n for key, n in met.items()})
 
     def sharers(self, key: Key) -> set[str]:
         """Names of the probes that met a moment."""
@@ -139,16 +138,17 @@ class Sums:
         }
         theirs: list[Any] = [None] * dist.get_world_size()
         said = None if failed is None else f"{type(failed).__name__}: {failed}"
-        dist.all_gather_object(theirs, (said, shapes, self.calls, self.shared))
+        dist.all_gather_object(theirs, (said, shapes, self.shared))
         if lost := [f"process {k}: {said}" for k, (said, *_) in enumerate(theirs) if said]:
             raise RuntimeError(f"calibration failed in {'; '.join(lost)}") from failed
         joined: dict[Key, _Shape] = {}
-        self.calls, self.shared = Counter(), defaultdict(Counter)
-        for _, other, calls, shared in theirs:
+        self.shared.clear()
+        for _, other, shared in theirs:
             for key, shape in other.items():
                 if joined.setdefault(key, shape) != shape:
                     raise ValueError(f"{key[0]} has other shapes in other processes")
-            self._count(calls, shared)
+            for name, met in shared.items():
+                self.shared[name].update(met)
         for key in sorted(joined):
             moment = self.moments.get(key) or self.empty(joined[key], self.device or "cpu")
             self.moments[key] = moment
@@ -156,12 +156,6 @@ class Sums:
                 sent = part.to(_reduced_on(part.device))
                 dist.all_reduce(sent)
                 part.copy_(sent)
-
-    def _count(self, calls: Mapping[Key, int], shared: Mapping[str, Mapping[Key, int]]) -> None:
-        """Add to the numbers of calls."""
-        self.calls.update(calls)
-        for name, met in shared.items():
-            self.shared[name].update(met)
 
 
 def _reduced_on(device: torch.device) -> torch.device:
