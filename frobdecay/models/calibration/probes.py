@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -86,26 +87,29 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
     holder = _attention(weight, tree)
     if holder is not None:
         return [Probe(weight.name, holder, "outputs", len(tensor), outputs=result)]
-    layout = weight.layout
-    if layout is not None and any(is_kind(module, kind) for kind in EXPERTS):
-        view = Matricization.of(layout.pattern, tuple(tensor.shape), layout.axes)
-        of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
-        size = min(view.rows, view.columns)
-        return [Probe(weight.name, module, of, size, view.batch, attribute=weight.attribute)]
-    if not str(module.forward.__module__).startswith(KNOWN):  # its own, or that of its class
+    experts, layout = any(is_kind(module, kind) for kind in EXPERTS), weight.layout
+    # The forward may be its own, or that of its class.
+    if not experts and not str(module.forward.__module__).startswith(KNOWN):
         return f"{type(module).__name__} has a forward of its own"
-    if weight.attribute == "weight":
-        if isinstance(module, nn.Linear) or is_kind(module, CONV1D):
-            return [_linear(weight.name, module, tensor)]
-        if isinstance(module, _ConvNd):
-            return [_convolution(weight.name, module)]
-        if isinstance(module, nn.Bilinear):
-            return [Probe(weight.name, module, "outputs", len(tensor), outputs=result)]
-        if isinstance(module, nn.Embedding):
-            return [Probe(weight.name, module, "rows", len(tensor), inputs=first)]
+    unwatched = f"the inputs of {type(module).__name__} are not watched"
+    if layout is None:
+        return unwatched
+    view = Matricization.of(layout.channel or layout.pattern, tuple(tensor.shape), layout.axes)
+    of: Literal["inputs", "outputs"] = "outputs" if view.rows < view.columns else "inputs"
+    smaller = partial(Probe, weight.name, module, of, min(view.rows, view.columns), view.batch)
+    if experts:
+        return [smaller(attribute=weight.attribute)]
+    if isinstance(module, nn.Linear) or is_kind(module, CONV1D):
+        return [smaller(inputs=first, outputs=result)]
+    if isinstance(module, _ConvNd):
+        return [_convolution(weight.name, module, view)]
+    if isinstance(module, nn.Bilinear):
+        return [Probe(weight.name, module, "outputs", view.rows, outputs=result)]
+    if isinstance(module, nn.Embedding):
+        return [Probe(weight.name, module, "rows", view.rows, inputs=first)]
     if isinstance(module, nn.MultiheadAttention):
-        return _packed(weight, module)
-    return f"the inputs of {type(module).__name__} are not watched"
+        return _packed(weight, module, view.columns)
+    return unwatched
 
 
 def _attention(weight: Weight, tree: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -115,45 +119,35 @@ def _attention(weight: Weight, tree: Mapping[str, nn.Module]) -> nn.Module | Non
     return next((m for m in reads if m.out_proj is weight.module), None)
 
 
-def _linear(name: str, module: nn.Module, tensor: Tensor) -> Probe:
-    n, m = tensor.shape if is_kind(module, CONV1D) else tensor.shape[::-1]
-    of: Literal["inputs", "outputs"] = "outputs" if m < n else "inputs"
-    return Probe(name, module, of, min(m, n), inputs=first, outputs=result)
-
-
-def _convolution(name: str, module: _ConvNd) -> Probe:
-    axes, groups = len(module.kernel_size), module.groups
+def _convolution(name: str, module: _ConvNd, view: Matricization) -> Probe:
+    axes = len(module.kernel_size)
     alone = set(module.kernel_size) == {1} and module.padding in ("valid", "same", (0,) * axes)
-    narrow = groups == 1 and module.in_channels < module.out_channels
+    narrow = not view.batch and view.columns < view.rows
     if alone and narrow and not isinstance(module, _ConvTransposeNd):
         steps: Any = tuple(slice(None, None, step) for step in module.stride)
 
         def inputs(call: Call) -> Tensor:
             return first(call)[(..., *steps)].movedim(-1 - axes, -1)
 
-        return Probe(name, module, "inputs", module.in_channels, inputs=inputs)
+        return Probe(name, module, "inputs", view.columns, inputs=inputs)
 
     def outputs(call: Call) -> Tensor:
         return result(call).movedim(-1 - axes, -1)
 
-    size, batch = module.out_channels // groups, (groups,) if groups > 1 else ()
-    return Probe(name, module, "outputs", size, batch, outputs=outputs)
+    return Probe(name, module, "outputs", view.rows, view.batch, outputs=outputs)
 
 
-def _packed(weight: Weight, module: nn.MultiheadAttention) -> list[Probe]:
+def _packed(weight: Weight, module: nn.MultiheadAttention, size: int) -> list[Probe]:
     """Queries, keys and values: one moment where they are the same tensor."""
-
-    def argument(k: int) -> Callable[[Call], Tensor]:
-        def get(call: Call) -> Tensor:
-            args, named, _ = call
-            found: Tensor = args[k] if k < len(args) else named[("query", "key", "value")[k]]
-            return found
-
-        return get
-
-    size = weight.parameter.shape[1]
     parts = {"q_proj_weight": [0], "k_proj_weight": [1], "v_proj_weight": [2]}
     return [
-        Probe(f"{weight.name}#{k}", module, "inputs", size, inputs=argument(k))
+        Probe(f"{weight.name}#{k}", module, "inputs", size, inputs=partial(_argument, k))
         for k in parts.get(weight.attribute, [0, 1, 2])
     ]
+
+
+def _argument(k: int, call: Call) -> Tensor:
+    """A query, a key or a value."""
+    args, named, _ = call
+    found: Tensor = args[k] if k < len(args) else named[("query", "key", "value")[k]]
+    return found
