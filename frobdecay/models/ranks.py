@@ -209,7 +209,7 @@ def _explicit(walk: Walk, found: list[Entry], rule: Any) -> None:
     keys = _keys(walk.modules, [entry.weight for entry in found], rule)
     for i, entry in enumerate(found):
         if entry.open and i in keys:
-            entry.take(entry.rank_at(rule[keys[i]]))
+            entry.made = entry.made_at(entry.rank_at(rule[keys[i]]))
         elif entry.open:
             entry.reason = "no rank given for it"
     check_any(walk.model, found, [entry.made is not None for entry in found])

@@ -8,7 +8,7 @@
 An allocator looks at the weights once and returns a function of a weight and a level, a number
 above 0, which gives the weight's rank: never less at a higher level, full at level 1 or above. The
 level at which the parameters meet the budget is then found by ``search``, alike for all. A further
-allocator is a function and its entry in the table, by the decorator.
+allocator is a function and its entry in the table.
 
 Energy is counted in the metric of the initialization (``Entry.energies``).
 """
@@ -52,30 +52,15 @@ class Allocator:
     """
 
     make: Make
-    alike: bool
-    measures: bool
+    alike: bool = False
+    measures: bool = False
 
 
-ALLOCATORS: dict[str, Allocator] = {}
-
-
-def allocator(name: str, *, alike: bool = False, measures: bool = False) -> Callable[[Make], Make]:
-    """Enter an allocator in the table."""
-
-    def enter(make: Make) -> Make:
-        ALLOCATORS[name] = Allocator(make, alike, measures)
-        return make
-
-    return enter
-
-
-@allocator("fraction", alike=True)
 def fraction(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """R = round(level · min(m, n))."""
     return lambda entry, level: level
 
 
-@allocator("uniform", alike=True)
 def uniform(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The largest rank whose factors have at most level · mn parameters, or rank 1."""
     return lambda entry, level: within(entry, level * entry.dense)
@@ -94,17 +79,35 @@ def within(entry: Entry, parameters: float) -> Rank:
     return max(1, found) * scale
 
 
-@allocator("energy")
 def energy(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
-    """Singular values in order of the share of their weight's energy for each parameter."""
-    return _greedy(entries, [entry.energies() for entry in entries], [1.0] * len(entries))
+    """Ranks in order of the share of their weight's energy, by its price, for each parameter.
+
+    The level is the share of them that is taken.
+    """
+    prices = [1.0 if entry.price is None else entry.price for entry in entries]
+    # One that does not matter, or whose truncation helps, is still cut in the order of its energy.
+    least = 1e-3 * max([*prices, torch.finfo(torch.float32).tiny])
+    gains = []
+    for entry, price in zip(entries, prices, strict=True):
+        # Of U M₁ … M_d Vᵀ each further rank costs more than the one before: a r + d r².
+        first, second = entry.size(1), entry.size(2)
+        further = torch.arange(len(entry.energies), dtype=torch.float64, device="cpu")
+        costs = first + (second - 2 * first) * further
+        gains.append(max(price, least) * entry.energies / costs)
+    if not gains:
+        return lambda entry, level: 1
+    order = torch.argsort(torch.cat(gains), descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), dtype=order.dtype, device="cpu")
+    parts = torch.split(places, [len(gain) for gain in gains])
+    turns = {id(entry): part.sort()[0].tolist() for entry, part in zip(entries, parts, strict=True)}
+    return lambda entry, level: max(1, bisect_left(turns[id(entry)], level * len(order)))
 
 
-@allocator("sensitivity", measures=True)
 def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
     """The same, where a weight's energy is worth what the loss rose when it alone was truncated."""
     assert measured is not None
-    kept = [entry.energies() for entry in entries]
+    kept = [entry.energies for entry in entries]  # refuses tensors before it measures
     count = 1 + len(PROBED) * len(entries)
     with Progress(count, measured.progress, "measuring how much each weight matters") as bar:
         base = measured.of()
@@ -122,7 +125,7 @@ def sensitivity(entries: Sequence[Entry], measured: Loss | None) -> RankOf:
             squares = sum(loss * loss for loss in losses)
             product = sum(rise * loss for rise, loss in zip(rises, losses, strict=True))
             entry.price = product / squares if squares else 0.0
-    return _priced(entries, kept)
+    return energy(entries, measured)
 
 
 def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) -> RankOf:
@@ -133,43 +136,23 @@ def repeated(plan: RankPlan, entries: Sequence[Entry], measured: Loss | None) ->
         row = next((known[place] for place in places if place in known), None)
         calibrated = entry.metric is not None
         if row is None or row.calibrated != calibrated:
-            energy = ("the energy of ‖W‖²", "the energy of its outputs, as of calibrated init=")
-            got = "without" if row is None else f"with one for {energy[not calibrated]}"
+            whose = ("the energy of ‖W‖²", "the energy of its outputs, as of calibrated init=")
+            got = "without" if row is None else f"with one for {whose[not calibrated]}"
             raise ValueError(
                 f"{entry.weight.name}: expected allocate= to be a plan by 'sensitivity' in which, "
-                f"of shape {tuple(entry.shape)}, it has a price for {energy[calibrated]}, got one "
+                f"of shape {tuple(entry.shape)}, it has a price for {whose[calibrated]}, got one "
                 f"{got}; measure it with the init= that is asked for now, or exclude= it"
             )
         entry.price = row.price
-    return _priced(entries, [entry.energies() for entry in entries])
+    return energy(entries, measured)
 
 
-def _priced(entries: Sequence[Entry], kept: Sequence[torch.Tensor]) -> RankOf:
-    prices = [entry.price or 0.0 for entry in entries]
-    # One that does not matter, or whose truncation helps, is still cut in the order of its energy.
-    least = 1e-3 * max(max(prices, default=0.0), torch.finfo(torch.float32).tiny)
-    return _greedy(entries, kept, [max(price, least) for price in prices])
-
-
-def _greedy(
-    entries: Sequence[Entry], kept: Sequence[torch.Tensor], prices: Sequence[float]
-) -> RankOf:
-    """Ranks in order of price · energy kept ÷ parameters; the level is the share of them taken."""
-    gains = []
-    for entry, each, price in zip(entries, kept, prices, strict=True):
-        # Of U M₁ … M_d Vᵀ each further rank costs more than the one before: a r + d r².
-        first, second = entry.size(1), entry.size(2)
-        further = torch.arange(len(each), dtype=torch.float64, device="cpu")
-        costs = first + (second - 2 * first) * further
-        gains.append(price * each / costs)
-    if not gains:
-        return lambda entry, level: 1
-    order = torch.argsort(torch.cat(gains), descending=True, stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), dtype=order.dtype, device="cpu")
-    parts = torch.split(places, [len(gain) for gain in gains])
-    turns = {id(entry): part.sort()[0].tolist() for entry, part in zip(entries, parts, strict=True)}
-    return lambda entry, level: max(1, bisect_left(turns[id(entry)], level * len(order)))
+ALLOCATORS = {
+    "fraction": Allocator(fraction, alike=True),
+    "uniform": Allocator(uniform, alike=True),
+    "energy": Allocator(energy),
+    "sensitivity": Allocator(sensitivity, measures=True),
+}
 
 
 @dataclass(frozen=True)
@@ -226,7 +209,7 @@ class Goal:
     def allocator(self) -> Allocator:
         """How the budget is divided."""
         if isinstance(self.allocate, RankPlan):
-            return Allocator(partial(repeated, self.allocate), alike=False, measures=False)
+            return Allocator(partial(repeated, self.allocate))
         return ALLOCATORS[self.allocate or ALLOCATION]
 
     def loss(self, model: nn.Module) -> Loss | None:

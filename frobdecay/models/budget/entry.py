@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -120,6 +121,7 @@ class Entry:
         """Parameters at a rank, of the dense weight where factors have more."""
         return min(self.dense, parameters(self._at(scale)[0], self.shape))
 
+    @cached_property
     def energies(self) -> Tensor:
         """The share of ‖W‖² that each further rank keeps, (k,), in float64.
 
@@ -140,7 +142,7 @@ class Entry:
 
     def energy_rank(self, share: float) -> int:
         """The smallest rank that keeps a share of the energy; as ``energies``."""
-        return first_reaching(self.energies(), share)
+        return first_reaching(self.energies, share)
 
     @torch.no_grad()
     def truncated(self, rank: Rank) -> tuple[Tensor, Tensor]:
@@ -158,14 +160,10 @@ class Entry:
             product: Tensor = made(*factors)
         return self.weight.parameter, product
 
-    def take(self, rank: Rank) -> None:
-        """Have this rank."""
-        self.made = self.made_at(rank)
-
     def settle(self, rank: Rank) -> None:
         """Take the rank if it pays, else say that it does not."""
         if (after := self.size(rank)) < self.dense:
-            self.take(rank)
+            self.made = self.made_at(rank)
         else:
             self.reason = f"does not pay: {after:,} parameters at rank {rank}"
 
