@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from frobdecay.models.calibration.forward import restoring, version_of
@@ -64,14 +63,9 @@ class Loss:
 @contextmanager
 def _replaced(instead: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Weights hold something else inside, and themselves afterwards."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
+    with ExitStack() as undo:
         for weight, other in instead:
-            kept.append((weight, weight.detach().clone()))
-            with torch.no_grad():
-                weight.copy_(other)
+            held = weight.detach()
+            undo.callback(held.copy_, held.clone())
+            held.copy_(other)
         yield
-    finally:
-        with torch.no_grad():
-            for weight, original in reversed(kept):
-                weight.copy_(original)
