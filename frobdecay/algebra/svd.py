@@ -32,7 +32,7 @@ def truncated_svd(unit: Unit, r: int) -> Triples:
     if unit.shape[-2] < unit.shape[-1]:
         q, s, p = truncated_svd(unit.mT, r)
         return p, s, q
-    return _in_float32(unit, r) or _in_float64(unit, r)
+    return _in_float32(unit, r) or svd_by_gram(unit, r)
 
 
 def gram(unit: Unit, dtype: torch.dtype) -> Tensor:
@@ -46,7 +46,7 @@ def gram(unit: Unit, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _leading(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def leading(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r largest eigenvalues and their vectors, found in the memory of the Gram."""
     vectors = gram.mT  # as LAPACK wants it; a Gram is symmetric
     values = gram.new_empty(gram.shape[:-1])
@@ -55,9 +55,9 @@ def _leading(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return values[..., last].flip(-1), vectors[..., last].flip(-1)
 
 
-def _in_float64(unit: Unit, r: int) -> Triples:
-    """Triples from the eigenvectors of the Gram."""
-    _, q = _leading(gram(unit, work := work_dtype(unit.weight)), r)
+def svd_by_gram(unit: Unit, r: int) -> Triples:
+    """Triples of a tall matrix, down to 1e-8 of the largest, from the eigenvectors of the Gram."""
+    _, q = leading(gram(unit, work := work_dtype(unit.weight)), r)
     p = q.new_empty(*unit.shape[:-1], q.shape[-1], dtype=torch.float32)
     squares = q.new_zeros(*unit.shape[:-2], q.shape[-1])
     for rows, block in unit.blocks(work):
@@ -79,7 +79,7 @@ def _in_float32(unit: Unit, r: int) -> Triples | None:
     *batch, m, n = unit.shape
     if 2 * r > n or unit.weight.device.type != "cpu" or not _multiplies_in_float32():
         return None
-    _, basis = _leading(gram(unit, torch.float32), r)
+    _, basis = leading(gram(unit, torch.float32), r)
     p, wide = basis.new_empty(*batch, m, r), torch.float64
     inner, total = basis.new_zeros(*batch, r, r, dtype=wide), basis.new_zeros(batch, dtype=wide)
     for rows, block in unit.blocks(torch.float32):
@@ -111,7 +111,7 @@ def _turn(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     polish = (wide.mT @ wide).mul_(-0.5)
     polish.diagonal(dim1=-2, dim2=-1).add_(1.5)
     del wide
-    squares, vectors = _leading(polish.mT @ inner @ polish, basis.shape[-1])
+    squares, vectors = leading(polish.mT @ inner @ polish, basis.shape[-1])
     return polish @ vectors, squares.clamp_min(0)
 
 

@@ -121,7 +121,7 @@ def test_the_float32_route_is_as_exact_as_float64(monkeypatch, shape):
     """On a flat spectrum at low rank it is taken: optimal, balanced, equal to the reference."""
     W = torch.randn(shape)
     with monkeypatch.context() as patch:
-        patch.setattr(svd, "_in_float64", refused)
+        patch.setattr(svd, "svd_by_gram", refused)
         U, V = spectral_init(W, 12)
     monkeypatch.setattr(svd, "_in_float32", lambda *_: None)
     reference = spectral_init(W, 12)
@@ -137,8 +137,8 @@ def test_the_float32_route_refuses_what_it_cannot_resolve(monkeypatch, r):
     """A steep spectrum, or more than half of the rank, goes through float64."""
     W = torch.randn(90, 60) @ torch.diag(10.0 ** -torch.arange(60).clamp_max(20).float())
     seen = []
-    exact = svd._in_float64
-    monkeypatch.setattr(svd, "_in_float64", lambda *args: seen.append(1) or exact(*args))
+    exact = svd.svd_by_gram
+    monkeypatch.setattr(svd, "svd_by_gram", lambda *args: seen.append(1) or exact(*args))
     spectral_init(W, r)
     assert seen
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from frobdecay.algebra.precision import full_precision
 from frobdecay.algebra.scaling import Unit, check_weight, times_power, work_dtype
 from frobdecay.algebra.spectral import Rank, resolve_rank, split_evenly, with_inner
-from frobdecay.algebra.svd import Triples, resolution
+from frobdecay.algebra.svd import leading, resolution, svd_by_gram, truncated_svd
 
 LEAST = 1e-12
 """λ at least: what the moment leaves undecided is decided by the weight itself."""
@@ -114,11 +114,12 @@ class Metric:
         r = resolve_rank(rank, *weight.shape[-2:])
         with full_precision(weight.device.type):
             outputs = self._outputs(weight)
-            P = _leading(outputs.shrunk(self.shrink), min(r, *weight.shape[-2:]))
+            _, P = leading(outputs.shrunk(self.shrink), r)
             V = outputs.weight.mT @ P
-            lost = outputs.energy - outputs.kept(P, V)
-            p, s, q = _decomposed(P, V, weight.dtype)
-            p = p if outputs.basis is None else outputs.basis @ p
+            lost = outputs.energy - _inner(outputs.second @ P, P)
+            decompose = truncated_svd if weight.dtype == torch.float64 else svd_by_gram
+            q, s, turn = decompose(Unit(V, torch.zeros_like(outputs.exponent)), r)
+            p = P @ turn if outputs.basis is None else outputs.basis @ (P @ turn)
             shift = self._shift(weight, p)
             ends = (q, p) if self.of == "rows" else (p, q)
             ends = split_evenly(ends[0], s, ends[1], r, resolution(weight.dtype))
@@ -133,19 +134,17 @@ class Metric:
         """What the weight puts out, in as few numbers as its rank."""
         unit = Unit(weight)
         W, basis = unit.whole(work_dtype(weight)), None
-        known = self.second.to(W)
+        known = second = self.second.to(W)
         if self.of == "rows":
             W = W.mT
         if W.shape[-2] > W.shape[-1]:
             basis, W = _orthonormalized(W, weight.dtype)
-        formed = self.of == "outputs"
-        if not formed:
-            known = W @ known if self.of == "inputs" else W * known.unsqueeze(-2)
+        if self.of != "outputs":
+            second = (W @ known if self.of == "inputs" else W * known.unsqueeze(-2)) @ W.mT
         elif basis is not None:
-            known = basis.mT @ known @ basis
-        energy = known.diagonal(dim1=-2, dim2=-1).sum(-1) if formed else _inner(known, W)
-        energy = energy.clamp_min(0).expand(W.shape[:-2])
-        return _Outputs(W, basis, known, formed, energy, unit.exponent)
+            second = basis.mT @ known @ basis
+        energy = second.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).expand(W.shape[:-2])
+        return _Outputs(W, basis, second, energy, unit.exponent)
 
     def _shift(self, weight: Tensor, p: Tensor) -> Tensor | None:
         """(W − UVᵀ)μ = (1 − P Pᵀ)Wμ, (*batch, m)."""
@@ -164,16 +163,14 @@ class _Outputs(NamedTuple):
     Attributes:
         weight: R, (*batch, k, n) with k = min(m, n), or W itself where it is not tall.
         basis: Q (*batch, m, k); None for the identity.
-        known: S, (*batch, k, k), or R C (*batch, k, n), of which S = R C Rᵀ has yet to be formed.
-        formed: whether it was.
+        second: S, (*batch, k, k).
         energy: tr S, (*batch).
         exponent: of the unit.
     """
 
     weight: Tensor
     basis: Tensor | None
-    known: Tensor
-    formed: bool
+    second: Tensor
     energy: Tensor
     exponent: Tensor
 
@@ -183,13 +180,7 @@ class _Outputs(NamedTuple):
         share = torch.where(energy > 0, max(shrink, LEAST), 1.0)
         kept = ((1 - share) / torch.where(energy > 0, energy, 1.0))[..., None, None]
         plain = (share / _inner(W, W))[..., None, None]
-        if self.formed:
-            return self.known * kept + (W @ W.mT) * plain
-        return (self.known * kept + W * plain) @ W.mT
-
-    def kept(self, P: Tensor, V: Tensor) -> Tensor:
-        """Trace of PᵀSP, (*batch), with V = RᵀP."""
-        return _inner(self.known @ P, P) if self.formed else _inner(self.known.mT @ P, V)
+        return self.second * kept + (W @ W.mT) * plain
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -212,20 +203,3 @@ def _orthonormalized(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return W @ inverse, R
     Q, R = torch.linalg.qr(W)
     return Q, R
-
-
-def _leading(second: Tensor, r: int) -> Tensor:
-    """Eigenvectors of the r largest eigenvalues, largest first, (*batch, k, r)."""
-    vectors: Tensor = torch.linalg.eigh(second).eigenvectors
-    return vectors[..., -r:].flip(-1)
-
-
-def _decomposed(P: Tensor, V: Tensor, dtype: torch.dtype) -> Triples:
-    """The singular value decomposition of P Vᵀ where PᵀP = 1."""
-    if dtype == torch.float64:
-        q, rest = torch.linalg.qr(V)
-        turn, s, core = torch.linalg.svd(rest.mT)
-        return P @ turn, s, q @ core.mT
-    squares, turn = torch.linalg.eigh(V.mT @ V)
-    s, turn = squares.clamp_min(0).sqrt().flip(-1), turn.flip(-1)
-    return P @ turn, s, (V @ turn).div_(s.clamp_min(torch.finfo(s.dtype).tiny).unsqueeze(-2))
