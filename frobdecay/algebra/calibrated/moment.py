@@ -143,8 +143,8 @@ class Frequencies(_Sums):
         self.second = torch.zeros(size, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, rows: Tensor) -> None:
-        """Add indices of rows, of any shape."""
+    def add(self, rows: Tensor, at: int | None = None) -> None:
+        """Add indices of rows, of any shape; a table is no batch, so that ``at`` is None."""
         found = torch.bincount(rows.reshape(-1), minlength=len(self.second))
         self.second += found.to(self.second.device)
         self.count += rows.numel()

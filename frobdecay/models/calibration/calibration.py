@@ -186,9 +186,8 @@ class Calibration:
             OSError: the file cannot be read.
             ValueError: not a file of moments.
         """
-        sums, said = read(path)
-        found, sums.device = cls(sums.dtype, shrink=said["shrink"]), device or "cpu"
-        sums.to(sums.device)
+        sums, said = read(path, device or "cpu")
+        found = cls(sums.dtype, sums.device, said["shrink"])
         found.sums, found.unwatched = sums, said["unwatched"]
         return found
 

@@ -46,7 +46,7 @@ class Probe:
         batch: groups of outputs, each with a moment of its own.
         size: k of the moment.
         inputs: the call's inputs (…, n); None where they are never seen.
-        outputs: the call's outputs (…, m), or (…, g·m) of g groups.
+        outputs: the call's outputs (…, m), or (…, g·m) of g groups; of rows, indices (…, 1).
         attribute: of the module, if it multiplies with slices of it itself; see ``inside.py``.
     """
 
@@ -65,6 +65,10 @@ def first(call: Call) -> Tensor:
     args, named, _ = call
     found: Tensor = args[0] if args else next(iter(named.values()))
     return found
+
+
+def _indices(call: Call) -> Tensor:
+    return first(call).unsqueeze(-1)
 
 
 def result(call: Call) -> Tensor:
@@ -106,7 +110,7 @@ def probes(weight: Weight, tree: Mapping[str, nn.Module]) -> list[Probe] | str:
     if isinstance(module, nn.Bilinear):
         return [Probe(weight.name, module, "outputs", view.rows, outputs=result)]
     if isinstance(module, nn.Embedding):
-        return [Probe(weight.name, module, "rows", view.rows, inputs=first)]
+        return [Probe(weight.name, module, "rows", view.rows, outputs=_indices)]
     if isinstance(module, nn.MultiheadAttention):
         return _packed(weight, module, view.columns)
     return unwatched

@@ -51,8 +51,8 @@ def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
         write_torch(path, {HEADER: text, **tensors})
 
 
-def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
-    """What ``write`` wrote, on the CPU.
+def read(path: FilePath, device: torch.device | str) -> tuple[Sums, dict[str, Any]]:
+    """What ``write`` wrote, on a device.
 
     Raises:
         OSError: the file cannot be read.
@@ -76,7 +76,7 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
         said = json.loads(text)
         if said["version"] != VERSION:
             raise ValueError(f"of version {said['version']}, which this one does not read")
-        sums = Sums({"float64": torch.float64, "float32": torch.float32}[said["dtype"]], "cpu")
+        sums = Sums({"float64": torch.float64, "float32": torch.float32}[said["dtype"]], device)
         keys = [(str(name), str(of)) for name, of, _ in said["moments"]]
         for name, met in said["shared"].items():
             sums.shared[name].update({keys[k]: int(n) for k, n in met})
@@ -89,6 +89,7 @@ def read(path: FilePath) -> tuple[Sums, dict[str, Any]]:
             if [(part.shape, part.dtype) for part in parts] != fitting or not held.finite():
                 raise ValueError(f"the {key[1]} of {key[0]} are no sums")
             sums.moments[key] = held
+        sums.to(device)
         return sums, {"shrink": float(said["shrink"]), "unwatched": dict(said["unwatched"])}
     except (TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fsdecode(path)}: not a file of moments: {error}") from error

@@ -51,9 +51,9 @@ class Sums:
         """How many calls a moment sums: all that the probe met which took it."""
         return max((met[key] for met in self.shared.values()), default=0)
 
-    def add(self, probe: Probe, of: str, rows: Tensor, at: int | None = None) -> Key:
+    def add(self, probe: Probe, rows: Tensor, at: int | None = None) -> Key:
         """Sum the rows of one call, of all matrices of a stack or of one."""
-        key = (probe.name, of)
+        key = (probe.name, probe.of)
         if is_sharded(rows):
             raise ValueError(
                 "its inputs are in parts on several processes (DTensor); calibrate before "
@@ -62,12 +62,9 @@ class Sums:
         moment = self.moments.get(key)
         if moment is None:
             device = rows.device if self.device is None else self.device
-            size = probe.size if of == "rows" else rows.shape[-1]
-            moment = self.moments[key] = self.empty((of, probe.batch, size), device)
-        if isinstance(moment, Moment):
-            moment.add(rows, at)
-        else:
-            moment.add(rows)
+            shape = probe.of, probe.batch, probe.size
+            moment = self.moments[key] = self.empty(shape, device)
+        moment.add(rows, at)
         self.shared[probe.name][key] += 1
         return key
 

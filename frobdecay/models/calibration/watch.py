@@ -116,15 +116,13 @@ class Watch:
     def _see(self, probe: Probe, call: Any) -> None:
         """Take what one probe meets in one call."""
         inputs = None if probe.inputs is None else probe.inputs(call)
-        if probe.of == "rows":
-            assert inputs is not None
-            self.sums.add(probe, "rows", self._rows(probe, inputs.unsqueeze(-1)))
-        elif not self._shared(probe, inputs):
+        if not self._shared(probe, inputs):
             assert probe.outputs is not None
-            made = self._rows(probe, probe.outputs(call))
+            made = probe.outputs(call)
+            made = rows(made, self._mask(probe, made))
             if probe.batch:
                 made = made.reshape(len(made), *probe.batch, -1).movedim(0, -2)
-            self.sums.add(probe, "outputs", made)
+            self.sums.add(probe, made)
 
     @torch.no_grad()
     def _meet(self, probe: Probe, inputs: Tensor, outputs: Tensor, at: int | None) -> None:
@@ -134,7 +132,7 @@ class Watch:
         with naming(probe.name):
             kept = inputs if probe.of == "inputs" else outputs
             each = kept if at is None else kept.reshape(-1, kept.shape[-1])
-            self.sums.add(probe, probe.of, each, at)
+            self.sums.add(probe, each, at)
 
     def _shared(self, probe: Probe, inputs: Tensor | None) -> bool:
         """Sum the inputs, or note that they were; whether either was done."""
@@ -149,7 +147,7 @@ class Watch:
         if known.key is not None:
             self.sums.shared[probe.name][known.key] += 1
         elif probe.of == "inputs":
-            known.key = self.sums.add(probe, "inputs", self._rows(probe, inputs))
+            known.key = self.sums.add(probe, rows(inputs, mask))
         return known.key is not None
 
     def _mask(self, probe: Probe, tensor: Tensor) -> Tensor | None:
@@ -158,10 +156,6 @@ class Watch:
         self._fits |= found is not None
         self.unfit = not self._fits and (self.unfit or (self._hides and tensor.ndim > 2))
         return found
-
-    def _rows(self, probe: Probe, tensor: Tensor) -> Tensor:
-        """(…, k) as rows that count."""
-        return rows(tensor, self._mask(probe, tensor))
 
     def _seen(self, tensor: Tensor, mask: Tensor | None) -> tuple[dict[Any, _Seen], Any]:
         """What was met in this memory, and where in it the tensor lies, with which mask."""
