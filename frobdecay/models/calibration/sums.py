@@ -88,10 +88,8 @@ class Sums:
             if known.second.shape != moment.second.shape:
                 raise ValueError(f"{' of '.join(key[::-1])}: stats= is of another model's shapes")
         for key, moment in other.moments.items():
-            held, parts = self.moments.get(places[key]), moment.parts()
-            if held is None:
-                self.moments[places[key]] = moment
-            else:
+            held, parts = self.moments.setdefault(places[key], moment), moment.parts()
+            if held is not moment:
                 for mine, theirs in zip(held.parts(), parts, strict=True):
                     mine += theirs.to(mine.device)
         self.prints = {**other.prints, **self.prints}
