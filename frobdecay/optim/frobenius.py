@@ -42,7 +42,6 @@ from frobdecay.product.product import Product
 Mode = Literal["coupled", "decoupled", "auto"]
 
 _KEY = "frobdecay"  # ours in the state dict
-_AMP = ("grad_scale", "found_inf")  # what GradScaler sets on an optimizer that unscales itself
 
 
 class _Step(NamedTuple):
@@ -194,11 +193,7 @@ class FrobeniusDecay(OptimizerProxy):
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         step = self._before(closure)
-        try:
-            result = self._step_behind(*step.args)
-        finally:
-            self._withdraw_amp()
-        return self._after(step, result)
+        return self._after(step, self._step_behind(*step.args))
 
     @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
     def _before(self, closure: Callable[[], Any] | None) -> _Step:
@@ -212,9 +207,6 @@ class FrobeniusDecay(OptimizerProxy):
         if bound is not None:
             bound.measure()
             step = step._replace(bound=bound)
-        for name in _AMP:  # hand on what GradScaler said
-            if name in self.__dict__:
-                setattr(self._base, name, self.__dict__[name])
         return step
 
     @torch.no_grad()
@@ -246,11 +238,6 @@ class FrobeniusDecay(OptimizerProxy):
                 result = closure.users_loss(result)
         return result
 
-    def _withdraw_amp(self) -> None:
-        for name in _AMP:
-            if name in self.__dict__:
-                delattr(self._base, name)
-
     def _asked(self) -> tuple[list[Rate | None], list[Coefficient | None]]:
         """What every group's options ask for in this step, and how far it may go; None: nothing."""
         groups = self.param_groups
@@ -258,8 +245,8 @@ class FrobeniusDecay(OptimizerProxy):
             return [None] * len(groups), [None] * len(groups)
         holding = self._engine.find(groups)
         self._halves.check(groups, holding)
-        amp = {name: self.__dict__.get(name) for name in _AMP}
-        return asked(groups, holding, self._is_decoupled, **amp)
+        amp = [getattr(self._base, name, None) for name in ("grad_scale", "found_inf")]
+        return asked(groups, holding, self._is_decoupled, *amp)
 
     def _sizes(self, rates: list[Rate | None]) -> list[Coefficient | None]:
         """lr·λ of every group, where that is what a step of decay multiplies gradients by."""

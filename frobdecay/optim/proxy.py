@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -77,6 +78,18 @@ def decayed_before(optimizer: Optimizer) -> set[int]:
     return {id(getattr(factor.owner, factor.attribute, None)) for factor in held}
 
 
+def _behind(name: str) -> Any:
+    """An attribute that is the other optimizer's own."""
+
+    def write(proxy: OptimizerProxy, value: Any) -> None:
+        setattr(proxy._base, name, value)
+
+    def delete(proxy: OptimizerProxy) -> None:
+        delattr(proxy._base, name)
+
+    return property(attrgetter(f"_base.{name}"), write, delete, f"{name} of the optimizer behind.")
+
+
 class OptimizerProxy(Optimizer):
     """Stand in front of an optimizer.
 
@@ -126,32 +139,11 @@ class OptimizerProxy(Optimizer):
         """The optimizer behind."""
         return self._base
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer behind."""
-        return self._base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._base.param_groups = groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """That of the optimizer behind."""
-        return self._base.state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self._base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Those of the optimizer behind."""
-        return self._base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self._base.defaults = defaults
+    param_groups: list[dict[str, Any]] = _behind("param_groups")
+    state: defaultdict[Tensor, Any] = _behind("state")
+    defaults: dict[str, Any] = _behind("defaults")
+    grad_scale: Tensor | None = _behind("grad_scale")  # of GradScaler, for steps that unscale
+    found_inf: Tensor | None = _behind("found_inf")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
