@@ -229,17 +229,14 @@ def plan_groups(
     products: Sequence[Product],
     decay: Coefficient | None,
     mode: str,
-    *,
     first: int = 0,
-    own_first: bool = False,
 ) -> list[Division]:
     """Plan the division of groups, the first of which has the index ``first``."""
     factors, layout = _ids(products), []
-    again = not own_first and bool(decayed_before(optimizer))
-    modes = {"own_first": own_first, "again": again}
+    again = bool(decayed_before(optimizer))
     for k, group in enumerate(groups, first):
         where = f"param group {k}"
-        division = plan_division(group, lambda param: id(param) in factors, decay, where, **modes)
+        division = plan_division(group, lambda param: id(param) in factors, decay, where, again)
         if division.split and (reason := refusal_of_division(optimizer)):
             raise ValueError(
                 f"expected only factors, or none, in {where} of {type(optimizer).__name__}, got "

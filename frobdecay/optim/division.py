@@ -143,9 +143,7 @@ def plan_division(
     is_factor: Callable[[Tensor], bool],
     decay: Coefficient | None,
     where: str,
-    *,
-    own_first: bool = False,
-    again: bool = False,
+    again: bool,
 ) -> Division:
     """Say what has to become of a param group, changing nothing.
 
@@ -155,7 +153,6 @@ def plan_division(
         decay: λ for the factors; None takes over the group's own ``frobenius_decay`` or, failing
             that, its ``weight_decay``.
         where: what messages call the group.
-        own_first: whether the group's own ``frobenius_decay`` goes before ``decay``.
         again: whether a wrapper has divided the groups before: one with a weight decay held no
             factors then, and a ``frobenius_decay`` of 0 says nothing of those that it holds now.
 
@@ -166,12 +163,9 @@ def plan_division(
     if not any(flags):
         return Division(flags, False, group.get(DECAY, 0.0), False)
     left = again and has_weight_decay(group) and is_zero(group.get(DECAY, 0.0))
-    if DECAY in group and not left and (decay is None or own_first):
-        coef, taken, what = group[DECAY], False, DECAY
-    elif decay is not None:
-        coef, taken, what = decay, False, "decay"
-    else:
-        coef, taken, what = group.get("weight_decay", 0.0), True, "weight_decay"
+    taken = decay is None and (left or DECAY not in group)
+    what = "weight_decay" if taken else DECAY
+    coef = group.get(what, 0.0) if decay is None else decay
     check_coefficient(known_value(coef), f"{what} of {where}")
     split = bool(group.get("weight_decay", 0) != 0) and not all(flags)
     return Division(flags, split, coef, taken)

@@ -127,7 +127,7 @@ class Flambe(Optimizer):
         super().add_param_group(param_group)
         try:
             index, added = len(self.param_groups) - 1, self.param_groups[-1:]
-            plan_groups(self, added, self.products, None, "decoupled", first=index)
+            plan_groups(self, added, self.products, None, "decoupled", index)
         except Exception:
             del self.param_groups[-1]
             raise

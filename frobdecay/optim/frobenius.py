@@ -303,9 +303,8 @@ class FrobeniusDecay(OptimizerProxy):
         version, products = VERSION.value, self._products_now()
         index = len(self.param_groups)
         probe = {**self.defaults, **param_group, "params": tensors_of(param_group)}
-        (division,) = plan_groups(
-            self._base, [probe], products, self._decay, self._mode, first=index, own_first=True
-        )
+        decay = probe.get(DECAY, self._decay)
+        (division,) = plan_groups(self._base, [probe], products, decay, self._mode, index)
         self._base.add_param_group(param_group)
         whole = self.param_groups[index]
         self.param_groups[index:] = division.commit(whole, whole.get(BOUND, self._bound))
