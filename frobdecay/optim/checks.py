@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from frobdecay.optim.conventions import (
 from frobdecay.optim.division import Division, plan_division
 from frobdecay.optim.proxy import OptimizerProxy, decayed_before
 from frobdecay.optim.rates import DECAY, Group, check_bound, has_weight_decay, is_zero, known_value
+from frobdecay.product.find import VERSION
 from frobdecay.product.find import products as products_of
 from frobdecay.product.names import factor_name
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
@@ -74,7 +76,70 @@ def _is_wrapped(optimizer: Optimizer) -> bool:
     return any(_is_wrapped(value) for value in inside if value is not optimizer)
 
 
-def find_products(model_or_products: nn.Module | Product | Iterable[Product]) -> list[Product]:
+class Found:
+    """Products, and the model that they were found in, which may have others by now.
+
+    Args:
+        products: those of now.
+        model: where they were found, unless they were given. Copies do not carry it along.
+
+    Attributes:
+        products: as they were when last looked for; always the same list.
+    """
+
+    def __init__(self, products: list[Product], model: nn.Module | None = None) -> None:
+        self.products = products
+        self._model = None if model is None else weakref.ref(model)
+        self._version = VERSION.value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Found, (self.products,)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while it lives."""
+        return None if self._model is None else self._model()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was factorized, merged or unrolled since the last time."""
+        return self._version == VERSION.value
+
+    def now(self) -> list[Product]:
+        """The products that are there now: the known ones, unless others are."""
+        model = self.model
+        if model is None or self.is_current:
+            return self.products
+        products = products_of(model)
+        return self.products if _places(products) == _places(self.products) else products
+
+    def checked(self, groups: Sequence[Group]) -> list[Product]:
+        """As ``now``, refusing products that came or went after the optimizer was built.
+
+        Raises:
+            ValueError: names a factor that the optimizer does not hold, or a product that is gone.
+        """
+        products = self.now()
+        check_membership(products, groups, self.model)
+        lost = {product.name for product in self.products} - {product.name for product in products}
+        if lost:
+            raise ValueError(
+                f"expected {min(lost)!r} to be a product, as when the optimizer was wrapped, but "
+                "it was merged or unrolled: nothing would decay it; build a new optimizer"
+            )
+        return products
+
+    def settle(self, products: Sequence[Product]) -> None:
+        """Take these for those that are there now."""
+        self.products[:] = products
+        self._version = VERSION.value
+
+
+def _places(products: Sequence[Product]) -> list[tuple[int, str]]:
+    return [(id(f.owner), f.attribute) for product in products for f in product.factors]
+
+
+def find_products(model_or_products: nn.Module | Product | Iterable[Product]) -> Found:
     """The products of a model, or the given ones.
 
     Raises:
@@ -89,11 +154,11 @@ def find_products(model_or_products: nn.Module | Product | Iterable[Product]) ->
                 "layers that are products as they are, such as a bottleneck of two Linear, are "
                 "made known by frobdecay.register_products, or given as Product.of(U, V)"
             )
-        return found
+        return Found(found, model_or_products)
     found = as_products(model_or_products)
     if not found:
         raise ValueError("expected at least one product, got an empty list")
-    return found
+    return Found(found)
 
 
 def check_membership(
@@ -113,34 +178,16 @@ def check_membership(
                     f"{held[id(param)]} times; every parameter belongs to one param group"
                 )
             if not held[id(param)] and param.requires_grad:
-                raise ValueError(_missing(product, j, groups, model))
+                raise ValueError(missing(product, j, groups, model))
 
 
-def check_again(
-    before: Sequence[Product],
-    now: Sequence[Product],
-    groups: Sequence[Group],
-    model: nn.Module | None,
-) -> None:
-    """Refuse products that came or went after the optimizer was built.
-
-    Raises:
-        ValueError: names a factor that the optimizer does not hold, or a product that is gone.
-    """
-    check_membership(now, groups, model)
-    lost = {product.name for product in before} - {product.name for product in now}
-    if lost:
-        raise ValueError(
-            f"expected {min(lost)!r} to be a product, as when the optimizer was wrapped, but "
-            "it was merged or unrolled: nothing would decay it; build a new optimizer"
-        )
-
-
-def _missing(product: Product, j: int, groups: Sequence[Group], model: nn.Module | None) -> str:
+def missing(product: Product, j: int, groups: Sequence[Group], model: nn.Module | None) -> str:
+    """What is said where an optimizer does not hold a factor that it should."""
     message = (
         f"expected {factor_name(product, j)} in a param group, but the optimizer does not hold "
-        "it: build the optimizer after factorize(), or add the factors with add_param_group; if "
-        "another optimizer trains it, pass the list of the products that this one trains"
+        "it: build the optimizer after factorize(), add the factors with add_param_group, or "
+        "freeze them; if another optimizer trains it, pass the list of the products that this one "
+        "trains"
     )
     stale = [] if model is None else _stale(groups, model)
     if not stale:

@@ -24,10 +24,10 @@ from frobdecay.algebra.precision import HALF, Coefficient
 from frobdecay.gradient.accumulate import Accumulator, gradients_of
 from frobdecay.gradient.flat import Batched
 from frobdecay.gradient.likeness import check_writable
+from frobdecay.optim.checks import Found, missing
 from frobdecay.optim.rates import BOUND, DECAY, Group, Rate
 from frobdecay.optim.rounding import Increments, StochasticRounder
 from frobdecay.optim.spectral.bound import StepBound, check_bounded, smallest
-from frobdecay.product.names import factor_name
 from frobdecay.product.product import Product
 from frobdecay.product.toward import fitting_initial, saved_initial
 
@@ -46,11 +46,22 @@ class Decay:
 
     Parameters are never kept: the accumulator resolves them at every step, and the places in the
     groups are verified by identity, because Accelerate and FSDP2 swap ``Parameter`` objects.
+
+    Args:
+        found: what decays.
+        backend: of the accumulator.
+        rounder: of half-precision parameters.
     """
 
-    def __init__(self, products: Iterable[Product], backend: str | None) -> None:
+    def __init__(
+        self, found: Found, backend: str | None, rounder: StochasticRounder | None = None
+    ) -> None:
+        self.found, self.products = found, found.products
+        self.rounder = StochasticRounder() if rounder is None else rounder
+        self._use(found.products, backend)
+
+    def _use(self, products: Iterable[Product], backend: str | None) -> None:
         self.accumulator = Accumulator(products, backend)
-        self.products: Sequence[Product] = self.accumulator.products
         self._params: list[Tensor] = []  # of all factors, product by product
         self._groups: Sequence[Group] = []
         self._groups_of: list[int | None] = []  # of each of the parameters
@@ -62,13 +73,46 @@ class Decay:
         self._batched, self._moved = Batched(), Batched()  # parameters with increments; bounded
         self._checked: object = None  # of products, whether their steps are found to be boundable
 
-    def state_dict(self) -> dict[str, Any]:
-        """What products decay toward that were given initial factors."""
-        return saved_initial(self.products)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decay, (self.found, self.accumulator.backend, self.rounder)
 
-    def fitting(self, state_dict: Mapping[str, Any] | None) -> list[tuple[Tensor, Tensor]]:
-        """Initial factors, each with what it is to be; see ``fitting_initial``."""
-        return fitting_initial(self.products, state_dict)
+    def state_dict(self) -> dict[str, Any]:
+        """The rounder's, and what products decay toward that were given initial factors."""
+        return self.rounder.state_dict() | saved_initial(self.products)
+
+    def loading(self, saved: Mapping[str, Any] | None) -> Callable[[], None]:
+        """What loads a state dict, or one without ours, after it was found to fit.
+
+        Raises:
+            ValueError: it is of another version of frobdecay, or of products that decay toward
+                something else.
+        """
+        initial = fitting_initial(self.products, saved)
+        rounder = self.rounder if saved is None else StochasticRounder()
+        if saved is not None:
+            rounder.load_state_dict(saved)
+
+        def load() -> None:
+            self.rounder = rounder
+            for factor, own in initial:
+                factor.copy_(own)
+
+        return load
+
+    def notice(self, groups: Sequence[Group]) -> None:
+        """Look at the model again if anything was factorized since the last time.
+
+        Raises:
+            ValueError: see ``Found.checked``.
+        """
+        if not self.found.is_current:
+            self.adopt(self.found.checked(groups))
+
+    def adopt(self, products: Sequence[Product]) -> None:
+        """Go on with the products that are there now."""
+        if products is not self.products:
+            self._use(products, self.accumulator.backend)
+        self.found.settle(products)
 
     def find(self, groups: Sequence[Group]) -> set[int]:
         """Find the factors in an optimizer's param groups; once before the other methods.
@@ -84,10 +128,7 @@ class Decay:
             self._locate(params, groups)
         self._groups = groups
         for k in self._missing():
-            raise RuntimeError(
-                f"expected {factor_name(*self._factor(k))} in a param group, but the optimizer "
-                "does not hold it; add it with add_param_group, or freeze it"
-            )
+            raise RuntimeError(missing(*self._factor(k), groups, self.found.model))
         return self._holding
 
     def _factor(self, k: int) -> tuple[Product, int]:
@@ -202,12 +243,7 @@ class Decay:
         free = {id(p) for g in groups if BOUND in g and g[BOUND] is None for p in g["params"]}
         check_bounded([p for p in self.products if any(id(q) not in free for q in p.params)])
 
-    def add(
-        self,
-        rates: Sequence[Rate | None],
-        rounder: StochasticRounder,
-        bound: StepBound | None = None,
-    ) -> None:
+    def add(self, rates: Sequence[Rate | None], bound: StepBound | None = None) -> None:
         """Decay every factor that has a gradient: coupled into it, decoupled beside it.
 
         The bound is given the Grams.
@@ -225,7 +261,7 @@ class Decay:
             for k, buffer in zip(beside, buffers, strict=True):
                 targets[k] = buffer
         self.accumulator.run(targets, asked.coefs, None if bound is None else bound.grams)
-        increments.apply(rounder)
+        increments.apply(self.rounder)
 
     def increments(self, rates: Sequence[Rate | None]) -> Increments:
         """Compute the decoupled decay of the factors as they are now, to be applied later."""

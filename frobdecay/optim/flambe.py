@@ -16,7 +16,6 @@ product's. ``FrobeniusDecay`` around a LAMB of another package decays outside of
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -28,14 +27,12 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import HALF, Coefficient, check_coefficient
 from frobdecay.algebra.scaling import shortened
-from frobdecay.optim.checks import check_again, check_membership, find_products, plan_groups
+from frobdecay.optim.checks import Found, check_membership, find_products, plan_groups
 from frobdecay.optim.conventions import refuse
 from frobdecay.optim.decaying import Decay
 from frobdecay.optim.rates import DECAY, Group, Rate, is_zero, known_value
-from frobdecay.optim.rounding import Increments, StochasticRounder
+from frobdecay.optim.rounding import Increments
 from frobdecay.product.factor import is_sharded
-from frobdecay.product.find import VERSION
-from frobdecay.product.find import products as products_of
 from frobdecay.product.product import Product
 
 _KEY = "frobdecay"  # ours in the state dict
@@ -89,10 +86,8 @@ class Flambe(Optimizer):
         maximize: bool = False,
         backend: str | None = None,
     ) -> None:
-        model = model_or_products if isinstance(model_or_products, nn.Module) else None
-        version = VERSION.value
-        found = [] if model_or_products is None else find_products(model_or_products)
-        self._engine, self._backend = Decay(found, backend), backend
+        found = Found([]) if model_or_products is None else find_products(model_or_products)
+        self._engine = Decay(found, backend)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -102,10 +97,7 @@ class Flambe(Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
-        check_membership(found, self.param_groups, model)
-        self._rounder = StochasticRounder()
-        self._model = None if model is None else weakref.ref(model)
-        self._version = version
+        check_membership(found.products, self.param_groups, found.model)
 
     @property
     def products(self) -> list[Product]:
@@ -153,7 +145,7 @@ class Flambe(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._notice_late_factorization()
+        self._engine.notice(self.param_groups)
         for k, group in enumerate(self.param_groups):
             _check_options(group, f"param group {k}")
             for param in group["params"]:
@@ -209,7 +201,7 @@ class Flambe(Optimizer):
         ratios = -known_value(group["lr"]) * _trust_ratios(weights, updates)
         torch._foreach_mul_(updates, list(ratios.unbind()))
         if half:
-            self._rounder.add_(params, updates)
+            self._engine.rounder.add_(params, updates)
         else:
             torch._foreach_add_(list(params), updates)
 
@@ -221,21 +213,11 @@ class Flambe(Optimizer):
                 state[moment] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return state
 
-    def _notice_late_factorization(self) -> None:
-        """Look at the model again if anything was factorized since the last time."""
-        model = None if self._model is None else self._model()
-        if model is None or VERSION.value == self._version:
-            return
-        version, found = VERSION.value, products_of(model)
-        check_again(self.products, found, self.param_groups, model)
-        self._engine, self._version = Decay(found, self._backend), version
-
     # --- checkpoints, copies --------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's, and under ``"frobdecay"`` rounding and what products decay toward."""
-        ours = self._rounder.state_dict() | self._engine.state_dict()
-        return {**super().state_dict(), _KEY: ours}
+        return {**super().state_dict(), _KEY: self._engine.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, or the state of a LAMB with the same keys.
@@ -247,14 +229,9 @@ class Flambe(Optimizer):
             ValueError: of another model, or of another version of frobdecay, or of products that
                 decay toward something else. Nothing was changed.
         """
-        rounder, ours = StochasticRounder(), state_dict.get(_KEY)
-        initial = self._engine.fitting(ours)
-        if ours is not None:
-            rounder.load_state_dict(ours)
+        load_ours = self._engine.loading(state_dict.get(_KEY))
         super().load_state_dict({k: v for k, v in state_dict.items() if k != _KEY})
-        self._rounder = rounder
-        for factor, own in initial:
-            factor.copy_(own)
+        load_ours()
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(saved, params, strict=True):
@@ -264,16 +241,7 @@ class Flambe(Optimizer):
                     self.state[param][moment] = exact.to(param.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"_backend": self._backend, "_rounder": self._rounder}
-        return {**super().__getstate__(), **ours, "products": self.products}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and in load_state_dict
-        state = dict(state)
-        products = state.pop("products", None)
-        super().__setstate__(state)
-        if products is not None:
-            self._engine = Decay(products, self._backend)
-            self._model, self._version = None, VERSION.value
+        return {**super().__getstate__(), "_engine": self._engine}
 
 
 def _adam(

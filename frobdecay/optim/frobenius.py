@@ -6,7 +6,6 @@ decoupled    p −= lr · λ · ∇_p ½‖W‖_F²        AdamW, Muon, Adafacto
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,6 @@ from torch.optim import Optimizer
 
 from frobdecay.algebra.precision import Coefficient
 from frobdecay.optim.checks import (
-    check_again,
     check_arguments,
     find_products,
     plan_groups,
@@ -33,10 +31,7 @@ from frobdecay.optim.decaying import Decay, PenalizedClosure
 from frobdecay.optim.division import Halves, adapt_plain, is_plain, keep_bounds, tensors_of
 from frobdecay.optim.proxy import OptimizerProxy
 from frobdecay.optim.rates import BOUND, DECAY, Group, Rate, asked, is_dummy_step, known_value
-from frobdecay.optim.rounding import StochasticRounder
 from frobdecay.optim.stability import Watch
-from frobdecay.product.find import VERSION
-from frobdecay.product.find import products as products_of
 from frobdecay.product.product import Product
 
 Mode = Literal["coupled", "decoupled", "auto"]
@@ -126,26 +121,21 @@ class FrobeniusDecay(OptimizerProxy):
         backend: str | None = None,
     ) -> None:
         check_arguments(optimizer, decay, mode, bound)
-        model = model_or_products if isinstance(model_or_products, nn.Module) else None
-        version = VERSION.value
-        engine = Decay(find_products(model_or_products), backend)
-        layout = plan_wrapping(optimizer, engine.products, model, decay, mode)
+        found = find_products(model_or_products)
+        engine = Decay(found, backend)
+        layout = plan_wrapping(optimizer, found.products, found.model, decay, mode)
         if bound is not None:
             engine.check_bound(optimizer.param_groups)
         pairs = zip(layout, optimizer.param_groups, strict=True)
         parts = [division.commit(whole, bound) for division, whole in pairs]
         optimizer.param_groups[:] = [group for part in parts for group in part]
         super().__init__(optimizer)
-        self._use(engine)
+        self._engine, self._bypass.products = engine, engine.products
         self._mode: Mode = mode
         self._decay, self._bound = decay, bound
-        self._backend = backend
         self._layout = layout
-        self._rounder = StochasticRounder()
         self._watch = Watch()
         self._halves = Halves((part[0], part[1]) for part in parts if len(part) == 2)
-        self._model = None if model is None else weakref.ref(model)
-        self._version = version
 
     @property
     def products(self) -> list[Product]:
@@ -159,7 +149,7 @@ class FrobeniusDecay(OptimizerProxy):
         A CUDA graph that captures a step has to know them, after a step that warms up:
         ``graph.register_generator_state(generator)`` for each, before the capture.
         """
-        return self._rounder.generators
+        return self._engine.rounder.generators
 
     def __repr__(self) -> str:
         factors = {id(param) for product in self._engine.products for param in product.params}
@@ -197,7 +187,7 @@ class FrobeniusDecay(OptimizerProxy):
 
     @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
     def _before(self, closure: Callable[[], Any] | None) -> _Step:
-        self._notice_late_factorization()
+        self._engine.notice(self.param_groups)
         rates, limits = self._asked()
         engine, step = self._engine, _Step(() if closure is None else (closure,))
         bound = engine.bound(limits) if any(limit is not None for limit in limits) else None
@@ -218,7 +208,7 @@ class FrobeniusDecay(OptimizerProxy):
             late = engine.increments(rates)
             rates = [None if rate is None or rate.decoupled else rate for rate in rates]
         if closure is None:
-            engine.add(rates, self._rounder, bound)
+            engine.add(rates, bound)
             return _Step((), late)
         value = not ignores_the_loss(self._base)
 
@@ -230,9 +220,9 @@ class FrobeniusDecay(OptimizerProxy):
     @_disable_dynamo
     def _after(self, step: _Step, result: Any) -> Any:
         if step.late is not None:
-            step.late.apply(self._rounder)
+            step.late.apply(self._engine.rounder)
         if step.bound is not None:
-            step.bound.apply(self._rounder)
+            step.bound.apply(self._engine.rounder)
         for closure in step.args:
             if isinstance(closure, PenalizedClosure):
                 result = closure.users_loss(result)
@@ -262,30 +252,6 @@ class FrobeniusDecay(OptimizerProxy):
         kind = convention(self._base, group) if self._mode == "auto" else self._mode
         return kind == "decoupled"
 
-    def _notice_late_factorization(self) -> None:
-        """Look at the model again if anything was factorized since the last time."""
-        if VERSION.value == self._version:
-            return
-        version, products = VERSION.value, self._products_now()
-        model = None if self._model is None else self._model()
-        check_again(self.products, products, self.param_groups, model)
-        self._adopt(products, version)
-
-    def _products_now(self) -> list[Product]:
-        model = None if self._model is None else self._model()
-        if model is None or VERSION.value == self._version:
-            return self.products
-        return products_of(model)
-
-    def _adopt(self, products: list[Product], version: int) -> None:
-        if _addresses(products) != _addresses(self._engine.products):
-            self._use(Decay(products, self._backend))
-        self._version = version
-
-    def _use(self, engine: Decay) -> None:
-        self._engine = engine
-        self._bypass.decayed = [factor for product in engine.products for factor in product.factors]
-
     # --- groups, checkpoints, copies ------------------------------------------------------------
 
     @_disable_dynamo
@@ -300,8 +266,7 @@ class FrobeniusDecay(OptimizerProxy):
         Raises:
             ValueError: λ negative or not finite, or what the base refuses.
         """
-        version, products = VERSION.value, self._products_now()
-        index = len(self.param_groups)
+        products, index = self._engine.found.now(), len(self.param_groups)
         probe = {**self.defaults, **param_group, "params": tensors_of(param_group)}
         decay = probe.get(DECAY, self._decay)
         (division,) = plan_groups(self._base, [probe], products, decay, self._mode, index)
@@ -309,11 +274,10 @@ class FrobeniusDecay(OptimizerProxy):
         whole = self.param_groups[index]
         self.param_groups[index:] = division.commit(whole, whole.get(BOUND, self._bound))
         self._layout.append(division)
-        self._adopt(products, version)
+        self._engine.adopt(products)
 
     def _state_dict(self) -> dict[str, Any]:
-        ours = self._rounder.state_dict() | self._engine.state_dict()
-        return {**self._base.state_dict(), _KEY: ours}
+        return {**self._base.state_dict(), _KEY: self._engine.state_dict()}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,12 +296,8 @@ class FrobeniusDecay(OptimizerProxy):
         super().load_state_dict(state_dict)
 
     def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rounder, ours = self._rounder, state_dict.pop(_KEY, None)
-        initial = self._engine.fitting(ours)
-        if ours is not None:
-            rounder = StochasticRounder()
-            rounder.load_state_dict(ours)
-        saved = state_dict.get("param_groups")
+        ours, saved = state_dict.pop(_KEY, None), state_dict.get("param_groups")
+        load_ours = self._engine.loading(ours)
         if saved is None and ours is None:
             raise ValueError(
                 f"expected 'param_groups' in the checkpoint, got {sorted(map(str, state_dict))}: "
@@ -348,26 +308,15 @@ class FrobeniusDecay(OptimizerProxy):
         if saved is not None:
             state_dict["param_groups"] = keep_bounds(saved, self.param_groups)
         self._base.load_state_dict(state_dict)
-        self._rounder = rounder
-        for factor, saved in initial:
-            factor.copy_(saved)
+        load_ours()
 
     def __getstate__(self) -> dict[str, Any]:
-        # As with torch's optimizers, hooks and what a scheduler attached here stay behind. So
-        # does the model: a copy of the optimizer should not carry one along.
-        names = ("_base", "_mode", "_decay", "_bound", "_backend", "_layout", "_rounder")
-        return {"products": self.products, **{name: self.__dict__[name] for name in names}}
+        # As with torch's optimizers, hooks and what a scheduler attached here stay behind.
+        names = ("_base", "_engine", "_mode", "_decay", "_bound", "_layout")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        products = state.pop("products")
         super().__init__(state["_base"])
         self.__dict__.update(state)
-        self._use(Decay(products, self._backend))
+        self._bypass.products = self._engine.products
         self._watch, self._halves = Watch(), Halves()
-        self._model = None
-        self._version = VERSION.value
-
-
-def _addresses(products: Iterable[Product]) -> list[tuple[int, str]]:
-    return [(id(f.owner), f.attribute) for product in products for f in product.factors]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from frobdecay.optim.rates import DECAY, is_zero
-from frobdecay.product.factor import Factor
+from frobdecay.product.product import Product
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -37,13 +37,13 @@ class _Bypass:
 
     Attributes:
         expected: whether the proxy is calling.
-        decayed: the factors that the last proxy decays. Parameters themselves are not referred to:
-            torch can swap none that has a weak reference.
+        products: those that the last proxy decays, in the list that it keeps current. Parameters
+            themselves are not referred to: torch can swap none that has a weak reference.
     """
 
     def __init__(self) -> None:
         self.expected, self._warned = False, False
-        self.decayed: list[Factor] = []
+        self.products: Sequence[Product] = []
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> _Bypass:
@@ -74,8 +74,9 @@ class _Bypass:
 def decayed_before(optimizer: Optimizer) -> set[int]:
     """Ids of the parameters that a proxy around an optimizer has decayed; none without a proxy."""
     hooks = vars(optimizer).get(_HOOKS[0], {}).values()
-    held = (one for hook in hooks if isinstance(hook, _Bypass) for one in hook.decayed)
-    return {id(getattr(factor.owner, factor.attribute, None)) for factor in held}
+    held = (one for hook in hooks if isinstance(hook, _Bypass) for one in hook.products)
+    factors = (factor for product in held for factor in product.factors)
+    return {id(getattr(factor.owner, factor.attribute, None)) for factor in factors}
 
 
 def _behind(name: str) -> Any:

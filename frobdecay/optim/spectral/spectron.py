@@ -117,7 +117,7 @@ class Spectron(Optimizer):
         ns_steps: int = 5,
         backend: str | None = None,
     ) -> None:
-        found = find_products(model_or_products)
+        found = find_products(model_or_products).products
         check_bounded(found, "leave it to another optimizer, give Spectron the other products")
         self._engine = Accumulator(found, backend)
         self._backend = backend
