@@ -591,3 +591,17 @@ def test_a_bad_group_is_not_added():
     with pytest.raises(TypeError, match="ordered"):
         wrapped.add_param_group({"params": {net.P, net.Q}})
     assert len(wrapped.param_groups) == 1
+
+
+def test_a_module_of_another_name_is_the_same_product():
+    """Renamed after wrapping, and looked at because something else was factorized."""
+    model = nn.ModuleDict({"one": nn.Linear(8, 6)})
+    factorize(model, rank=2)
+    optimizer = FrobeniusDecay(optim.SGD(model.parameters(), lr=0.1), model, decay=0.1)
+    model["other"] = model.pop("one")
+    factorize(nn.Sequential(nn.Linear(8, 6)), rank=2)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    before = model["other"].weight.detach().norm()
+    optimizer.step()
+    assert model["other"].weight.norm() < before
