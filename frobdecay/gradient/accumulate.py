@@ -50,6 +50,9 @@ class Accumulator:
         self._captured: dict[int, object] = {}  # buffers that CUDA graphs read, of any plan
         self._plan()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accumulator, (self.products, self.backend)
+
     @torch.inference_mode(False)  # buffers made there could not be written to elsewhere
     @torch.no_grad()
     def _plan(self) -> None:

@@ -120,7 +120,6 @@ class Spectron(Optimizer):
         found = find_products(model_or_products).products
         check_bounded(found, "leave it to another optimizer, give Spectron the other products")
         self._engine = Accumulator(found, backend)
-        self._backend = backend
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -224,14 +223,7 @@ class Spectron(Optimizer):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend, "products": self.products}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and in load_state_dict
-        state = dict(state)
-        products = state.pop("products", None)
-        super().__setstate__(state)
-        if products is not None:
-            self._engine = Accumulator(products, self._backend)
+        return {**super().__getstate__(), "_engine": self._engine}
 
 
 def _check(group: Group) -> None:
