@@ -63,7 +63,6 @@ class Decay:
     def _use(self, products: Iterable[Product], backend: str | None) -> None:
         self.accumulator = Accumulator(products, backend)
         self._params: list[Tensor] = []  # of all factors, product by product
-        self._groups: Sequence[Group] = []
         self._groups_of: list[int | None] = []  # of each of the parameters
         self._lists: dict[int, list[Tensor]] = {}  # of the groups that hold some
         self._last: _Asked | None = None  # where it asks for numbers
@@ -126,7 +125,6 @@ class Decay:
         params = self.accumulator.refresh()
         if params is not self._params or self._missing() or not self._is_current(groups):
             self._locate(params, groups)
-        self._groups = groups
         for k in self._missing():
             raise RuntimeError(missing(*self._factor(k), groups, self.found.model))
         return self._holding
@@ -273,32 +271,18 @@ class Decay:
         return increments
 
     @torch.no_grad()
-    def add_coupled(self, rates: Sequence[Rate | None], *, value: bool) -> Tensor | None:
-        """Add the coupled decay to the gradients, and return the penalty's value if asked."""
-        self.find(self._groups)  # the closure may have changed what it liked
-        asked = self._asked([None if rate is None or rate.decoupled else rate for rate in rates])
+    def value(self, rates: Sequence[Rate | None]) -> Tensor | None:
+        """The penalty whose gradient ``add`` adds to the gradients by coupled rates."""
+        asked, total = self._asked(rates), None
         targets = self._gradients(asked)
-        total = self._value(targets, asked.coefs) if value else None
-        self.accumulator.run(targets, asked.coefs)
-        return total
-
-    def _value(
-        self, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]
-    ) -> Tensor | None:
-        total: Tensor | None = None
         # Of all products: sharded ones are measured together, whatever gradients are here.
         norms = self.accumulator.squared_norms()
-        rows = [self.accumulator.rows(flat) for flat in (self._params, targets, coefs)]
-        for product, norm, params, target_row, coef_row in zip(
-            self.products, norms, *rows, strict=True
-        ):
-            if all(target is None for target in target_row):
+        numbers = self.accumulator.rows(range(len(targets)))
+        for product, norm, own in zip(self.products, norms, numbers, strict=True):
+            if all(targets[k] is None for k in own):
                 continue
-            moving = [
-                coef
-                for param, coef in zip(params, coef_row, strict=True)
-                if param.requires_grad and param.grad is not None
-            ]
+            params = [(self._params[k], asked.coefs[k]) for k in own]
+            moving = [c for param, c in params if param.requires_grad and param.grad is not None]
             if any(coef is not moving[0] and bool(coef != moving[0]) for coef in moving):
                 raise ValueError(
                     f"expected one {DECAY} for all factors of {product.name}, got "

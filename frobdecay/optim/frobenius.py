@@ -7,7 +7,7 @@ decoupled    p −= lr · λ · ∇_p ½‖W‖_F²        AdamW, Muon, Adafacto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,8 @@ from frobdecay.product.product import Product
 
 Mode = Literal["coupled", "decoupled", "auto"]
 
+_Closure = Callable[[], Any] | None
 _KEY = "frobdecay"  # ours in the state dict
-
-
-class _Step(NamedTuple):
-    """What one step hands to the base's update, and what is left to do after it."""
-
-    args: tuple[Any, ...]
-    late: Any = None  # increments of decay
-    bound: Any = None  # of the step
 
 
 class FrobeniusDecay(OptimizerProxy):
@@ -182,51 +175,50 @@ class FrobeniusDecay(OptimizerProxy):
         return super().step(closure)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        step = self._before(closure)
-        return self._after(step, self._step_behind(*step.args))
+        given, late = self._before(closure)
+        return self._after(given, late, self._step_behind(given))
 
     @_disable_dynamo  # torch.compile compiles the base's step, not this bookkeeping
-    def _before(self, closure: Callable[[], Any] | None) -> _Step:
+    def _before(self, closure: _Closure) -> tuple[_Closure, list[Any]]:
+        """The closure for the base's update, and what is to be applied after it."""
         self._engine.notice(self.param_groups)
         rates, limits = self._asked()
-        engine, step = self._engine, _Step(() if closure is None else (closure,))
+        engine, late = self._engine, list[Any]()
         bound = engine.bound(limits) if any(limit is not None for limit in limits) else None
         if any(rate is not None for rate in rates):
             self._watch.look(engine.products, lambda: engine.of_products(self._sizes(rates)))
-            step = self._add_decay(closure, rates, bound)
+            closure, late = self._add_decay(closure, rates, bound)
         if bound is not None:
             bound.measure()
-            step = step._replace(bound=bound)
-        return step
+            late.append(bound)
+        return closure, late
 
     @torch.no_grad()
     def _add_decay(
-        self, closure: Callable[[], Any] | None, rates: list[Rate | None], bound: Any
-    ) -> _Step:
-        engine, late = self._engine, None
+        self, closure: _Closure, rates: list[Rate | None], bound: Any
+    ) -> tuple[_Closure, list[Any]]:
+        engine, late = self._engine, list[Any]()
         if closure is not None or reads_the_parameter(self._base):
-            late = engine.increments(rates)
+            late.append(engine.increments(rates))
             rates = [None if rate is None or rate.decoupled else rate for rate in rates]
         if closure is None:
             engine.add(rates, bound)
-            return _Step((), late)
-        value = not ignores_the_loss(self._base)
+            return None, late
+        is_read = not ignores_the_loss(self._base)
 
         def add() -> Tensor | None:
-            return engine.add_coupled(rates, value=value)
+            engine.find(self.param_groups)  # the closure may have changed what it liked
+            value = engine.value(rates) if is_read else None
+            engine.add(rates)
+            return value
 
-        return _Step((PenalizedClosure(closure, add),), late)
+        return PenalizedClosure(closure, add), late
 
     @_disable_dynamo
-    def _after(self, step: _Step, result: Any) -> Any:
-        if step.late is not None:
-            step.late.apply(self._engine.rounder)
-        if step.bound is not None:
-            step.bound.apply(self._engine.rounder)
-        for closure in step.args:
-            if isinstance(closure, PenalizedClosure):
-                result = closure.users_loss(result)
-        return result
+    def _after(self, closure: _Closure, late: list[Any], result: Any) -> Any:
+        for one in late:
+            one.apply(self._engine.rounder)
+        return closure.users_loss(result) if isinstance(closure, PenalizedClosure) else result
 
     def _asked(self) -> tuple[list[Rate | None], list[Coefficient | None]]:
         """What every group's options ask for in this step, and how far it may go; None: nothing."""

@@ -108,11 +108,11 @@ class OptimizerProxy(Optimizer):
             setattr(self, name, OrderedDict())
         self._bypass = _Bypass.of(optimizer)
 
-    def _step_behind(self, *args: Any) -> Any:
+    def _step_behind(self, closure: Callable[[], Any] | None) -> Any:
         """Perform a step of the optimizer behind."""
         self._bypass.expected = True
         try:
-            return self._base.step(*args)
+            return self._base.step() if closure is None else self._base.step(closure)
         finally:
             self._bypass.expected = False
 
