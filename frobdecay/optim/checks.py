@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +59,6 @@ def check_arguments(optimizer: Any, decay: Any, mode: Any, bound: Any = None) ->
     if mode not in ("coupled", "decoupled", "auto"):
         raise ValueError(f"expected mode to be 'coupled', 'decoupled' or 'auto', got {mode!r}")
     if decay is not None:
-        check_coefficient(decay, "decay")
         check_coefficient(known_value(decay), "decay")
     if bound is not None:
         check_bound(bound, "bound")
@@ -204,17 +204,13 @@ def missing(product: Product, j: int, groups: Sequence[Group], model: nn.Module 
 def _stale(groups: Sequence[Group], model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters that the optimizer holds and the model does not, with what messages call them."""
     alive = {id(param) for param in model.parameters()}
+    unnamed = repeat("a parameter")
     return [
         (f"{name} {tuple(param.shape)}", param)
         for group in groups
-        for name, param in _named(group)
+        for name, param in zip(group.get("param_names", unnamed), group["params"], strict=False)
         if id(param) not in alive
     ]
-
-
-def _named(group: Group) -> list[tuple[str, Tensor]]:
-    names = group.get("param_names") or ["a parameter"] * len(group["params"])
-    return list(zip(names, group["params"], strict=True))
 
 
 def plan_wrapping(

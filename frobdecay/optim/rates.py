@@ -124,7 +124,6 @@ def limit_of(group: Group, where: str) -> Coefficient | None:
 
 def check_bound(bound: Any, what: str) -> None:
     """Refuse what is no positive finite number; tensors on an accelerator are trusted."""
-    check_coefficient(bound, what)
     check_coefficient(known_value(bound), what)
     if is_zero(bound):
         raise ValueError(
@@ -149,8 +148,8 @@ def _check_options(group: Group, where: str) -> None:
 
 def known_value(number: Coefficient) -> Coefficient:
     """A Python number where it can be had without waiting for an accelerator."""
-    if not isinstance(number, Tensor):
-        return number
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        return number  # of the latter, ``check_coefficient`` says that it is no one number
     return float(number) if number.device.type == "cpu" else number.reshape(())
 
 

@@ -229,7 +229,6 @@ class Spectron(Optimizer):
 def _check(group: Group) -> None:
     """Refuse options that a user, a checkpoint or a schedule may have brought."""
     for name in ("lr", "weight_decay"):
-        check_coefficient(group[name], f"{name} of Spectron")
         check_coefficient(known_value(group[name]), f"{name} of Spectron")
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"expected momentum in [0, 1), got {group['momentum']!r}")
