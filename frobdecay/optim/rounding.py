@@ -193,30 +193,28 @@ class Increments:
 
     def __init__(self, batched: Batched) -> None:
         self._batched = batched
-        self._of: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def of(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters' buffers, zero at first."""
-        new = [param for param in {id(p): p for p in params}.values() if id(param) not in self._of]
+        new = [param for param in dict.fromkeys(params) if param not in self._of]
         for param in filter(is_sharded, new):
             zeros = torch.zeros_like(param, dtype=common_dtype([param]), requires_grad=False)
-            self._of[id(param)] = param, zeros
+            self._of[param] = zeros
         plain = [param for param in new if not is_sharded(param)]
         for batch, layout in self._batched.of(plain):
             alike = [plain[k] for k in batch]
             zeros = torch.zeros(
                 layout.entries, dtype=common_dtype(alike[:1]), device=alike[0].device
             )
-            self._of.update(
-                zip(map(id, alike), zip(alike, layout.views(zeros), strict=True), strict=True)
-            )
-        return [self._of[id(param)][1] for param in params]
+            self._of.update(zip(alike, layout.views(zeros), strict=True))
+        return [self._of[param] for param in params]
 
     @torch.no_grad()
     def apply(self, rounder: StochasticRounder) -> None:
         """Add the buffers to those parameters that have a gradient, torch's rule for decay."""
-        due = [(param, buffer) for param, buffer in self._of.values() if param.grad is not None]
+        due = [(param, buffer) for param, buffer in self._of.items() if param.grad is not None]
         half = [(param, buffer) for param, buffer in due if param.dtype in HALF]
         others = [(part_of(p), part_of(buffer)) for p, buffer in due if p.dtype not in HALF]
         if others:
