@@ -47,23 +47,19 @@ class Division:
 
         It takes the place of another, but not of None, which is none.
         """
-        parts = self._commit(group)
-        if any(self.flags) and bound is not None and parts[-1].get(BOUND, bound) is not None:
-            parts[-1][BOUND] = bound
+        parts = [group]
+        if self.split:
+            # Schedules write into tensor options in place: two groups must not share one.
+            own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+            parts.append(self._pick(own, wanted=True))
+            group.update(self._pick(group, wanted=False), **{DECAY: 0.0})
+        last = parts[-1]
+        last[DECAY] = self.coef
+        if any(self.flags) and "weight_decay" in last:
+            last["weight_decay"] = 0.0
+        if any(self.flags) and bound is not None and last.get(BOUND, bound) is not None:
+            last[BOUND] = bound
         return parts
-
-    def _commit(self, group: Group) -> list[Group]:
-        if not self.split:
-            group[DECAY] = self.coef
-            if any(self.flags) and "weight_decay" in group:
-                group["weight_decay"] = 0.0
-            return [group]
-        # Schedules write into tensor options in place: two groups must not share one.
-        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
-        factors = self._pick(own, wanted=True)
-        factors.update({"weight_decay": 0.0, DECAY: self.coef})
-        group.update(self._pick(group, wanted=False), **{DECAY: 0.0})
-        return [group, factors]
 
     def _pick(self, group: Group, *, wanted: bool) -> Group:
         picked = {
@@ -202,8 +198,13 @@ def adapt_plain(
     for k, (group, division) in enumerate(zip(saved, layout, strict=True)):
         held = [next(now) for _ in range(1 + division.split)]
         coef = group.get("weight_decay", 0.0) if division.taken else held[-1].get(DECAY, 0.0)
-        if not division.split and any(division.flags) and not all(division.flags):
-            _refuse_mixed(k, group)
+        mixed = not division.split and any(division.flags) and not all(division.flags)
+        if mixed and has_weight_decay(group):
+            raise ValueError(
+                f"expected weight_decay=0 in param group {k} of the checkpoint, as when this "
+                f"optimizer was wrapped, got {group['weight_decay']}: its factors share the group "
+                "with others; build the base optimizer with that weight decay and wrap it again"
+            )
         out += replace(division, coef=coef).commit(dict(group))
     return out
 
@@ -223,12 +224,3 @@ def tensors_of(param_group: Group) -> list[Any]:
         return []  # the base refuses it
     params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
     return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-
-
-def _refuse_mixed(k: int, group: Mapping[str, Any]) -> None:
-    if has_weight_decay(group):
-        raise ValueError(
-            f"expected weight_decay=0 in param group {k} of the checkpoint, as when this optimizer "
-            f"was wrapped, got {group['weight_decay']}: its factors share the group with other "
-            "parameters; build the base optimizer with that weight decay and wrap it again"
-        )
