@@ -22,14 +22,7 @@ from torch.optim import Optimizer
 from frobdecay.optim.rates import DECAY, is_zero
 from frobdecay.product.product import Product
 
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+_HOOKS = [name for name in Optimizer.__annotations__ if name.endswith("_hooks")]
 
 
 class _Bypass:
@@ -73,7 +66,7 @@ class _Bypass:
 
 def decayed_before(optimizer: Optimizer) -> set[int]:
     """Ids of the parameters that a proxy around an optimizer has decayed; none without a proxy."""
-    hooks = vars(optimizer).get(_HOOKS[0], {}).values()
+    hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {}).values()
     held = (one for hook in hooks if isinstance(hook, _Bypass) for one in hook.products)
     factors = (factor for product in held for factor in product.factors)
     return {id(getattr(factor.owner, factor.attribute, None)) for factor in factors}
