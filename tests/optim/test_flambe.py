@@ -273,6 +273,7 @@ def test_half_precision_loads_where_not_all_have_trained():
 BAD = {
     "negative lr": {"lr": -1.0},
     "infinite lr": {"lr": float("inf")},
+    "two rates": {"lr": torch.ones(2)},
     "negative eps": {"eps": -1e-8},
     "beta of one": {"betas": (0.9, 1.0)},
     "negative decay": {"weight_decay": -0.1},
