@@ -19,7 +19,7 @@ For a product W = U M Vᵀ with singular values σ:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, inf, isfinite, log, nan
 from statistics import fmean
 
@@ -229,9 +229,9 @@ def measure(products: Product | Iterable[Product], lr: LearningRate | None = Non
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected products with names that differ, got {twice} more than once")
-    rates = _rates(found, lr)
+    steps = _steps(found, lr)
     with torch.no_grad():
-        return Measurement(tuple(map(_measure, found, rates, _decays(found, lr))))
+        return Measurement(tuple(map(_measure, found, steps)))
 
 
 def total(quantity: str, values: Sequence[float]) -> float:
@@ -244,14 +244,18 @@ def total(quantity: str, values: Sequence[float]) -> float:
 # --- one product --------------------------------------------------------------------------------
 
 
-def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float | None]:
-    """The learning rate of each product's factors."""
+Step = tuple[float | None, float | None]
+"""A learning rate, and the largest lr·λ; None where there is none."""
+
+
+def _steps(products: Sequence[Product], lr: LearningRate | None) -> list[Step]:
+    """What an optimizer's groups say of each product's factors."""
     if not isinstance(lr, Optimizer):
         if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor | None):
             raise TypeError(f"expected lr to be a number or an optimizer, got {type(lr).__name__}")
-        return [None if lr is None else float(lr)] * len(products)
-    held = {id(p): group.get("lr") for group in lr.param_groups for p in group["params"]}
-    rates: list[float | None] = []
+        return [(None if lr is None else float(lr), None)] * len(products)
+    held = {id(p): group for group in lr.param_groups for p in group["params"]}
+    steps: list[Step] = []
     for product in products:
         found = [held[id(p)] for p in product.params if id(p) in held]
         if not found and any(param.requires_grad for param in product.params):
@@ -259,82 +263,48 @@ def _rates(products: Sequence[Product], lr: LearningRate | None) -> list[float |
                 f"{product.name}: expected an optimizer that holds its factors, got one that "
                 "holds none of them; build the optimizer after factorizing the model"
             )
-        known = [float(rate) for rate in found if rate is not None]
-        rates.append(fmean(known) if known else None)  # of what is frozen, or has no lr
-    return rates
+        known = [group for group in found if group.get("lr") is not None]
+        rates = [float(group["lr"]) for group in known]  # none of what is frozen
+        decays = [float(group["lr"]) * float(group[DECAY]) for group in known if DECAY in group]
+        steps.append((fmean(rates) if rates else None, max(decays, default=None)))
+    return steps
 
 
-def _decays(products: Sequence[Product], lr: LearningRate | None) -> list[float | None]:
-    """The largest lr·λ of each product's factors, in an optimizer that decays products."""
-    groups = lr.param_groups if isinstance(lr, Optimizer) else []
-    held = {
-        id(p): float(group["lr"]) * float(group[DECAY])
-        for group in groups
-        if DECAY in group and group.get("lr") is not None
-        for p in group["params"]
-    }
-    return [max((held[id(p)] for p in q.params if id(p) in held), default=None) for q in products]
-
-
-def _effective_step(rate: float | None, square: float) -> float | None:
-    return rate and (rate / square if square else inf)
-
-
-def _measure(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    own = itself(product)
-    found = (_measure_chain if own.structure.is_chain else _measure_other)(own, rate, decay)
-    return found if own is product else replace(found, departure=float(product_norm(product)))
-
-
-def _measure_other(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    """What holds for every structure: norm, bound, effective step; how a step of decay scales."""
-    views, sharpness = product.views(), nan
-    if isinstance(product.structure, Network):
-        views = tuple(view.to(work_dtype(view)) for view in views)
-        with full_precision(views[0].device.type):
-            square = product.structure.squared_norm(views, product.batch)
-        norm = abs(product.scale) * float(square.clamp_min(0).sqrt())
+def _measure(product: Product, step: Step) -> ProductMeasurement:
+    """Norm, bound and steps of every structure, and of a chain what its spectrum says."""
+    own, (rate, decay) = itself(product), step
+    batch, scale, network = own.batch, abs(own.scale), own.structure
+    spectrum, rank = torch.empty(0, dtype=torch.float64, device="cpu"), own.rank
+    nuclear = imbalance = stable_rank = sharpness = nan
+    views: Sequence[Tensor]
+    if network.is_chain:
+        views = triangles(own)
+        network = chain(tuple(view.ndim - batch for view in views))
+        spectrum = scale * spectrum_of(views, batch)
+        square, top = float(spectrum.square().sum()), float(spectrum.max())
+        nuclear, imbalance = float(spectrum.sum()), imbalance_of(views, batch)
+        stable_rank = square / top**2 if top else 0.0
+        rank = rank_of(own, spectrum)
     else:
-        norm = float(product_norm(product))
-    if decay is not None and isinstance(product.structure, Network) and isfinite(norm):
-        sharpness = product.scale**2 * float(sharpness_of(product.structure, views, product.batch))
+        views = own.views()
+        if isinstance(network, Network):  # else W₀ is one of them, which is read where it is
+            views = tuple(view.to(work_dtype(view)) for view in views)
+        with full_precision(views[0].device.type):
+            square = scale**2 * float(network.squared_norm(views, batch).clamp_min(0))
+    if decay is not None and isinstance(network, Network) and isfinite(square):
+        sharpness = scale**2 * float(sharpness_of(network, views, batch))
     sizes = [torch.linalg.vector_norm(v, dtype=work_dtype(v)) for v in views]
     return ProductMeasurement(
         name=product.name,
-        shape=product.shape,
-        spectrum=torch.empty(0, dtype=torch.float64, device="cpu"),
-        norm=norm,
-        nuclear=nan,
-        bound=abs(product.scale) * 0.5 * float(sum(size.square() for size in sizes)),
-        imbalance=nan,
-        stable_rank=nan,
-        rank=product.rank,
-        effective_step=_effective_step(rate, norm**2),
-        decay_step=None if decay is None else decay * sharpness,
-    )
-
-
-def _measure_chain(product: Product, rate: float | None, decay: float | None) -> ProductMeasurement:
-    factors, batch, scale = triangles(product), product.batch, abs(product.scale)
-    if all(bool(factor.isfinite().all()) for factor in factors):
-        spectrum = scale * spectrum_of(factors, batch)
-        imbalance = imbalance_of(factors, batch)
-        network = chain(tuple(factor.ndim - batch for factor in factors))
-        sharpness = scale**2 * float(sharpness_of(network, factors, batch))
-    else:  # LAPACK raises on NaN; a record of a run that diverged should not
-        spectrum = factors[0].new_full((*factors[0].shape[:batch], 1), nan, dtype=torch.float64)
-        imbalance = sharpness = nan
-    square, top = float(spectrum.square().sum()), float(spectrum.max())
-    return ProductMeasurement(
-        name=product.name,
-        shape=product.shape,
+        shape=own.shape,
         spectrum=spectrum,
         norm=square**0.5,
-        nuclear=float(spectrum.sum()),
-        bound=scale * 0.5 * float(sum(factor.square().sum() for factor in factors)),
+        nuclear=nuclear,
+        bound=scale * 0.5 * float(sum(size.square() for size in sizes)),
         imbalance=imbalance,
-        stable_rank=square / top**2 if top else 0.0,
-        rank=rank_of(product, spectrum),
-        effective_step=_effective_step(rate, square),
+        stable_rank=stable_rank,
+        rank=rank,
+        effective_step=rate and (rate / square if square else inf),
         decay_step=None if decay is None else decay * sharpness,
+        departure=None if own is product else float(product_norm(product)),
     )

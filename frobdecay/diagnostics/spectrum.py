@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
+from math import nan, prod
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ def _triangle(view: Tensor, batch: int) -> Tensor:
 
 
 def spectrum_of(factors: Sequence[Tensor], batch: int) -> Tensor:
-    """Singular values; an inner factor with further axes has them on V's side."""
+    """Singular values; an inner factor with further axes has them on V's side.
+
+    A NaN for each matrix of the batch where a factor has a NaN or an infinity.
+    """
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        # LAPACK raises on NaN; a record of a run that diverged should not
+        return factors[0].new_full((*factors[0].shape[:batch], 1), nan)
     right = factors[-1]
     for inner in reversed(factors[1:-1]):
         summed = inner.ndim - batch - 2
@@ -52,7 +58,7 @@ def spectrum_of(factors: Sequence[Tensor], batch: int) -> Tensor:
 
 def imbalance_of(factors: Sequence[Tensor], batch: int) -> float:
     """The largest relative difference of neighbours' Grams at the bond between them."""
-    worst = 0.0
+    found = []
     for k, (left, right) in enumerate(pairwise(factors)):
         ours = left.mT @ left
         theirs = right.mT @ right if k == len(factors) - 2 else right @ right.mT
@@ -60,9 +66,9 @@ def imbalance_of(factors: Sequence[Tensor], batch: int) -> float:
             gram if gram.ndim == batch + 2 else gram.flatten(batch, -3).sum(batch)
             for gram in (ours, theirs)
         )
-        scale = float(ours.norm() + theirs.norm())
-        worst = max(worst, float((ours - theirs).norm()) / scale if scale else 0.0)
-    return worst
+        scale = (ours.norm() + theirs.norm()).clamp_min(torch.finfo(ours.dtype).tiny)
+        found.append((ours - theirs).norm() / scale)
+    return float(torch.stack(found).max())
 
 
 def rank_of(product: Product, spectrum: Tensor) -> int:
