@@ -15,7 +15,7 @@ The quantities are defined in ``measurement.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ class Recorder:
         """Continue the history of a checkpoint.
 
         Args:
-            state: from ``state_dict``.
+            state: from ``state_dict``, or from a file that ``save`` wrote.
 
         Raises:
             ValueError: another version, or a history of other products, quantities or lengths;
@@ -214,11 +214,11 @@ class Recorder:
                 )
             if any(len(values) != len(steps) for values in table.values()):
                 raise ValueError(f"expected {len(steps)} numbers of {name}, one for each step")
-        self.steps, self._next = steps, int(state["next"])
-        self.history = {
-            p.name: {name: list(state["history"][p.name][name]) for name in self.quantities}
+        history = {
+            p.name: {q: [*map(float, state["history"][p.name][q])] for q in self.quantities}
             for p in self.products
         }
+        self.history, self.steps, self._next = history, steps, int(state["next"])
 
     def save(self, path: FilePath) -> None:
         """Write the history as JSON; what is not finite is written as a string.
@@ -226,8 +226,12 @@ class Recorder:
         Args:
             path: of the file.
         """
+        state = self.state_dict()
+        for table in state["history"].values():
+            for quantity, values in table.items():  # JSON has no word for NaN and the infinities
+                table[quantity] = [value if isfinite(value) else str(value) for value in values]
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(_map_numbers(self.state_dict(), _spell)) + "\n")
+            temporary.write_text(json.dumps(state) + "\n")
 
     def load(self, path: FilePath) -> None:
         """Continue the history of a file that ``save`` wrote.
@@ -238,7 +242,7 @@ class Recorder:
         Raises:
             ValueError: as ``load_state_dict``.
         """
-        self.load_state_dict(_map_numbers(json.loads(Path(path).read_text()), _unspell))
+        self.load_state_dict(json.loads(Path(path).read_text()))
 
     def plot(self, path: FilePath | None = None) -> Any:
         """Draw product norm, nuclear norm with its bound, effective step and stable rank.
@@ -255,8 +259,7 @@ class Recorder:
             ImportError: matplotlib is not installed.
             ValueError: a quantity that it draws was not recorded.
         """
-        panels = ("norm", "nuclear", "effective_step", "stable_rank")
-        if missing := set(panels) - set(self.quantities):
+        if missing := set(_TITLES) - set(self.quantities):
             raise ValueError(f"expected {sorted(missing)} to be recorded, too; see quantities")
         try:
             from matplotlib.figure import Figure
@@ -265,7 +268,7 @@ class Recorder:
                 "Recorder.plot needs matplotlib: pip install matplotlib, or frobdecay[plot]"
             ) from error
         figure = Figure(figsize=(10, 6.5), layout="constrained")
-        for axes, quantity in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for axes, quantity in zip(figure.subplots(2, 2).flat, _TITLES, strict=True):
             self._panel(axes, quantity)
         if path is not None:
             write_figure(path, figure)
@@ -309,21 +312,3 @@ _TITLES = {
     "effective_step": "effective step size lr / ‖W‖_F²",
     "stable_rank": "stable rank",
 }
-
-
-def _map_numbers(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Change the leaves of nested dicts and lists."""
-    if isinstance(tree, dict):
-        return {key: _map_numbers(value, change) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_map_numbers(value, change) for value in tree]
-    return change(tree)
-
-
-def _spell(value: Any) -> Any:
-    """JSON has no word for NaN and the infinities."""
-    return str(value) if isinstance(value, float) and not isfinite(value) else value
-
-
-def _unspell(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
