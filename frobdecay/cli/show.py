@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from frobdecay.models.checkpoints.files import write_figure
+from frobdecay.models.checkpoints.files import new_figure, write_figure
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.tables.fold import fold, numbers, pattern
 from frobdecay.models.tables.table import Column, figure, printable, screen, table, times
@@ -97,6 +97,7 @@ def report(
 
 # --- the picture --------------------------------------------------------------------------------
 
+_BRIGHTEST = 0.9  # of the colours of depth, which end in yellow on white
 _LINES = 6  # of single weights in one panel: as many as a legend can name
 
 
@@ -107,14 +108,10 @@ def plot(rows: Sequence[Row], path: str, energy: float, title: str) -> None:
         ImportError: matplotlib is not installed.
         ValueError: a suffix that matplotlib does not know.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'frobdecay[plot]'") from error
     panels = _panels([row for row in rows if row.norm])
     across = min(max(len(panels), 1), 3 if len(panels) < 10 else 4)
     down = max(1, -(-len(panels) // across))
-    figure = Figure(figsize=(3.2 * across + 1.2, 2.3 * down + 1.4), layout="constrained")
+    figure = new_figure("--plot", 3.2 * across + 1.2, 2.3 * down + 1.4)
     every = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for i, axes in enumerate(every.flat):
         axes.tick_params(labelsize="x-small", labelbottom=i + across >= len(panels))
@@ -154,7 +151,7 @@ def _panel(axes: Any, name: str, rows: Sequence[Row], energy: float) -> None:
     colours = colormaps["tab10" if alone else "viridis"]
     for i, row in enumerate(rows):
         count = len(row.singular_values)
-        colour = colours(i if alone else 0.9 * i / max(1, len(rows) - 1))
+        colour = colours(i if alone else _BRIGHTEST * i / max(1, len(rows) - 1))
         squares = [(value / row.singular_values[0]) ** 2 for value in row.singular_values]
         kept = [0.0, *accumulate(squares)]
         axes.plot(
@@ -176,7 +173,7 @@ def _panel(axes: Any, name: str, rows: Sequence[Row], energy: float) -> None:
 def _explain(figure: Any, every: Any, panels: dict[str, list[Row]], energy: float) -> None:
     """What lines, dots and colours mean."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], color="0.4", linestyle="--", label=f"{energy:g} of ‖W‖²")]
@@ -185,12 +182,9 @@ def _explain(figure: Any, every: Any, panels: dict[str, list[Row]], energy: floa
         marks.append(Line2D([], [], label="planned rank", **dot))
     figure.legend(handles=marks, loc="outside lower right", ncols=2, fontsize="small")
     if any(not name.startswith("single weights") for name in panels):
-        from matplotlib import colormaps
-
-        shown = LinearSegmentedColormap.from_list(
-            "depth", [colormaps["viridis"](0.9 * k / 8) for k in range(9)]
-        )
-        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), shown), ax=every, shrink=0.6)
+        depths = ScalarMappable(Normalize(0, 1 / _BRIGHTEST), "viridis")
+        bar = figure.colorbar(depths, ax=every, shrink=0.6)
+        bar.ax.set_ylim(0, 1)
         bar.set_ticks([0, 1], labels=["first", "last"])
         bar.set_label("depth")
 

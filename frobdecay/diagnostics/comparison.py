@@ -25,7 +25,7 @@ from frobdecay.models.calibration.forward import (
     evaluating,
 )
 from frobdecay.models.calibration.masks import DEFAULT, Mask, MaskOf, fitting, hides, mask_of, rows
-from frobdecay.models.checkpoints.files import FilePath, write_figure
+from frobdecay.models.checkpoints.files import FilePath, new_figure, write_figure
 from frobdecay.models.select import Walk
 from frobdecay.models.tables.table import Column, figure, screen, table
 from frobdecay.product.names import naming
@@ -128,13 +128,7 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Comparison.plot needs matplotlib: pip install matplotlib, or frobdecay[plot]"
-            ) from error
-        drawn = Figure(figsize=(8, 1.5 + 0.2 * len(self.layers)), layout="constrained")
+        drawn = new_figure("Comparison.plot", 8, 1.5 + 0.2 * len(self.layers))
         axes, places = drawn.subplots(), range(len(self.layers))
         axes.barh(places, [row.error for row in self.layers], color="0.8", label="in place")
         axes.plot([row.alone for row in self.layers], places, "k|", ms=9, mew=2, label="alone")

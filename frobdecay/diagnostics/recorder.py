@@ -24,7 +24,7 @@ import torch
 
 from frobdecay.algebra.network import Network
 from frobdecay.diagnostics.measurement import QUANTITIES, LearningRate, Measurement, measure, total
-from frobdecay.models.checkpoints.files import FilePath, replacing, write_figure
+from frobdecay.models.checkpoints.files import FilePath, new_figure, replacing, write_figure
 from frobdecay.product.balance import check_writable
 from frobdecay.product.product import Product, as_products, product_norm
 from frobdecay.product.toward import itself
@@ -261,13 +261,7 @@ class Recorder:
         """
         if missing := set(_TITLES) - set(self.quantities):
             raise ValueError(f"expected {sorted(missing)} to be recorded, too; see quantities")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Recorder.plot needs matplotlib: pip install matplotlib, or frobdecay[plot]"
-            ) from error
-        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        figure = new_figure("Recorder.plot", 10, 6.5)
         for axes, quantity in zip(figure.subplots(2, 2).flat, _TITLES, strict=True):
             self._panel(axes, quantity)
         if path is not None:

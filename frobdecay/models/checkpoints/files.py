@@ -181,6 +181,21 @@ def write_torch(path: FilePath, content: Any) -> None:
         torch.save(content, file)
 
 
+def new_figure(what: str, width: float, height: float) -> Any:
+    """An empty figure of matplotlib for what is to be drawn, of a size in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs matplotlib: pip install matplotlib, or frobdecay[plot]"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def write_figure(path: FilePath, figure: Any) -> None:
     """Save a figure of matplotlib; the file's ending decides the format.
 
