@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frobdecay.cli.read import Checkpoint, check_factors, read, why_unread
+from frobdecay.cli.read import Checkpoint, check_factors, read
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.write import check_target, write
 from frobdecay.models.checkpoints.records import factor_key
@@ -42,10 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _factorize(checkpoint: Checkpoint, target: Path, options: argparse.Namespace) -> None:
-    dense = {
-        name: tensor for name, tensor in checkpoint.dense.items() if why_unread(tensor) is None
-    }
-    made = skeleton(checkpoint, dense)
+    made = skeleton(checkpoint, numbers=True)
     plan = made.plan(**{name: getattr(options, name) for name in _SETTINGS})
     chosen = {row.name: row for row in plan.rows if row.made is not None}
     records: dict[str, Any] = dict(checkpoint.records)

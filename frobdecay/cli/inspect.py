@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from frobdecay.algebra.reading import Matricization
@@ -17,7 +16,6 @@ from frobdecay.cli.read import Checkpoint, read, why_unread
 from frobdecay.cli.show import Row, plot, report
 from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.spectra import measure_all
-from frobdecay.models.checkpoints.records import factor_key, weight_of
 from frobdecay.models.checkpoints.tensors import identity
 from frobdecay.models.plan import RankPlan
 from frobdecay.weights.lowrank import LowRank
@@ -64,46 +62,35 @@ def _as_json(
 
 def _rows(checkpoint: Checkpoint) -> list[Row]:
     """The weights, in the order of the file; a factorized one where its first factor is."""
-    places = {factor_key(name, 0): name for name in checkpoint.records}
     rows: list[Row] = []
     first: dict[Hashable, str] = {}
-    for key, tensor in checkpoint.tensors.items():
-        if key in places:
-            row = _factorized(checkpoint, places[key])
-        elif tensor.ndim >= 2 and weight_of(key) not in checkpoint.records:
-            row = _dense(key, tensor)
-        else:
+    for key, weight in checkpoint.entries(checkpoint.tensors):
+        tensor = checkpoint.tensors[key]
+        if weight is None and tensor.ndim < 2:
             continue
+        row = _dense(key, tensor) if weight is None else _factorized(checkpoint, weight)
         rows.append(row)
         if (name := first.setdefault(identity(tensor), row.name)) != row.name:
             row.parameters, row.remark = 0, row.remark or f"tied to {name}"
     if not rows:
         raise ValueError("no weights in it: nothing has two dimensions or more")
-    for row in rows:
-        if weight_of(row.name) is not None:
-            row.matrix, row.remark = (), "a factor; the file does not say how it is to be read"
     return rows
 
 
 def _factorized(checkpoint: Checkpoint, name: str) -> Row:
-    record = checkpoint.records[name]
     made, factors = checkpoint.factorized[name]
-    shape, kind = tuple(record["shape"]), str(record["kind"])
-    row = Row(name, shape, kind, sum(factor.numel() for factor in factors))
-    row.rank, view = made.config()["rank"], made.matricize(shape)
-    row.product = isinstance(view, Matricization)
-    if not row.product:  # of a tensor: its spectrum is that of the dense weight
+    shape, kind = tuple(made.shape), str(checkpoint.records[name]["kind"])
+    view, numbers = made.matricize(shape), sum(factor.numel() for factor in factors)
+    product = isinstance(view, Matricization)
+    if not product:  # of a tensor: its spectrum is that of the dense weight
         view = LowRank(1).matricize(shape)
-    row.matrix = view.matrix_shape
-    return row
+    return Row(name, shape, kind, numbers, view.matrix_shape, made.config()["rank"], product)
 
 
 def _dense(name: str, tensor: Tensor) -> Row:
-    row = Row(name, tuple(tensor.shape), "dense", tensor.numel())
-    row.remark = why_unread(tensor) or ""
-    if not row.remark:
-        row.matrix = LowRank(1).matricize(row.shape).matrix_shape
-    return row
+    shape, remark = tuple(tensor.shape), why_unread(name, tensor) or ""
+    matrix = () if remark else LowRank(1).matricize(shape).matrix_shape
+    return Row(name, shape, "dense", tensor.numel(), matrix, remark=remark)
 
 
 # --- ranks --------------------------------------------------------------------------------------
@@ -111,16 +98,8 @@ def _dense(name: str, tensor: Tensor) -> Row:
 
 def _plan(checkpoint: Checkpoint, rows: list[Row], ratio: float) -> RankPlan:
     """Plan for a model of the file's weights, and note in the rows what is planned."""
-    known = {row.name: row for row in rows if row.matrix and row.rank is None}
-    tied: dict[Hashable, Tensor] = {}
-    shapes = {
-        name: tied.setdefault(
-            identity(checkpoint.tensors[name]),
-            torch.empty(row.shape, dtype=torch.float32, device="meta"),
-        )
-        for name, row in known.items()
-    }
-    plan = skeleton(checkpoint, shapes).plan(ratio=ratio)
+    known = {row.name: row for row in rows}
+    plan = skeleton(checkpoint, numbers=False).plan(ratio=ratio)
     for entry in plan.rows:
         if entry.made is not None:
             assert isinstance(entry.rank, int)  # LowRank's

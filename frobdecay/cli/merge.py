@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 from torch import Tensor
 
 from frobdecay.cli.read import Checkpoint, check_factors, check_memory, read
 from frobdecay.cli.write import TORCH, check_target, write
-from frobdecay.models.checkpoints.records import (
-    dense_weight,
-    factor_key,
-    weight_of,
-)
+from frobdecay.models.checkpoints.records import dense_weight
 from frobdecay.models.checkpoints.streams import Part
 from frobdecay.models.progress import Progress
 from frobdecay.models.tables.table import printable
@@ -38,8 +34,8 @@ def run(options: argparse.Namespace) -> None:
         check_memory(max(sizes.values()))
         with Progress(sum(sizes.values()), None, "merging") as bar:
             files = {
-                file: [*_parts(names, checkpoint, sizes, bar)]
-                for file, names in checkpoint.files.items()
+                file: [_part(*entry, checkpoint, sizes, bar) for entry in checkpoint.entries(keys)]
+                for file, keys in checkpoint.files.items()
             }
             write(target, checkpoint, files, {})
     except ValueError as error:
@@ -65,24 +61,16 @@ def _checked(checkpoint: Checkpoint) -> dict[str, int]:
     }
 
 
-def _parts(
-    names: Sequence[str], checkpoint: Checkpoint, sizes: dict[str, int], bar: Progress
-) -> Iterator[Part]:
-    """The tensors of one file with dense weights, each in the place of its first factor."""
-    records = checkpoint.records
-    places = {factor_key(name, 0): name for name in records}
-    for key in names:
-        if key in places:
-            yield _merged(places[key], checkpoint, sizes[places[key]], bar)
-        elif weight_of(key) not in records:
-            yield Part.of(key, checkpoint.tensors[key])
-
-
-def _merged(name: str, checkpoint: Checkpoint, size: int, bar: Progress) -> Part:
+def _part(
+    key: str, name: str | None, checkpoint: Checkpoint, sizes: dict[str, int], bar: Progress
+) -> Part:
+    """A tensor as it is, or a dense weight, which is made when it is to be written."""
+    if name is None:
+        return Part.of(key, checkpoint.tensors[key])
     made, factors = checkpoint.factorized[name]
 
     def make() -> Sequence[Tensor]:
-        bar.advance(size)
+        bar.advance(sizes[name])
         return [dense_weight(made, factors)]
 
     return Part((name,), (tuple(made.shape),), factors[0].dtype, make)

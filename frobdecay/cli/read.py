@@ -66,6 +66,23 @@ class Checkpoint:
         found = self.tensors.items()
         return {name: tensor for name, tensor in found if weight_of(name) not in self.records}
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The dense ones that could be factorized."""
+        found = self.dense.items()
+        return {name: tensor for name, tensor in found if why_unread(name, tensor) is None}
+
+    def entries(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """What some keys stand for: dense tensors, and weights with a record by their first factor.
+
+        Yields:
+            a key, and the weight whose factor it is; None of a dense tensor.
+        """
+        firsts = {factor_key(name, 0): name for name in self.records}
+        for key in keys:
+            if key in firsts or weight_of(key) not in self.records:
+                yield key, firsts.get(key)
+
     @cached_property
     def factorized(self) -> dict[str, tuple[Any, list[Tensor]]]:
         """Weight -> its parametrization and its factors; as ``factors_of``."""
@@ -108,8 +125,10 @@ def check_factors(checkpoint: Checkpoint) -> None:
     checkpoint.factorized  # noqa: B018 - refuses what does not fit
 
 
-def why_unread(tensor: Tensor) -> str | None:
-    """Why a tensor is no weight that could be factorized; None if it is one."""
+def why_unread(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor without a record is no weight that could be factorized; None if it is one."""
+    if weight_of(name) is not None:
+        return "a factor; the file does not say how it is to be read"
     if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
         return f"not read: {tensor.dtype}, {tensor.layout}"
     if not tensor.numel():

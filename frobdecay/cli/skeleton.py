@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from frobdecay.cli.read import Checkpoint, count
 from frobdecay.models.checkpoints.folders import CONFIG, folder_of
-from frobdecay.models.checkpoints.records import weight_of
 from frobdecay.models.checkpoints.tensors import identity, without_wrappers
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.ranks import plan_ranks
@@ -81,17 +80,22 @@ def _spelled(text: str, options: Collection[str]) -> str:
     return re.sub(rf"\b({_SETTINGS})=([^\s,;.)]?)", spell, text)
 
 
-def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
+def skeleton(checkpoint: Checkpoint, numbers: bool) -> Skeleton:
     """The model of a checkpoint.
 
     Args:
-        checkpoint: with the factors, and all that is no weight.
-        weights: the dense ones, of two to five dimensions; others are not factorized.
+        checkpoint: with the tensors; those that are no weights count in the model, too.
+        numbers: whether its dense weights have theirs, and not shapes alone.
 
     Raises:
         ValueError: factors that do not fit their records.
     """
     factorized, folder = checkpoint.factorized, folder_of(checkpoint.path)
+    held: dict[Hashable, Any] = {}  # what is tied is one layer, or one parameter, here too
+    weights: dict[str, nn.Parameter] = {}
+    for name, tensor in checkpoint.weights.items():
+        parameter = nn.Parameter(tensor if numbers else _empty(tensor.shape), requires_grad=False)
+        weights[name] = held.setdefault(identity(tensor), parameter)
     if folder is not None and (folder / CONFIG).exists():
         if (known := _architecture(folder)) is not None:
             return _filled(*known, weights, factorized)
@@ -102,8 +106,8 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
         )
     without_wrappers(checkpoint.tensors)  # refuses what would be one
     model, names = nn.Module(), {}
-    held: dict[Hashable, Any] = {}  # what is tied is one layer, or one parameter, here too
-    for name in _in_order(dict.fromkeys(weight_of(key) or key for key in checkpoint.tensors)):
+    entries = checkpoint.entries(checkpoint.tensors)
+    for name in _in_order(weight or key for key, weight in entries):
         if name in factorized:
             made, factors = factorized[name]
             layer = held.setdefault(identity(factors[0]), nn.Module())
@@ -112,8 +116,7 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
         elif name not in weights:
             continue
         else:
-            parameter = nn.Parameter(weights[name], requires_grad=False)
-            parameter = held.setdefault(identity(weights[name]), parameter)
+            parameter = weights[name]
             if parameter.ndim > 2 and len(parameter) == 1:  # no layer: such as of positions
                 _put(model, name.split("."), parameter)
                 continue
@@ -121,10 +124,9 @@ def skeleton(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Skeleton:
         path = name.removesuffix(".weight") or name
         names[strip_wrappers(f"{path}.weight").lstrip(".")] = name
         _put(model, path.split("."), layer)
-    there = count([*weights.values(), *(f for _, each in factorized.values() for f in each)])
-    model.register_parameter(
-        "(all other tensors)", nn.Parameter(_empty((checkpoint.total - there,)))
-    )
+    factors = [factor for _, each in factorized.values() for factor in each]
+    others = checkpoint.total - count([*checkpoint.weights.values(), *factors])
+    model.register_parameter("(all other tensors)", nn.Parameter(_empty([others])))
     return Skeleton(model, names, [])
 
 
@@ -197,7 +199,7 @@ def _architecture(folder: Path) -> tuple[Any, Callable[[str], str]] | None:
 def _filled(
     model: Any,
     renamed: Callable[[str], str],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
     factorized: Mapping[str, tuple[Any, Any]],
 ) -> Skeleton:
     """The model with the file's tensors, tied ones in all their places."""
@@ -219,9 +221,8 @@ def _filled(
                     _factorize(model.get_submodule(path), attribute, factorized[name][0])
                 else:
                     filled.add(id(known[here]))
-                    parameter = nn.Parameter(weights[name], requires_grad=False)
                     for module, attribute in places[id(known[here])]:
-                        module._parameters[attribute] = parameter
+                        module._parameters[attribute] = weights[name]
                 break
     absent = [
         name
