@@ -34,11 +34,9 @@ def run(options: argparse.Namespace) -> None:
     """
     target = check_target(options.out, options.checkpoint, (".safetensors",), options.force)
     checkpoint = read(options.checkpoint, options.key)
-    try:
+    with naming(checkpoint.path):
         check_factors(checkpoint)
         _factorize(checkpoint, target, options)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
 def _factorize(checkpoint: Checkpoint, target: Path, options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from frobdecay.cli.skeleton import skeleton
 from frobdecay.cli.spectra import measure_all
 from frobdecay.models.checkpoints.tensors import identity
 from frobdecay.models.plan import RankPlan
+from frobdecay.product.names import naming
 from frobdecay.weights.lowrank import LowRank
 
 
@@ -28,12 +29,10 @@ def run(options: argparse.Namespace) -> None:
         ImportError, OSError, ValueError: as ``read``; a ratio that cannot be attained.
     """
     checkpoint = read(options.checkpoint, options.key)
-    try:
+    with naming(checkpoint.path):
         rows = _rows(checkpoint)
         plan = _plan(checkpoint, rows, options.ratio) if options.ratio is not None else None
         measure_all(rows, checkpoint, options.energy)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
     if options.plot is not None:
         plot(rows, options.plot, options.energy, f"{Path(checkpoint.path).name}: energy by rank")
     if options.json:

@@ -14,6 +14,7 @@ from frobdecay.models.checkpoints.records import dense_weight
 from frobdecay.models.checkpoints.streams import Part
 from frobdecay.models.progress import Progress
 from frobdecay.models.tables.table import printable
+from frobdecay.product.names import naming
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,8 +27,14 @@ def run(options: argparse.Namespace) -> None:
     suffixes = (".safetensors", *TORCH)
     target = check_target(options.out, options.checkpoint, suffixes, options.force)
     checkpoint = read(options.checkpoint, options.key)
-    try:
-        sizes = _checked(checkpoint)
+    with naming(checkpoint.path):
+        check_factors(checkpoint)
+        if not checkpoint.records:
+            raise ValueError("nothing to merge: it has no factorized weights")
+        sizes = {
+            name: prod(made.shape) * factors[0].itemsize
+            for name, (made, factors) in checkpoint.factorized.items()
+        }
         if target.suffix in TORCH:
             kept = sum(tensor.nbytes for tensor in checkpoint.dense.values())
             check_memory(kept + sum(sizes.values()))
@@ -38,27 +45,10 @@ def run(options: argparse.Namespace) -> None:
                 for file, keys in checkpoint.files.items()
             }
             write(target, checkpoint, files, {})
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
     parts = [part for some in files.values() for part in some]
     numbers = sum(prod(shape) for part in parts for shape in part.shapes)
     count, to = len(checkpoint.records), printable(str(target))
     print(f"{to}: {count} weights merged, {len(parts)} tensors, {numbers:,} numbers")
-
-
-def _checked(checkpoint: Checkpoint) -> dict[str, int]:
-    """The bytes of each dense weight.
-
-    Raises:
-        ValueError: there are none, or as ``check_factors``.
-    """
-    check_factors(checkpoint)
-    if not checkpoint.records:
-        raise ValueError("nothing to merge: it has no factorized weights")
-    return {
-        name: prod(made.shape) * factors[0].itemsize
-        for name, (made, factors) in checkpoint.factorized.items()
-    }
 
 
 def _part(

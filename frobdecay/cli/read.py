@@ -34,6 +34,7 @@ from frobdecay.models.checkpoints.records import (
     weight_of,
 )
 from frobdecay.models.checkpoints.tensors import identity
+from frobdecay.product.names import naming
 
 _DEPTH = 4
 
@@ -174,15 +175,13 @@ def _records_of_config(path: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _file(path: str, key: str | None) -> Checkpoint:
-    try:
+    with naming(path):
         what = recognized(path)
         if what == SAFETENSORS:
             return _checked(_from_safetensors(path, key))
         if what in (ZIP, PICKLE):
             return _checked(_from_torch(path, what == ZIP, key))
         raise ValueError(f"neither a safetensors file nor one of torch.save, but {what}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _from_safetensors(path: str, key: str | None) -> Checkpoint:

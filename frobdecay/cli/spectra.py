@@ -52,20 +52,12 @@ def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
     """Fill in what the numbers say."""
     if not row.matrix:
         return
-    if row.product:
-        measured = measure(_product(row.name, checkpoint))[row.name]
-        sigma, row.stable_rank = measured.spectrum, measured.stable_rank
-        finite = isfinite(measured.norm)
-    else:
-        tensor = _tensor(row, checkpoint)
-        finite = is_finite(tensor)
-        if finite:
-            sigma = singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
-            top = float(sigma.max())
-            row.stable_rank = float((sigma / top).square().sum()) if top else 0.0
-    if not finite:
-        row.remark, row.stable_rank = "has NaN or infinity", None
+    sigma = _spectrum(row, checkpoint)
+    if sigma is None:
+        row.remark = "has NaN or infinity"
         return
+    top = float(sigma.max())
+    row.stable_rank = float((sigma / top).square().sum()) if top else 0.0
     row.norm = root_mean_square(sigma) * sigma.numel() ** 0.5
     row.singular_values = tuple(sigma.flatten().sort(descending=True)[0].tolist())
     if not row.norm:
@@ -75,6 +67,17 @@ def _measure(row: Row, checkpoint: Checkpoint, energy: float) -> None:
     row.energy_rank = first_reaching(kept, energy)
     if row.planned_rank is not None:
         row.planned_energy = float(kept[: row.planned_rank].sum())
+
+
+def _spectrum(row: Row, checkpoint: Checkpoint) -> Tensor | None:
+    """Singular values (*batch, k); None where a number is not finite."""
+    if row.product:
+        (measured,) = measure(_product(row.name, checkpoint))
+        return measured.spectrum if isfinite(measured.norm) else None
+    tensor = _tensor(row, checkpoint)
+    if not is_finite(tensor):
+        return None
+    return singular_values(LowRank(1).matricize(row.shape).matrix(tensor))
 
 
 def _tensor(row: Row, checkpoint: Checkpoint) -> Tensor:
