@@ -106,8 +106,7 @@ def skeleton(checkpoint: Checkpoint, numbers: bool) -> Skeleton:
         )
     without_wrappers(checkpoint.tensors)  # refuses what would be one
     model, names = nn.Module(), {}
-    entries = checkpoint.entries(checkpoint.tensors)
-    for name in _in_order(weight or key for key, weight in entries):
+    for name in _in_order(checkpoint):
         if name in factorized:
             made, factors = factorized[name]
             layer = held.setdefault(identity(factors[0]), nn.Module())
@@ -130,22 +129,21 @@ def skeleton(checkpoint: Checkpoint, numbers: bool) -> Skeleton:
     return Skeleton(model, names, [])
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Names as their layers are registered, so far as names say it.
+def _in_order(checkpoint: Checkpoint) -> list[str]:
+    """Names as their layers are registered, so far as files or names say it.
 
-    A file of safetensors has them in the order of the alphabet: then those that are called like
+    A file of safetensors has its keys in the order of the alphabet: then those that are called like
     outputs are last, numbered ones before them as they are counted, and others first.
     """
-    known = list(names)
-    if known != sorted(known):
-        return known
+    names = [weight or key for key, weight in checkpoint.entries(checkpoint.tensors)]
+    saved = ([k for k in keys if k not in checkpoint.tied] for keys in checkpoint.files.values())
+    return sorted(names, key=_place) if all(keys == sorted(keys) for keys in saved) else names
 
-    def place(name: str) -> tuple[int, str, list[int]]:
-        above = itertools.takewhile(lambda part: not part.isdecimal(), name.split("."))
-        output = any(re.search(_OUTPUTS, part) for part in above)  # not what is in a layer
-        return 2 if output else 1 if numbers(name) else 0, pattern(name), numbers(name)
 
-    return sorted(known, key=place)
+def _place(name: str) -> tuple[int, str, list[int]]:
+    above = itertools.takewhile(lambda part: not part.isdecimal(), name.split("."))
+    output = any(re.search(_OUTPUTS, part) for part in above)  # not what is in a layer
+    return 2 if output else 1 if numbers(name) else 0, pattern(name), numbers(name)
 
 
 _OUTPUTS = r"^(fc\d*|cls|score|logits|proj_out|output|pooler)$|head|classifier|unembed"

@@ -19,7 +19,7 @@ import frobdecay
 from frobdecay import factorize, load_factorized, merge, plan_ranks, save_factorized
 from frobdecay.cli.main import main
 from frobdecay.cli.read import read
-from frobdecay.cli.skeleton import _in_order, skeleton
+from frobdecay.cli.skeleton import skeleton
 from frobdecay.models.checkpoints.streams import Part, write_stream
 
 
@@ -199,10 +199,36 @@ def test_what_begins_with_an_axis_of_one_is_no_layer(tmp_path, capsys):
         ["stem", "blocks.1.multihead", "blocks.9.multihead", "head"],
     ],
 )
-def test_names_in_the_order_of_the_alphabet_are_put_in_that_of_layers(names):
+def test_names_in_the_order_of_the_alphabet_are_put_in_that_of_layers(tmp_path, names):
     """As they were registered, so far as names say it; any other order is kept."""
-    assert _in_order(sorted(names)) == names
-    assert _in_order(names[::-1]) == names[::-1]
+    names = [f"{name}.weight" for name in names]
+    for given, want in ((sorted(names), names), (names[::-1], names[::-1])):
+        torch.save({name: torch.ones(3, 3) for name in given}, tmp_path / "in.pt")
+        assert [*skeleton(read(str(tmp_path / "in.pt")), numbers=True).names.values()] == want
+
+
+@pytest.mark.parametrize("case", ["factors", "ties", "several files"])
+def test_the_order_of_the_alphabet_is_that_of_the_keys_in_each_file(tmp_path, capsys, case):
+    """Not of the weights that they are of: the layer that is called head is the last one."""
+    model = nn.ModuleDict(
+        {name: nn.Linear(16, 16, bias=False) for name in ("a", "stem", "mid", "head")}
+    )
+    model["mha"] = nn.MultiheadAttention(16, 2)
+    path = tmp_path / "in.safetensors"
+    if case == "factors":  # mha.in_proj_weight behind mha.out_proj.weight
+        factorize(model, rank=2, include="mha.in_proj_weight")
+    elif case == "ties":
+        model["a"].weight = model["mid"].weight
+    if case == "several files":
+        path = tmp_path / "in"
+        _folder(path, model.state_dict(), {"architectures": ["None"]})
+    else:
+        save_factorized(model, path)
+    assert _run("inspect", path, "--json", "--ratio", "0.8") == 0
+    found = json.loads(capsys.readouterr().out)["weights"]
+    planned = {row["name"]: row["planned_rank"] for row in found}
+    assert planned["head.weight"] is None
+    assert planned["stem.weight"] is not None
 
 
 def test_a_folder_is_copied_without_other_weights(tmp_path, capsys):
