@@ -35,17 +35,15 @@ def run(options: argparse.Namespace) -> None:
             name: prod(made.shape) * factors[0].itemsize
             for name, (made, factors) in checkpoint.factorized.items()
         }
-        if target.suffix in TORCH:
-            kept = sum(tensor.nbytes for tensor in checkpoint.dense.values())
-            check_memory(kept + sum(sizes.values()))
-        check_memory(max(sizes.values()))
         with Progress(sum(sizes.values()), None, "merging") as bar:
             files = {
                 file: [_part(*entry, checkpoint, sizes, bar) for entry in checkpoint.entries(keys)]
                 for file, keys in checkpoint.files.items()
             }
+            parts = [part for some in files.values() for part in some]
+            whole = target.suffix in TORCH  # is written from memory
+            check_memory(sum(p.nbytes for p in parts) if whole else max(sizes.values()))
             write(target, checkpoint, files, {})
-    parts = [part for some in files.values() for part in some]
     numbers = sum(prod(shape) for part in parts for shape in part.shapes)
     count, to = len(checkpoint.records), printable(str(target))
     print(f"{to}: {count} weights merged, {len(parts)} tensors, {numbers:,} numbers")

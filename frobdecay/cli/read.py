@@ -62,16 +62,11 @@ class Checkpoint:
     files: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def dense(self) -> dict[str, Tensor]:
-        """The tensors that are not factors of weights with a record."""
-        found = self.tensors.items()
-        return {name: tensor for name, tensor in found if weight_of(name) not in self.records}
-
-    @property
     def weights(self) -> dict[str, Tensor]:
         """The dense ones that could be factorized."""
-        found = self.dense.items()
-        return {name: tensor for name, tensor in found if why_unread(name, tensor) is None}
+        dense = [key for key, weight in self.entries(self.tensors) if weight is None]
+        found = {name: self.tensors[name] for name in dense}
+        return {name: one for name, one in found.items() if why_unread(name, one) is None}
 
     def entries(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """What some keys stand for: dense tensors, and weights with a record by their first factor.

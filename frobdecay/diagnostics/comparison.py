@@ -183,7 +183,7 @@ def compare(
         for batch in batches:
             hides(hidden := mask_of(original, batch, mask))  # refuses what is none
             both.mask = hidden
-            with _hooked(there, both.ask):
+            with _hooked({name: there[name] for name in both.modules}, both.ask):
                 expected = _first(run(original, batch))
             with _hooked(both.modules, both.meet):
                 made = _first(run(model, batch))
@@ -217,12 +217,11 @@ class _Both:
 
     def ask(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
         """Run the model's layer on the inputs that the original's just had."""
-        if name in self.modules:
-            # A copy, since what comes next may write to it, as nn.ReLU(inplace=True) does.
-            self._seen[name].append(_first(made).clone())
-            with naming(name):
-                found = _first(self.modules[name](*args, **named))
-                self._alone[name].add(_first(made), found, name, self.mask)
+        # A copy, since what comes next may write to it, as nn.ReLU(inplace=True) does.
+        self._seen[name].append(_first(made).clone())
+        with naming(name):
+            found = _first(self.modules[name](*args, **named))
+            self._alone[name].add(_first(made), found, name, self.mask)
 
     def meet(self, name: str, _: nn.Module, args: Any, named: Any, made: Any) -> None:
         """Compare a layer's outputs in place with those of the original's in the same call."""
@@ -237,10 +236,11 @@ class _Both:
 
     def layers(self) -> tuple[LayerComparison, ...]:
         """Those whose outputs are others."""
-        pairs = (
-            (n, self._alone[n].error, found) for n, found in self._inside.items() if found.lost
+        return tuple(
+            LayerComparison(name, self._alone[name].error, found.error, found.cosine)
+            for name, found in self._inside.items()
+            if found.lost
         )
-        return tuple(LayerComparison(n, one, found.error, found.cosine) for n, one, found in pairs)
 
 
 @contextmanager
