@@ -10,7 +10,6 @@ of the file themselves, and factors without numbers: nothing is copied.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import re
 import sys
@@ -181,16 +180,14 @@ def _architecture(folder: Path) -> tuple[Any, Callable[[str], str]] | None:
 
     And how transformers calls on loading what files call otherwise.
     """
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    transformers = importlib.import_module("transformers")
     try:
+        transformers = importlib.import_module("transformers")
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = getattr(transformers, config.architectures[0])
         with torch.device("meta"):
             model = kind(config)
         return model, _renaming(model)
-    except Exception:  # whatever a class does with a configuration that it does not know
+    except Exception:  # no transformers, or whatever a class does with a configuration
         return None
 
 
