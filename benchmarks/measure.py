@@ -9,24 +9,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import environment
+import frobdecay
 
 __all__ = [
     "Report",
@@ -37,6 +41,9 @@ __all__ = [
     "captured",
     "count",
     "described",
+    "drawn",
+    "environment",
+    "grid",
     "interleave",
     "markdown",
     "memory",
@@ -46,7 +53,6 @@ __all__ = [
     "parser",
     "precision",
     "profiled",
-    "provenance",
     "script",
     "setup",
     "synchronize",
@@ -400,7 +406,7 @@ class Report:
 
     def __post_init__(self) -> None:
         """Say what is claimed and where."""
-        self.about = {**environment(self.device), **provenance()}
+        self.about = environment(self.device)
         self.console.print(self.claim, style="bold")
         shown = ("device", "threads", "torch", "commit", "load")
         self.console.print(", ".join(f"{key} {self.about[key]}" for key in shown), style="dim")
@@ -408,14 +414,10 @@ class Report:
     def table(self, title: str, rows: list[dict[str, Any]]) -> None:
         """Print a table and keep it."""
         self.tables[title] = rows
-        drawn = Table(title=title, title_justify="left")
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        for k, name in enumerate(columns):
-            left = k == 0 or any(isinstance(row.get(name), str) for row in rows)
-            drawn.add_column(name, justify="left" if left else "right")
-        for row in rows:
-            drawn.add_row(*(_cell(row.get(name)) for name in columns))
-        self.console.print(drawn)
+        header, *cells = _cells(rows)
+        texts = [name for name in header if any(isinstance(row.get(name), str) for row in rows)]
+        left = [*header[:1], *texts]
+        self.console.print(drawn(header, cells, left, title, title_justify="left"))
 
     def note(self, name: str, lines: list[str]) -> None:
         """Print remarks below a table and keep them."""
@@ -460,10 +462,8 @@ def markdown(record: dict[str, Any]) -> str:
     about = ", ".join(f"{key} {record[key]}" for key in ("device", "torch", "commit", "date"))
     lines = [record["claim"], "", about, ""]
     for title, rows in record["tables"].items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        drawn = [columns, ["---"] * len(columns)]
-        drawn += [[_cell(row.get(name)) for name in columns] for row in rows]
-        lines += [f"**{title}**", "", *("| " + " | ".join(cells) + " |" for cells in drawn), ""]
+        header, *cells = _cells(rows)
+        lines += [f"**{title}**", "", grid(header, cells, header), ""]
     for remarks in record.get("notes", {}).values():
         lines += [f"- {remark}" for remark in remarks]
     lines += [f"- {_line(Target(**_fields(target))).strip()}" for target in record["targets"]]
@@ -491,6 +491,42 @@ def _line(target: Target) -> str:
     return f"  {target.what}: {target.value:.3g} {target.unit}; {promise}: {verdict}"
 
 
+def drawn(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: Collection[str],
+    title: str,
+    **options: Any,
+) -> Table:
+    """A table for a terminal.
+
+    Args:
+        header: what the columns are called.
+        rows: their cells.
+        left: columns of text; the others are numbers, at the right.
+        title: above it.
+        options: of ``rich.table.Table``.
+    """
+    table = Table(title=title, **options)
+    for name in header:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> str:
+    """A table in Markdown, of the same."""
+    rule = ["---" if name in left else "---:" for name in header]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The names of all columns, then what is printed of each row."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return [header, *([_cell(row.get(name)) for name in header] for row in rows)]
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -501,12 +537,34 @@ def _cell(value: Any) -> str:
     )
 
 
-def provenance() -> dict[str, Any]:
-    """The commit, and how busy the machine is: what else runs disturbs the timing."""
-    folder = Path(__file__).parent
+def environment(device: torch.device) -> dict[str, Any]:
+    """What ran on what, by which command, and how busy the machine is, which disturbs timing."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python {name} {shlex.join(sys.argv[1:])}".strip(),
+        "frobdecay": frobdecay.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
     def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         try:
             found = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:
@@ -514,5 +572,4 @@ def provenance() -> dict[str, Any]:
         return found.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"commit": commit + changed, "load": round(os.getloadavg()[0], 2)}
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -38,16 +38,15 @@ import frobdecay
 from benchmarks.measure import (
     add_names,
     count,
+    environment,
     interleave,
     markdown,
     memory,
     numbers,
     parser,
-    provenance,
     setup,
     words,
 )
-from benchmarks.report import environment
 from benchmarks.tasks import TASKS, Text
 from frobdecay.models.budget.allocation import ALLOCATORS
 
@@ -392,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
     claim = (__doc__ or "").partition("\n")[0]
     options.out.mkdir(parents=True, exist_ok=True)
-    about = {**environment(device), **provenance(), "claim": claim, **_UNJUDGED}
+    about = {**environment(device), "claim": claim, **_UNJUDGED}
     places = (text.split("=", 1)[1] for text in options.text)
     for word in (options.folder, str(options.out), *places):
         about["command"] = about["command"].replace(word, Path(word).name)

@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,51 +33,33 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import report
+from benchmarks import measure, report
 from benchmarks.data import ImageData, load
-from benchmarks.measure import described
 from benchmarks.training import ARMS, Protocol, Run, make, train
 
 __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = described("quickstart", __doc__ or "")
+    parser = measure.parser("quickstart", __doc__ or "")
     add = parser.add_argument
     add(
         "--data",
         default="digits",
         help="digits, a file, a directory or torchvision:NAME; README.md",
     )
-    add("--limit", type=_count, help="train on so many images")
-    add("--arms", default=",".join(ARMS), type=_arms, help="default: %(default)s")
-    add("--seeds", default=3, type=_count, help="runs of each arm; default: %(default)s")
-    add("--epochs", default=15, type=_count, help="default: %(default)s")
-    add("--batch", default=32, type=_count, help="images a step; default: %(default)s")
+    add("--limit", type=measure.count, help="train on so many images")
+    measure.add_names(parser, "--arms", ARMS)
+    add("--seeds", default=3, type=measure.count, help="runs of each arm; default: %(default)s")
+    add("--epochs", default=15, type=measure.count, help="default: %(default)s")
+    add("--batch", default=32, type=measure.count, help="images a step; default: %(default)s")
     add("--lr", default=0.1, type=float, help="at the start of a cosine; default: %(default)s")
     add("--decay", default=5e-3, type=float, help="λ of all arms; default: %(default)s")
     add("--ratio", default=0.1, type=float, help="of the dense parameters; default: %(default)s")
     add("--depth", default=8, type=int, help="of the ResNet, 6k + 2; default: %(default)s")
-    add("--width", default=32, type=_count, help="of its first stage; default: %(default)s")
-    add("--threads", type=_count, help="for torch; as it chooses unless given")
-    add("--device", default="cpu", help="default: %(default)s")
+    add("--width", default=32, type=measure.count, help="of its first stage; default: %(default)s")
     add("--out", type=Path, default=Path("quickstart-out"), help="directory; default: %(default)s")
-    add("--json", type=Path, help="where to write the JSON, if not into --out")
     return parser
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _arms(text: str) -> list[str]:
-    keys = [key.strip() for key in text.split(",")]
-    for key in keys:
-        if key not in ARMS:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ARMS)}, got {key!r}")
-    return [key for key in ARMS if key in keys]
 
 
 def _train_all(
@@ -159,19 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = {key: getattr(options, key) for key in Protocol.__dataclass_fields__}
     protocol = Protocol(**chosen)
     try:
-        device = torch.device(options.device)
+        device = measure.setup(options)
         data = load(options.data, limit=options.limit).to(device)
         for key in options.arms:  # what cannot be is refused before anything has run
             make(ARMS[key], 0, data, protocol)
     except (FileNotFoundError, ImportError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    about = report.environment(device)
+    about = measure.environment(device)
     if data.note:
         console.print(f"note: {data.name}: {data.note}", style="yellow")
     stem = str(options.out / f"quickstart-{data.name}")

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 
-import frobdecay
+from benchmarks import measure
 from benchmarks.training import ARMS, Run
 
-__all__ = ["Summary", "environment", "figure", "markdown", "rich_table", "summarize", "write_json"]
+__all__ = ["Summary", "figure", "markdown", "rich_table", "summarize", "write_json"]
 
 # Okabe and Ito's colours, told apart by all readers
 _STYLE = {
@@ -111,19 +106,16 @@ def summarize(runs: Sequence[Run]) -> list[Summary]:
 
 def rich_table(summaries: Sequence[Summary], title: str, caption: str) -> Table:
     """Make the table for a terminal."""
-    table = Table(title=title, caption=caption)
-    for k, name in enumerate(_HEADER):
-        table.add_column(name, justify="right" if k else "left", no_wrap=not k)
-    for summary in summaries:
-        table.add_row(*summary.cells())
+    rows = (summary.cells() for summary in summaries)
+    table = measure.drawn(_HEADER, rows, _HEADER[:1], title, caption=caption)
+    table.columns[0].no_wrap = True
     return table
 
 
 def markdown(summaries: Sequence[Summary], caption: str) -> str:
     """Make the table for a README."""
-    rows = [_HEADER, ("---", *("---:" for _ in _HEADER[1:])), *(s.cells() for s in summaries)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + f"\n\n{caption}\n"
+    table = measure.grid(_HEADER, (summary.cells() for summary in summaries), _HEADER[:1])
+    return f"{table}\n\n{caption}\n"
 
 
 def figure(runs: Sequence[Run], title: str) -> Any:
@@ -168,29 +160,6 @@ def figure(runs: Sequence[Run], title: str) -> Any:
     left.legend(loc="lower right", framealpha=0.9)
     drawn.suptitle(title, fontsize="medium")
     return drawn
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Describe what the runs ran on, and the command that started them."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    name = f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python {name} {shlex.join(sys.argv[1:])}".strip(),
-        "frobdecay": frobdecay.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_json(path: Path, runs: Sequence[Run], about: dict[str, Any]) -> None:

@@ -26,8 +26,7 @@ from benchmarks.experiments import tables, verdicts
 from benchmarks.experiments.catalogue import EXPERIMENTS, jobs
 from benchmarks.experiments.engine import run_all, share
 from benchmarks.experiments.verdicts import Judged, judge
-from benchmarks.measure import count, described, words
-from benchmarks.report import environment
+from benchmarks.measure import count, described, environment, words
 
 __all__ = ["main"]
 

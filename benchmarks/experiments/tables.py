@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks import measure
 from benchmarks.experiments import transfer
 from benchmarks.experiments.experiment import Experiment
 
@@ -154,20 +155,14 @@ def _filled(rows: Sequence[Row], experiment: Experiment) -> list[tuple[str, ...]
 
 def rich_table(rows: Sequence[Row], experiment: Experiment, caption: str) -> Table:
     """Make the table for a terminal."""
-    table = Table(title=experiment.title, caption=caption)
     header, *cells = _filled(rows, experiment)
-    for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k < 2 else "right")
-    for row in cells:
-        table.add_row(*row)
-    return table
+    return measure.drawn(header, cells, header[:2], experiment.title, caption=caption)
 
 
 def markdown(rows: Sequence[Row], experiment: Experiment, caption: str) -> str:
     """Make the table, headed by the claim, for the page of results."""
     header, *cells = _filled(rows, experiment)
-    lines = [header, ("---", "---", *("---:" for _ in header[2:])), *cells]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = measure.grid(header, cells, header[:2])
     return f"# {experiment.title}\n\nThe paper: {experiment.claim}\n\n{table}\n\n{caption}\n"
 
 

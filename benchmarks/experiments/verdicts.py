@@ -21,6 +21,7 @@ from scipy.stats import t as student
 from benchmarks.experiments import transfer
 from benchmarks.experiments.experiment import Claim, Experiment
 from benchmarks.experiments.tables import Record, by_variant, tightness
+from benchmarks.measure import grid
 
 __all__ = ["Judged", "Verdict", "judge", "markdown"]
 
@@ -103,10 +104,8 @@ class Judged:
     verdicts: Sequence[Verdict]
 
 
-_HEADER = """
-| claim | compared | difference | 95 % interval | needed | seeds | verdict | table |
-| --- | --- | ---: | ---: | ---: | ---: | --- | --- |
-"""
+_TEXTS = ("claim", "compared", "verdict", "table")
+_HEADER = (*_TEXTS[:2], "difference", "95 % interval", "needed", "seeds", *_TEXTS[2:])
 
 
 def markdown(reports: Sequence[Judged]) -> str:
@@ -116,10 +115,10 @@ def markdown(reports: Sequence[Judged]) -> str:
         reports: of all tables.
     """
     rows = [_row(each, report) for report in reports for each in report.verdicts]
-    return "\n".join(["# The paper's claims, judged", _HEADER + "\n".join(rows), "", _RULE, ""])
+    return f"# The paper's claims, judged\n\n{grid(_HEADER, rows, _TEXTS)}\n\n{_RULE}\n"
 
 
-def _row(verdict: Verdict, report: Judged) -> str:
+def _row(verdict: Verdict, report: Judged) -> tuple[str, ...]:
     claim, (low, high) = verdict.claim, verdict.interval
     label = report.experiment.arms[claim.arm].label
     if claim.tuned:
@@ -130,7 +129,7 @@ def _row(verdict: Verdict, report: Judged) -> str:
     else:
         both = (label, report.experiment.arms[claim.against].label)
         compared = " − ".join(both if report.experiment.larger_is_better else both[::-1])
-    cells = (
+    return (
         claim.text,
         compared,
         f"{verdict.difference:+.3g}",
@@ -140,7 +139,6 @@ def _row(verdict: Verdict, report: Judged) -> str:
         f"**{verdict.word}**",
         f"[{report.stem}]({report.stem}.md)",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 _TUNED = {
