@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -357,47 +356,22 @@ def _tensor_parallel(ratio: float, report: Report) -> None:
     report.table("Tensor parallel, a token in the all-reduce of a row-wise layer, bfloat16", lines)
 
 
-def markdown(record: dict[str, Any], command: str) -> str:
-    """The tables for reading."""
-    parts = [f"# communication\n\n{record['claim']} `{command}`, torch {record['torch']}."]
-    for title, lines in record["tables"].items():
-        columns = list(lines[0])
-        table = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
-        table += [f"| {' | '.join(measure._cell(line[c]) for c in columns)} |" for line in lines]
-        parts.append(f"{title}:\n\n" + "\n".join(table))
-    return "\n\n".join([*parts, record["verdict"]]) + "\n"
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("communication", __doc__ or "", device=False)
+    made.add_argument("--ratio", type=_ratio, default=0.25, help="default: %(default)s")
+    ranks = {"type": measure.counts, "default": "8,64,512,4096"}
+    made.add_argument("--ranks", **ranks, help="P, comma-separated; default: %(default)s")
+    return made
 
 
-def _numbers(text: str) -> list[int]:
-    return [measure.count(word) for word in text.split(",")]
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Print the tables and compare with what is called.
-
-    Args:
-        arguments: those of the command line unless given.
-
-    Returns:
-        What the JSON holds.
-    """
-    parser = measure.parser("communication", __doc__ or "")
-    parser.add_argument("--ratio", type=_ratio, default=0.25, help="default: %(default)s")
-    parser.add_argument("--ranks", type=_numbers, default=[8, 64, 512, 4096], help="P, by commas")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
-    options = parser.parse_args(arguments)
-    report = Report((__doc__ or "").partition("\n")[0], measure.setup(options))
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Print the tables and compare with what is called."""
     for name in LLAMAS:
         _table(name, options.ratio, options.ranks, report)
     _tensor_parallel(options.ratio, report)
     for name in LLAMAS:
         _check(name, options.ratio, [world for world in options.ranks if world >= 64], report)
-    record = report.close(options)
-    if options.markdown:
-        ranks = ",".join(map(str, options.ranks))
-        command = f"python -m benchmarks.communication --ratio {options.ratio} --ranks {ranks}"
-        options.markdown.write_text(markdown(record, command), encoding="utf-8")
-    return record
 
 
 def _ratio(text: str) -> float:

@@ -55,9 +55,6 @@ MANY = 512
 """Rows from which a layer has to be as fast as the pair; below, calls are what costs."""
 
 
-NAMED = ("layer", "scheme", "r", "rows", "gradients")
-"""What a row is of."""
-
 CALLED = (128, 256, 512, 1024)
 """Widths of layers that are called with one row."""
 
@@ -325,35 +322,29 @@ def _draw(rows: list[dict[str, Any]]) -> Any:
     return drawn
 
 
-def _targets(
+def _judge(
+    report: Report,
     rows: list[dict[str, Any]],
     convs: list[dict[str, Any]],
     calls: list[dict[str, Any]],
     memory: list[dict[str, Any]],
-) -> list[Target]:
-    """The worst row of each kind, named."""
-    found = []
-
-    def worst(what: str, key: str, among: list[dict[str, Any]], limit: float, unit: str) -> None:
-        if among:
-            row = max(among, key=lambda row: row[key])
-            where = ", ".join(str(row[k]) for k in NAMED if k in row)
-            found.append(Target(f"{what}, worst ({where})", row[key], limit, unit=unit))
-
+) -> None:
+    """Hold the worst row of each kind to what was promised."""
     # where the automatic choice is to form W, the pair is not what it competes with
     chosen = [row for row in rows if row["rows"] >= MANY and _is_factored(row)]
-    worst("linear ÷ pair", "÷ pair", chosen, 1.08, "×")
-    worst("convolution ÷ pair", "÷ pair", [row for row in convs if _is_factored(row)], 1.08, "×")
+    report.worst("linear ÷ pair", "÷ pair", chosen, 1.08)
+    chosen = [row for row in convs if _is_factored(row)]
+    report.worst("convolution ÷ pair", "÷ pair", chosen, 1.08)
     # where the multiplications take least, what is left are the calls
     short = sorted((row for row in rows if row["rows"] == 1), key=lambda row: row[PAIR])[:1]
-    worst("added per call at 1 row", "added, µs", short, 25, "µs")
-    worst("forward at 1 row, added to dense", "added, µs", calls, 25, "µs")
-    worst("linear, choice ÷ better of factored and formed", "÷ best", rows, 1.08, "×")
-    worst("convolution, choice ÷ better of factored and formed", "÷ best", convs, 1.08, "×")
+    report.worst("added per call at 1 row", "added, µs", short, 25, "µs")
+    report.worst("forward at 1 row, added to dense", "added, µs", calls, 25, "µs")
+    report.worst("linear, choice ÷ better of factored and formed", "÷ best", rows, 1.08)
+    report.worst("convolution, choice ÷ better of factored and formed", "÷ best", convs, 1.08)
     for row in memory:
         row["share"] = row["largest, KiB"] / row["W, KiB"]
-    worst("largest allocation ÷ W", "share", [r for r in memory if r[""] == AUTO], 0.99, "×")
-    return found
+    ours = [row for row in memory if row[""] == AUTO]
+    report.worst("largest allocation ÷ W", "share", ours, 0.99)
 
 
 def _is_factored(row: dict[str, Any]) -> bool:
@@ -369,7 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--plot", type=Path, help="draw to this file")
     made.add_argument("--ranks", type=measure.numbers, help="r/n, comma-separated")
     made.add_argument("--conv-ranks", type=measure.numbers, help="fractions of the smaller side")
-    made.add_argument("--rows", type=lambda text: [int(word) for word in text.split(",")])
+    made.add_argument("--rows", type=measure.counts, help="of the input, comma-separated")
     made.add_argument("--no-compile", action="store_true", help="skip the compiled layers")
     return made
 
@@ -390,7 +381,7 @@ def main(report: Report, options: argparse.Namespace) -> None:
     calls = _calls(options, device)
     report.table("one row, forward alone, µs", calls)
     memory = _memory(options, device)
-    report.targets = _targets(rows, convs, calls, memory)
+    _judge(report, rows, convs, calls, memory)
     report.table("memory of one pass", memory)
     if len(options.ranks) > 1:
         report.table("break-even rank, factored against dense", _break_even(rows))

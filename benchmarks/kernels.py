@@ -13,6 +13,7 @@ to one number, "tensor" instructions of the tensor cores.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import multiprocessing
 import os
@@ -187,18 +188,22 @@ def _targets(capability: int, found: dict[Variant, dict[str, Any]]) -> list[Targ
     ]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Compile them, print a table; returns what the JSON holds."""
-    made = measure.described("kernels", __doc__ or "")
+def _parser() -> argparse.ArgumentParser:
+    made = measure.parser("kernels", __doc__ or "", device=False)
     made.add_argument("--capability", type=int, nargs="+", choices=SHARED, default=[*SHARED])
     made.add_argument("--only", default="", metavar="REGEX", help="variants with such a name")
     made.add_argument("--workers", type=measure.count, default=os.cpu_count(), help="processes")
-    made.add_argument("--json", type=Path, help="write everything to this file")
-    options = made.parse_args(arguments)
+    return made
+
+
+@measure.script(_parser)
+def main(report: Report, options: argparse.Namespace) -> None:
+    """Compile them, and print a table."""
     os.environ.pop("TRITON_INTERPRET", None)
     if load_kernels() is None or load_kernels().INTERPRETED:
-        made.error("expected Triton's compiler, found none, or its interpreter in use already")
-    report = Report(__doc__.partition("\n")[0], torch.device("cpu"))
+        raise SystemExit(
+            "expected Triton's compiler, found none, or its interpreter in use already"
+        )
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     report.data["variants"] = []
@@ -216,7 +221,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     count = len(report.data["variants"])
     report.note("time", [f"{count} programs in {seconds:.0f} s, {options.workers} processes"])
-    return report.close(options)
 
 
 if __name__ == "__main__":

@@ -149,13 +149,10 @@ def _median(run: Run, rounds: int) -> float:
     return statistics.median(times)
 
 
-def _sizes(text: str) -> list[int]:
-    return sorted(measure.count(part) for part in text.split(","))
-
-
 def _parser() -> argparse.ArgumentParser:
     made = measure.parser("layers", __doc__ or "", device=False)
-    made.add_argument("--sizes", type=_sizes, default="100,1000,4000", help="numbers of layers")
+    sizes = {"type": measure.counts, "default": "100,1000,4000"}
+    made.add_argument("--sizes", **sizes, help="numbers of layers")
     rows = measure.names(_runs(1, {}))
     made.add_argument("--only", type=rows, help="some of the rows, such as 'inspect,merge'")
     made.add_argument("--rounds", type=measure.count, default=3, help="default: %(default)s")
@@ -166,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(report: Report, options: argparse.Namespace) -> None:
     """Measure the functions."""
     rows: dict[str, dict[str, Any]] = {}
+    options.sizes.sort()
     with tempfile.TemporaryDirectory() as folder:  # first calls import what they need
         runs = _runs(BLOCK, _files(BLOCK, Path(folder)))
         for make, call in (runs[name] for name in options.only or runs):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = [
     "add_names",
     "captured",
     "count",
+    "counts",
     "described",
     "drawn",
     "environment",
@@ -79,6 +81,11 @@ class Timing:
     low: float
     high: float
     samples: int
+
+    def quartiles(self, share: float = 1.0) -> str:
+        """As printed; of the whole, where but a share was timed."""
+        part = f", {share:.0%} measured" if share < 1 else ""
+        return f"{self.low / share:.3g}–{self.high / share:.3g}{part}"
 
 
 @dataclass(frozen=True)
@@ -314,6 +321,11 @@ def numbers(text: str) -> list[float]:
     return [float(word) for word in words(text)]
 
 
+def counts(text: str) -> list[int]:
+    """An argument that counts several things, comma-separated."""
+    return [count(word) for word in words(text)]
+
+
 def parser(
     module: str, doc: str, *, device: bool = True, seconds: float | None = None
 ) -> argparse.ArgumentParser:
@@ -328,6 +340,7 @@ def parser(
     made = described(module, doc)
     made.add_argument("--threads", type=count, help="for torch; as it chooses unless given")
     made.add_argument("--json", type=Path, help="write everything to this file")
+    made.add_argument("--markdown", type=Path, help="write the tables to this file")
     if device:
         made.add_argument("--device", default="cpu", help="default: %(default)s")
     if seconds is not None:
@@ -419,6 +432,24 @@ class Report:
         left = [*header[:1], *texts]
         self.console.print(drawn(header, cells, left, title, title_justify="left"))
 
+    def worst(
+        self, what: str, key: str, rows: list[dict[str, Any]], limit: float, unit: str = "×"
+    ) -> None:
+        """Hold the worst of some rows, if there are any, to a promise; it is named.
+
+        Args:
+            what: the quantity.
+            key: its column; before the first number that was measured stands what a row is of.
+            rows: of a table.
+            limit: the most that was promised.
+            unit: of the quantity.
+        """
+        if rows:
+            row = max(rows, key=lambda row: row[key])
+            about = takewhile(lambda value: not isinstance(value, float), row.values())
+            name = f"{what}, worst ({', '.join(map(str, about))})"
+            self.targets.append(Target(name, row[key], limit, unit=unit))
+
     def note(self, name: str, lines: list[str]) -> None:
         """Print remarks below a table and keep them."""
         self.data.setdefault("notes", {})[name] = lines
@@ -426,7 +457,7 @@ class Report:
             self.console.print(line, style="dim", highlight=False)
 
     def close(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Print the targets and the sentence that they decide; write the JSON.
+        """Print the targets and the sentence that they decide; write the files.
 
         Returns:
             What the JSON holds.
@@ -450,6 +481,10 @@ class Report:
         if options.json:
             options.json.write_text(json.dumps(record, indent=1) + "\n")
             self.console.print(f"wrote {options.json}")
+        if path := getattr(options, "markdown", None):
+            text = f"{markdown(record)}\n\n`{record['command']}`\n"
+            path.write_text(text, encoding="utf-8")
+            self.console.print(f"wrote {path}")
         return record
 
 

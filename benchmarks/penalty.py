@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
 from benchmarks.cases import CASES, FRACTION, Case, stack, suites
-from benchmarks.measure import Report, Target, Timing
+from benchmarks.measure import Report, Target
 from benchmarks.models import resnet
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.gradient.penalty import add_penalty_grad_
@@ -270,8 +270,9 @@ def _measure(name: str, case: Case, device: torch.device, options: Any) -> tuple
     for key, timing in timings.items():
         if key in (GEMM, COPY):
             continue
-        ms = timing.ms / suite.share.get(key, 1.0)
-        row = {"": key, "ms": ms, "quartiles": _quartiles(timing, suite.share.get(key, 1.0))}
+        share = suite.share.get(key, 1.0)
+        ms = timing.ms / share
+        row = {"": key, "ms": ms, "quartiles": timing.quartiles(share)}
         row |= {name: ms / times[base] for name, base in _RATIOS.items()}
         row["µs/product"] = 1e3 * ms / len(case.pairs)
         row |= {f"of {limit}": shares[limit] / ms for limit in (GEMM, COPY) if shares}
@@ -294,11 +295,6 @@ def _notes(suite: Suite, times: dict[str, float], automatic: Run) -> list[str]:
     if suite.device.type == "cpu":
         notes.append(f"outside of operators, by a profile: {_python_share(automatic):.0%}")
     return notes
-
-
-def _quartiles(timing: Timing, share: float) -> str:
-    part = f", {share:.0%} measured" if share < 1 else ""
-    return f"{timing.low / share:.3g}–{timing.high / share:.3g}{part}"
 
 
 def _shares(suite: Suite, times: dict[str, float]) -> dict[str, float]:
@@ -326,7 +322,7 @@ def _steps(name: str, device: torch.device, options: Any) -> tuple[list[dict[str
     timings = measure.interleave(runs, device, seconds=options.seconds)
     ms = {key: timing.ms for key, timing in timings.items()}
     rows = [
-        {"": key, "ms": timing.ms, "quartiles": _quartiles(timing, 1.0)}
+        {"": key, "ms": timing.ms, "quartiles": timing.quartiles()}
         | {"÷ plain": timing.ms / ms[PLAIN_STEP]}
         for key, timing in timings.items()
     ]

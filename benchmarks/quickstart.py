@@ -160,14 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
         summaries = report.summarize(runs)
         report.figure(runs, described["title"]).savefig(f"{stem}.png", dpi=150)
         table = report.markdown(summaries, _caption(summaries, described))
-        Path(f"{stem}.md").write_text(table, encoding="utf-8")
+        (options.markdown or Path(f"{stem}.md")).write_text(table, encoding="utf-8")
         report.write_json(options.json or Path(f"{stem}.json"), runs, described)
 
     runs = _train_all(options, data, protocol, console, write)
     summaries = report.summarize(runs)
     caption = _caption(summaries, described)
     console.print(report.rich_table(summaries, described["title"], caption))
-    console.print(f"wrote {stem}.png, {stem}.md and {options.json or stem + '.json'}")
+    files = (options.markdown or f"{stem}.md", options.json or f"{stem}.json")
+    console.print(f"wrote {stem}.png, {files[0]} and {files[1]}")
     return runs
 
 

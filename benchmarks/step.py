@@ -166,7 +166,7 @@ def _measure(name: str, options: Any, device: torch.device) -> tuple[list[Any], 
         {
             "": key,
             "ms": ms[key],
-            "quartiles": f"{timing.low:.4g}–{timing.high:.4g}",
+            "quartiles": timing.quartiles(),
             "of the step": f"{ms[key] / ms[PLAIN]:.2%}",
             "samples": timing.samples,
         }

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 
 import frobdecay
 from benchmarks.data import ImageData
+from benchmarks.measure import synchronize
 from benchmarks.models import resnet
 from frobdecay.diagnostics import QUANTITIES, Recorder
 
@@ -198,8 +199,7 @@ class _Watch:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
