@@ -38,12 +38,12 @@ import frobdecay
 from benchmarks.measure import (
     add_names,
     count,
+    described,
     environment,
     interleave,
     markdown,
     memory,
     numbers,
-    parser,
     setup,
     words,
 )
@@ -74,8 +74,9 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#999999", "#E69F00", "#56B4E9", "#
 
 
 def _parser() -> Any:
-    made = parser("pretrained", __doc__ or "")
+    made = described("pretrained", __doc__ or "")
     add = made.add_argument
+    add("--threads", type=count, help="for torch; as it chooses unless given")
     add("task", choices=TASKS)
     add("folder", help="of transformers: config.json, weights, tokenizer")
     add("--gguf", help="a file in it, in place of config.json and weights")

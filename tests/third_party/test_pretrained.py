@@ -108,6 +108,14 @@ def test_sensitivities_are_measured_once_for_all_shares(kind, tmp_path, monkeypa
         pretrained.main([*command, "--inits=calibrated:c"])
 
 
+@pytest.mark.parametrize("option", ["--device=cuda", "--json=record.json"])
+def test_options_that_nothing_would_come_of_are_refused(option, capsys):
+    """The models stay on the CPU, and the record has its place in --out."""
+    with pytest.raises(SystemExit):
+        pretrained.main(["encoder", "folder", "--text", "a=b", option])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def pretrained_timing():
     """What timing gives, without the time."""
     from benchmarks.measure import Timing
