@@ -274,7 +274,7 @@ def _measure(product: Product, step: Step) -> ProductMeasurement:
     """Norm, bound and steps of every structure, and of a chain what its spectrum says."""
     own, (rate, decay) = itself(product), step
     batch, scale, network = own.batch, abs(own.scale), own.structure
-    spectrum, rank = torch.empty(0, dtype=torch.float64, device="cpu"), own.rank
+    spectrum = torch.empty(0, dtype=torch.float64, device="cpu")
     nuclear = imbalance = stable_rank = sharpness = nan
     views: Sequence[Tensor]
     if network.is_chain:
@@ -286,7 +286,7 @@ def _measure(product: Product, step: Step) -> ProductMeasurement:
         stable_rank = square / top**2 if top else 0.0
         rank = rank_of(own, spectrum)
     else:
-        views = own.views()
+        views, rank = own.views(), own.rank
         if isinstance(network, Network):  # else W₀ is one of them, which is read where it is
             views = tuple(view.to(work_dtype(view)) for view in views)
         with full_precision(views[0].device.type):
