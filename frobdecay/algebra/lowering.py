@@ -2,10 +2,9 @@
 
 Letters that both terms have are kept (a batch) or summed over; the others are rows of the one and
 columns of the other. Where each of these groups is one letter, that is ``mm`` or ``bmm`` of the
-tensors or their transposes. A group of several letters that are adjacent is flattened into one axis
-if the tensor is contiguous; otherwise its last letter is the axis of the matrix product, and the
-others become batch axes. The smaller tensor's columns take the place of the axis that is summed
-over in the larger one, so that the other axes stay in order.
+tensors or their transposes. Each group of several letters is flattened into one axis, which copies
+a tensor where they are not adjacent; except where a letter between others is summed over and many
+entries follow it: then the smaller tensor's columns take its place, and the others stay in order.
 Sums over many rows are made in parts, so that they keep their digits.
 """
 
@@ -26,8 +25,8 @@ Groups = tuple[str, str, str, str]
 STACK, LONG = 1 << 12, 1 << 15
 """Rows that are multiplied at once where a sum is long, and from how many on it is."""
 
-_BOTH = (slice(None), slice(None))
-_NONE = "#"  # the letter of an axis of length 1 that a term lacks
+WIDE = 16
+"""Columns from which many products of matrices take less time than a copy and one product."""
 
 
 def lowered(
@@ -73,6 +72,8 @@ def aligned(term: str, letters: str) -> View:
     """Permute axes from the order of a term to that of ``letters``; 1 where the term lacks one."""
     if term == letters:
         return _same
+    if term == letters[:-2] + letters[:-3:-1]:
+        return _transposed
     order = [term.index(c) for c in letters if c in term]
     index = tuple(slice(None) if c in term else None for c in letters)
     if order == sorted(order):
@@ -115,17 +116,23 @@ def _matrices(
     if _is(left, batch, rows, over) or not _is(left, batch, rows, summed):
         summed = over
     first, between, last = left.removeprefix(batch).partition(summed)
-    inside = first and last and left == batch + first + between + last
+    inside = first and left == batch + first + between + last and _volume(last, sizes) >= WIDE
     if inside and _is(right, batch, summed, columns):
         parts = batch, first, summed, last, columns
         return batch + first + columns + last, _inside(right, parts, sizes)
     turned = exact == batch + columns + rows if exact else left.endswith(rows)
     if turned:
-        run = _product(right, left, (batch, columns, summed, rows), sizes, multiply)
-        return batch + columns + rows, lambda x, y: run(y, x)
-    return batch + rows + columns, _product(
-        left, right, (batch, rows, summed, columns), sizes, multiply
-    )
+        left, right, rows, columns = right, left, columns, rows
+    one = _matrix(left, batch, rows, summed, sizes)
+    other = _matrix(right, batch, summed, columns, sizes)
+    shape = [sizes[c] for c in batch + rows + columns]
+
+    def folded(x: Tensor, y: Tensor) -> Tensor:
+        return multiply(one(x), other(y)).reshape(shape)
+
+    plain = len(rows) == len(summed) == len(columns) == 1
+    run = _direct(one, other, multiply) if plain else folded
+    return batch + rows + columns, (lambda x, y: run(y, x)) if turned else run
 
 
 def _is(term: str, batch: str, one: str, other: str) -> bool:
@@ -135,40 +142,11 @@ def _is(term: str, batch: str, one: str, other: str) -> bool:
 
 def _matrix(term: str, batch: str, one: str, other: str, sizes: Mapping[str, int]) -> View:
     """See a tensor as (*batch, one, other)."""
+    turn = aligned(term, batch + one + other)
     if len(one) == len(other) == 1:
-        same, turned = term == batch + one + other, term == batch + other + one
-        return _same if same else _transposed if turned else aligned(term, batch + one + other)
+        return turn
     shape = [*(sizes[c] for c in batch), _volume(one, sizes), _volume(other, sizes)]
-    if term == batch + other + one:
-        shape[-2:] = shape[:-3:-1]
-        return lambda x: x.reshape(shape).mT
-    back = aligned(term, batch + one + other)
-    return lambda x: back(x).reshape(shape)
-
-
-def _product(
-    left: str, right: str, groups: Groups, sizes: Mapping[str, int], multiply: Pair
-) -> Pair:
-    """(*batch, *rows, *columns), from matrices, or from stacks of them instead of copies."""
-    batch, rows, summed, columns = groups
-    one = _matrix(left, batch, rows, summed, sizes)
-    other = _matrix(right, batch, summed, columns, sizes)
-    if len(rows) == len(summed) == len(columns) == 1:
-        return _direct(one, other, multiply)
-    shape = [sizes[c] for c in batch + rows + columns]
-
-    def folded(x: Tensor, y: Tensor) -> Tensor:
-        return multiply(one(x), other(y)).reshape(shape)
-
-    if len(rows) > 1 < len(columns):
-        return folded
-    stacked, ahead = _stacked(left, right, groups), batch + summed[:-1]
-    fits = _is(left, batch, rows, summed) and _is(right, batch, summed, columns)
-    if not fits and left.startswith(ahead) and right.startswith(ahead):
-        return stacked
-    return lambda x, y: (
-        folded(x, y) if not fits or (x.is_contiguous() and y.is_contiguous()) else stacked(x, y)
-    )
+    return lambda x: turn(x).reshape(shape)
 
 
 def _direct(one: View, other: View, multiply: Pair) -> Pair:
@@ -190,28 +168,6 @@ def _inside(right: str, parts: tuple[str, str, str, str, str], sizes: Mapping[st
     result = [*ahead, *(sizes[c] for c in first + columns + last)]
     matrix = _matrix(right, batch, summed, columns, sizes)
     return lambda x, y: times_rows(matrix(y).unsqueeze(-3), x.reshape(shape)).reshape(result)
-
-
-def _stacked(left: str, right: str, groups: Groups) -> Pair:
-    """(*batch, *rows, *columns) from the last letters of each, stacked over all other letters."""
-    batch, rows, summed, columns = groups
-    row, column = rows[-1:] or _NONE, columns[-1:] or _NONE
-    ahead = batch + summed[:-1] + rows[:-1] + columns[:-1]
-    one, other = (
-        aligned(left, ahead + summed[-1] + row),
-        aligned(right, ahead + summed[-1] + column),
-    )
-    over = list(range(len(batch), len(batch + summed) - 1))
-    made, wanted = batch + rows[:-1] + columns[:-1] + row + column, batch + rows + columns
-    back = aligned(made.replace(_NONE, ""), wanted)
-    alone = tuple(0 if c == _NONE else slice(None) for c in (row, column))
-
-    def multiply(x: Tensor, y: Tensor) -> Tensor:
-        found = times_rows(one(x), other(y))
-        found = found.sum(over) if over else found
-        return back(found if alone == _BOTH else found[(..., *alone)])
-
-    return multiply
 
 
 def _long(x: Tensor, y: Tensor) -> Tensor:
