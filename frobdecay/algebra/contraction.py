@@ -26,12 +26,13 @@ Node = tuple[int, str]  # the number of a tensor that is held, and its letters
 
 @dataclass(frozen=True)
 class Step:
-    """One contraction of two tensors that are held.
+    """One contraction of two tensors that are held, or one tensor with its axes in another order.
 
     Attributes:
-        left, right: their numbers: first those that are given, then the results of all steps.
+        left, right: their numbers: first those that are given, then the results of all steps; of
+            one tensor both are its.
         run: the function of the two.
-        terms: letters of the two and of the result.
+        terms: letters of the two, or of the one, and of the result.
         flops: multiplications and additions.
         numbers: entries of the result.
     """
@@ -39,7 +40,7 @@ class Step:
     left: int
     right: int
     run: Pair
-    terms: tuple[str, str, str]
+    terms: tuple[str, ...]
     flops: int
     numbers: int
 
@@ -49,28 +50,22 @@ class End:
     """The last step to what is around a leaf, which is multiplied by a coefficient.
 
     Attributes:
-        step: the contraction, or None where what is around the leaf is one tensor, ``node``.
         scaled: which of the two is smaller, and takes the coefficient.
         spread: axes of the leaf that were summed over before all else, and their lengths.
     """
 
-    step: Step | None
-    node: Node
-    letters: str
+    step: Step
     scaled: int
     spread: Mapping[int, int]
 
     def __call__(self, held: Sequence[Tensor], coef: Coefficient) -> Tensor:
         """What is around the leaf, times the coefficient."""
-        if self.step is None:
-            found = scaled(aligned(self.node[1], self.letters)(held[self.node[0]]), coef)
+        left, right = held[self.step.left], held[self.step.right]
+        if self.scaled:
+            right = scaled(right, coef)
         else:
-            left, right = held[self.step.left], held[self.step.right]
-            if self.scaled:
-                right = scaled(right, coef)
-            else:
-                left = scaled(left, coef)
-            found = self.step.run(left, right)
+            left = scaled(left, coef)
+        found = self.step.run(left, right)
         for axis, size in self.spread.items():
             found = found.unsqueeze(axis).expand(*found.shape[:axis], size, *found.shape[axis:])
         return found
@@ -95,7 +90,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Of all steps."""
-        last = [end.step for end in self.ends if end is not None and end.step is not None]
+        last = [end.step for end in self.ends if end is not None]
         return sum(step.flops for step in (*self.steps, *last))
 
     def run(self, views: Sequence[Tensor]) -> list[Tensor]:
@@ -109,22 +104,20 @@ class Plan:
 
     def result(self, views: Sequence[Tensor]) -> Tensor:
         """What the plan is for, where that is one tensor."""
-        held = self.run(views)
-        return self.ends[0](held, 1.0) if self.ends and self.ends[0] else held[-1]
+        return self.run(views)[-1]
 
     def table(self, shown: Callable[[str], str]) -> list[tuple[str, int, str]]:
         """Each step: its equation in the letters of ``shown``, its flops, and what it is for."""
-        last = [(j, end) for j, end in enumerate(self.ends) if end is not None]
-        taken = [*self.steps, *(end.step for _, end in last if end.step is not None)]
+        last = [(end.step, f"for factor {j}") for j, end in enumerate(self.ends) if end is not None]
+        taken = [*self.steps, *(step for step, _ in last)]
         uses = Counter(n for step in taken for n in {step.left, step.right})
-        uses.update(end.node[0] for _, end in last if end.step is None)
         rows = []
         for n, step in enumerate(self.steps, len(self.alone)):
             kept = f", kept for {uses[n]} steps" if uses[n] > 1 else ""
             rows.append((step, f"{step.numbers:,} numbers{kept}"))
-        rows += [(end.step, f"for factor {j}") for j, end in last if end.step is not None]
         return [
-            ("{},{}->{}".format(*map(shown, step.terms)), step.flops, use) for step, use in rows
+            (f"{','.join(map(shown, step.terms[:-1]))}->{shown(step.terms[-1])}", step.flops, use)
+            for step, use in (*rows, *last)
         ]
 
 
@@ -181,6 +174,12 @@ class _Steps:
         found, run, flops = lowered(left[1], right[1], kept, self.sizes, exact)
         numbers = prod(self.sizes[c] for c in found)
         return Step(left[0], right[0], run, (left[1], right[1], found), flops, numbers)
+
+    def turned(self, node: Node, letters: str) -> Step:
+        """One tensor, its axes in the order of ``letters``."""
+        slot, term = node
+        turn, numbers = aligned(term, letters), prod(self.sizes[c] for c in term)
+        return Step(slot, slot, lambda x, _: turn(x), (term, letters), 0, numbers)
 
 
 def _leaves(tree: Tree) -> list[int]:
@@ -273,7 +272,7 @@ def plan(
                 for k, want in enumerate(wanted)
             )
         elif isinstance(tree, int):
-            ends = (End(None, leaves[0], kept, 0, {}),)
+            steps.steps.append(steps.turned(leaves[0], kept))
         else:
             steps.contract(steps.value(tree[0]), steps.value(tree[1]), kept, exact=True)
         formed = whole and sorted(_leaves(tree[0])) == [*range(len(terms))]
@@ -289,7 +288,7 @@ def _end(steps: _Steps, tree: Tree, k: int, term: str, alone: Sequence[int]) -> 
     spread = {a: steps.sizes[term[a]] for a in alone}
     one, other = steps.around(tree, leaf)
     if one is None:
-        return End(None, other, letters, 0, spread)
+        return End(steps.turned(other, letters), 0, spread)
     step = steps.step(one, other, letters, exact=True)
     volumes = [prod(steps.sizes[c] for c in node[1]) for node in (one, other)]
-    return End(step, other, letters, int(volumes[1] < volumes[0]), spread)
+    return End(step, int(volumes[1] < volumes[0]), spread)
