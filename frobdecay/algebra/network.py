@@ -164,24 +164,15 @@ class Network:
         sizes = self.sizes(views, batch)
         return min((sizes[c] for c in self.bonds), default=1)
 
-    def plan(
-        self,
-        shapes: Sequence[Sequence[int]],
-        batch: int = 0,
-        wanted: Sequence[bool] | None = None,
-        grams: Sequence[bool] = (),
-    ) -> Plan:
+    def plan(self, shapes: Sequence[Sequence[int]], batch: int = 0) -> Plan:
         """The cheapest contraction for the gradients of ½‖W‖², kept from call to call.
 
         Args:
             shapes: of the factors' views.
             batch: number of leading batch axes.
-            wanted: whose gradients; those of all unless given.
-            grams: whose ``gram`` is given in their place.
         """
-        every = (True,) * len(self.terms)
-        wanted = every if wanted is None else tuple(wanted)
-        return _planned(self, tuple(map(tuple, shapes)), batch, wanted, tuple(grams), True)
+        wanted = (True,) * len(self.terms)
+        return _planned(self, tuple(map(tuple, shapes)), batch, wanted, (), True)
 
     def describe(self, views: Views, batch: int) -> str:
         """The plan in words: the letters' sizes, each step, its flops, and what is kept.
@@ -219,7 +210,8 @@ class Network:
     def materialize(self, views: Views, batch: int) -> Tensor:
         """Form W, shape ``shape``, at least float32; differentiable."""
         views = accumulable(views)
-        return _dense(self, tuple([v.shape for v in views]), batch).result(views)
+        shapes, output = tuple([v.shape for v in views]), _BATCH[:batch] + self.output
+        return plan(self.with_batch(batch), output, shapes).result(views)
 
     def gradients(
         self,
@@ -305,11 +297,6 @@ def _planned(
             terms[k], copies[k] = network.gram_of(k, batch), None
     output = _BATCH[:batch] + network.output
     return plan(tuple(terms), output, shapes, tuple(copies), wanted, dense)
-
-
-@lru_cache(maxsize=4096)
-def _dense(network: Network, shapes: Shapes, batch: int) -> Plan:
-    return plan(network.with_batch(batch), _BATCH[:batch] + network.output, shapes)
 
 
 @lru_cache(maxsize=4096)
