@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -42,12 +42,8 @@ class Beside:
         return self._held
 
 
-@dataclass(frozen=True)
-class FromDense(Shifted):
-    """W₀ − U Vᵀ: norm and gradients of U and V are those of U Vᵀ − W₀."""
-
-    scales: tuple[float, ...] = (-1.0,)
-    name: str = "departure"
+FROM_DENSE = Shifted((-1.0,), "departure")
+"""W₀ − U Vᵀ: norm and gradients of U and V are those of U Vᵀ − W₀."""
 
 
 def itself(product: Product) -> Product:
@@ -56,7 +52,7 @@ def itself(product: Product) -> Product:
     if isinstance(structure, Departure):
         now, _ = structure.halves(factors)
         return replace(product, factors=tuple(now), structure=structure.network)
-    if isinstance(structure, FromDense):
+    if structure == FROM_DENSE:
         return replace(product, factors=factors[1:], structure=chain((2, 2)))
     return product
 
@@ -139,7 +135,7 @@ def _toward_weight(product: Product, weight: Any) -> Product:
             f"{tuple(weight.shape)}"
         )
     matrix = Factor(Beside(view.matrix(weight.detach()), product.factors[0]), "tensor")
-    found = replace(product, factors=(matrix, *product.factors), structure=FromDense())
+    found = replace(product, factors=(matrix, *product.factors), structure=FROM_DENSE)
     if not is_finite(weight):
         raise ValueError(
             f"{name}: expected a dense weight to decay toward, got NaN or infinity in it; repair "
