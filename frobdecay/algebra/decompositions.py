@@ -124,9 +124,7 @@ def hosvd(tensor: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
         >>> core.shape, U.shape
         (torch.Size([2, 3, 2]), torch.Size([4, 2]))
     """
-    work, exponent = _work(tensor, 1)
-    bases = _bases(work, tucker_ranks(ranks, tensor.shape))
-    return _scaled_core(tensor, _projected(work, bases), list(bases.values()), exponent)
+    return hooi(tensor, ranks, sweeps=0)
 
 
 def _scaled_core(
