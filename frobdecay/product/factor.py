@@ -37,7 +37,7 @@ class Factor:
         pattern: einops pattern from the parameter to (*batch, *summed, rows, columns), or None
             where the parameter already has that shape. It has to be a view: what is added to
             the view of a ``.grad`` has to arrive in the ``.grad``.
-        axes: (name, length) pairs that the pattern needs.
+        axes: (name, length) pairs, of which the pattern is told those that it names.
         index: takes one entry of the first axis after the pattern, or those from start to stop
             (the queries, say, of queries, keys and values packed one below the other).
         then: a second pattern, for what the index takes.
@@ -78,7 +78,8 @@ class Factor:
         return taken if self.then is None else self._arranged(taken, self.then)
 
     def _arranged(self, tensor: Tensor, pattern: str) -> Tensor:
-        return rearrange(tensor, pattern, **dict(axes_in(pattern, dict(self.axes))))
+        names = set(pattern.replace("(", " ").replace(")", " ").split())
+        return rearrange(tensor, pattern, **{name: n for name, n in self.axes if name in names})
 
     def identity(self) -> object:
         """Equal for two factors that are the same part of the same parameter, seen alike."""
@@ -151,12 +152,6 @@ def place_of(factor: Factor) -> tuple[Mapping[str, Mapping[str, Any] | _Attribut
     if isinstance(owner, nn.Module) and name in owner._parameters:
         return vars(owner), name
     return {TABLE: vars(owner) if name in vars(owner) else _Attributes(owner)}, name
-
-
-def axes_in(pattern: str | None, axes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """Those axes whose lengths a pattern may need: it is told no others."""
-    names = set((pattern or "").replace("(", " ").replace(")", " ").split())
-    return tuple((name, length) for name, length in axes.items() if name in names)
 
 
 def is_sharded(tensor: Tensor) -> bool:

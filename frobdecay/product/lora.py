@@ -22,7 +22,7 @@ from torch import nn
 
 from frobdecay.algebra.scaling import DTYPES
 from frobdecay.algebra.shifted import Shifted
-from frobdecay.product.factor import Factor, axes_in
+from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product
 
 _PEFT = "peft.tuners"
@@ -138,14 +138,10 @@ def _refusal(module: nn.Module, called: str, why: str) -> str:
 def _pair(module: Any, adapter: str, layout: _Layout) -> tuple[Factor, Factor]:
     """B and A as the factors U and V."""
     if _embeds(module, adapter):
-        places = (module.lora_embedding_A, adapter), (module.lora_embedding_B, adapter)
+        u, v = (module.lora_embedding_A, adapter), (module.lora_embedding_B, adapter)
     else:
-        places = (module.lora_B[adapter], "weight"), (module.lora_A[adapter], "weight")
-    u, v = (
-        Factor(owner, attribute, pattern, axes_in(pattern, dict(layout.axes)))
-        for (owner, attribute), pattern in zip(places, layout[:2], strict=True)
-    )
-    return u, v
+        u, v = (module.lora_B[adapter], "weight"), (module.lora_A[adapter], "weight")
+    return Factor(*u, layout.u, layout.axes), Factor(*v, layout.v, layout.axes)
 
 
 def _layout(module: Any, adapter: str) -> _Layout:
@@ -204,7 +200,7 @@ def _base(module: Any, called: str, layout: _Layout) -> Factor:
             f"{called}: expected a dense weight for lora='full', but {why}; use lora='delta', "
             "which does not need it"
         )
-    return Factor(layer, attribute, layout.base, axes_in(layout.base, dict(layout.axes)))
+    return Factor(layer, attribute, layout.base, layout.axes)
 
 
 def _embeds(module: Any, adapter: str) -> bool:

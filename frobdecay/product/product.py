@@ -26,7 +26,7 @@ from frobdecay.algebra.precision import (
 )
 from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.departure import Departure
-from frobdecay.product.factor import Bare, Factor, axes_in, whole
+from frobdecay.product.factor import Bare, Factor, whole
 from frobdecay.product.partitions import why_partitioned
 
 Structure = Network | Shifted | Departure
@@ -152,7 +152,7 @@ class Product:
         elif len(patterns) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)} patterns, got {len(patterns)}")
         factors = tuple(
-            Factor(Bare(tensor), "tensor", pattern, axes_in(pattern, axes or {}))
+            Factor(Bare(tensor), "tensor", pattern, tuple((axes or {}).items()))
             for tensor, pattern in zip(tensors, patterns, strict=True)
         )
         if batch is None:
