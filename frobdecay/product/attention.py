@@ -309,16 +309,6 @@ def _multihead(module: Any) -> Attention:
     )
 
 
-def _timm(module: Any) -> Attention:
-    return Attention(
-        "qkv:qkv proj",
-        module.num_heads,
-        module.head_dim,
-        scores_fixed=_between("q_norm k_norm", module),
-        outputs_fixed=_between("norm gate", module),
-    )
-
-
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
 _SCORES = (  # what types have, or have not, between queries and keys, by its name
@@ -328,7 +318,9 @@ _SCORES = (  # what types have, or have not, between queries and keys, by its na
 _OUTPUTS = "attn_sub_norm inner_attn_ln v_norm gate_proj clip_qkv rotary_value"
 
 
-def _known(layout: str, scores: str, outputs: str) -> Callable[[nn.Module], Attention]:
+def _known(
+    layout: str, scores: str = "", outputs: str = "", names: str = _OUTPUTS
+) -> Callable[[nn.Module], Attention]:
     """Read a type whose layout is written down; numbers and sizes of heads are the module's."""
 
     def read(module: nn.Module) -> Attention:
@@ -353,7 +345,7 @@ def _known(layout: str, scores: str, outputs: str) -> Callable[[nn.Module], Atte
             heads // groups if groups > 0 and heads % groups == 0 else 1,
             value_size,
             scores_fixed=scores or _between(_SCORES, own, config),
-            outputs_fixed=outputs or _between(_OUTPUTS, own, config),
+            outputs_fixed=outputs or _between(names, own, config),
         )
 
     return read
@@ -373,7 +365,7 @@ def _number(names: Sequence[str], *owners: Any) -> int:
 
 _READERS: dict[type | str, Callable[[nn.Module], Attention]] = {
     nn.MultiheadAttention: _multihead,
-    "timm.layers.attention.Attention": _timm,
+    "timm.layers.attention.Attention": _known("qkv:qkv proj", names=f"{_OUTPUTS} norm gate"),
     **{name: _known(*row) for name, row in TRANSFORMERS.items()},
 }
 
