@@ -21,6 +21,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from frobdecay.algebra.contraction import plan
+from frobdecay.algebra.network import Network, cp, tucker
 from frobdecay.algebra.scaling import (
     check_not_zero,
     check_weight,
@@ -71,26 +73,29 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     return (matrix @ seen).reshape(*shape[:mode], matrix.shape[0], *shape[mode + 1 :])
 
 
+def _around(network: Network, k: int, tensor: Tensor, others: Mapping[int, Tensor]) -> Tensor:
+    """What is around factor k in ⟨X, W⟩: the tensor X, contracted with all others by number."""
+    terms = (network.output, *(network.terms[j] for j in others))
+    tensors = [tensor, *others.values()]
+    return plan(terms, network.terms[k], tuple([t.shape for t in tensors])).result(tensors)
+
+
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """Read a tensor as a matrix whose rows are one mode."""
     return tensor.movedim(mode, 0).flatten(1)
 
 
 def tucker_dense(core: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
-    """Multiply a core by factors {mode: (n_k, r_k)}, in their order; see ``by_growth``."""
+    """Multiply a core by factors {mode: (n_k, r_k)}, in their order."""
     for mode, U in factors.items():
         core = mode_product(core, U, mode)
     return core
 
 
-def by_growth(factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Sort {mode: (n_k, r_k)} so that those come first that make a core grow least."""
-    return dict(sorted(factors.items(), key=lambda item: item[1].shape[0] / item[1].shape[1]))
-
-
 def _projected(tensor: Tensor, bases: dict[int, Tensor]) -> Tensor:
-    """The tensor in the coordinates of the bases."""
-    return tucker_dense(tensor, by_growth({mode: U.mT for mode, U in bases.items()}))
+    """The tensor in the coordinates of the bases: around the core."""
+    network = tucker(tensor.ndim, [mode for mode in range(tensor.ndim) if mode not in bases])
+    return _around(network, 0, tensor, dict(enumerate(bases.values(), 1)))
 
 
 def _bases(tensor: Tensor, ranks: Sequence[int]) -> dict[int, Tensor]:
@@ -326,11 +331,11 @@ def _start(work: Tensor, rank: int) -> Iterator[Tensor]:
 
 def _sweep(work: Tensor, factors: list[Tensor], norm: Tensor) -> tuple[Tensor, float]:
     """Update every factor in place; return the terms' norms and the relative error."""
-    size, inner = norm, norm
+    size, inner, network = norm, norm, cp(work.ndim)
     for mode in range(len(factors)):
-        others = [U for k, U in enumerate(factors) if k != mode]
-        gram = reduce(torch.mul, [U.mT @ U for U in others])
-        image = _image(work, factors, mode)
+        others = {k: U for k, U in enumerate(factors) if k != mode}
+        gram = reduce(torch.mul, [U.mT @ U for U in others.values()])
+        image = _around(network, mode, work, others)
         solved = image @ torch.linalg.pinv(gram, hermitian=True)
         size = solved.norm(dim=0)
         # A term without size keeps its direction, or it would never train.
@@ -338,19 +343,6 @@ def _sweep(work: Tensor, factors: list[Tensor], norm: Tensor) -> tuple[Tensor, f
         inner = (image * solved).sum()  # ⟨W, Ŵ⟩ = ‖Ŵ‖² after a least-squares update
     error = (norm**2 - inner).clamp_min(0).sqrt() / norm
     return size, float(error)
-
-
-def _image(work: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
-    """The unfolding along a mode times the others' Khatri–Rao product, without forming that."""
-    others = [k for k in range(work.ndim) if k != mode]
-    longest = max(others, key=lambda k: work.shape[k])
-    seen = mode_product(work, factors[longest].mT, longest).movedim(longest, -1)
-    for k in reversed(others):
-        if k != longest:  # of the modes that are left, this one comes at k or before
-            axis = k - (longest < k)
-            column = factors[k].reshape(-1, *[1] * (seen.ndim - axis - 2), factors[k].shape[1])
-            seen = (seen * column).sum(axis)
-    return seen
 
 
 def _shared(factors: Sequence[Tensor], size: Tensor) -> list[Tensor]:
