@@ -71,7 +71,7 @@ def transaction(modules: Iterable[nn.Module]) -> Iterator[None]:
     else:
         remember(before, _parameters(touched))
     finally:
-        VERSION.bump()
+        VERSION.value += 1
 
 
 def _parameters(modules: Iterable[nn.Module]) -> dict[Hashable, list[Tensor]]:

@@ -27,12 +27,7 @@ class Version:
     It lets an optimizer that was built earlier notice cheaply that it may hold stale parameters.
     """
 
-    def __init__(self) -> None:
-        self.value = 0
-
-    def bump(self) -> None:
-        """Count one change."""
-        self.value += 1
+    value = 0
 
 
 VERSION = Version()

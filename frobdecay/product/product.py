@@ -205,7 +205,7 @@ def _chain_of(name: str, views: Sequence[Tensor], batch: int) -> Network:
     shapes = [tuple(view.shape) for view in views]
     if len(views) < 2:
         raise ValueError(f"{name}: expected two factors or more, got {len(views)}")
-    if batch < 0 or any(len(shape) < batch + 2 for shape in shapes):
+    if any(len(shape) < batch + 2 for shape in shapes):
         raise ValueError(
             f"{name}: expected factors with {batch} batch axes and a matrix, got {shapes}; for "
             "any other einsum, say which: Product.of(..., equation=...)"

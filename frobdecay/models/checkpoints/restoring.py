@@ -138,7 +138,7 @@ def _delete(module: nn.Module, attribute: str) -> None:
     )
     own_class(module)
     release(module, attribute)
-    VERSION.bump()
+    VERSION.value += 1
 
 
 # --- copies --------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _accept(
 ) -> Iterator[str]:
     """Put factors in the place of dense weights; yield what is wrong with what there is."""
     if assign:
-        VERSION.bump()  # there will be other parameters
+        VERSION.value += 1  # there will be other parameters
     for attribute, held in factorized(module).items():
         key, inside = f"{prefix}{attribute}", f"{prefix}parametrizations.{attribute}.original"
         ours = {f"{inside}{i}": tuple(p.shape) for i, p in enumerate(_factors(held))}
