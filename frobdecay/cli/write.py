@@ -78,7 +78,7 @@ def write(
     source = folder_of(checkpoint.path)
     assert source is not None
     parent = target.absolute().parent
-    with own_folder(parent) as (temporary, _):
+    with own_folder(parent) as temporary:
         made = temporary / target.name
         shutil.copytree(source, made, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
         _write_files(made, files, records, checkpoint.tied)

@@ -230,8 +230,8 @@ class Recorder:
         for table in state["history"].values():
             for quantity, values in table.items():  # JSON has no word for NaN and the infinities
                 table[quantity] = [value if isfinite(value) else str(value) for value in values]
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(state) + "\n")
+        with replacing(path) as file:
+            file.write((json.dumps(state) + "\n").encode())
 
     def load(self, path: FilePath) -> None:
         """Continue the history of a file that ``save`` wrote.

@@ -430,7 +430,8 @@ def test_factors_are_carried_along(tmp_path, capsys):
 def test_a_stream_is_a_file_of_safetensors(tmp_path):
     """Every dtype, empty tensors, scalars, views; read by the library itself."""
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-             torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn)  # fmt: skip
+             torch.int16, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn,
+             torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)  # fmt: skip
     tensors = {str(kind): torch.arange(3).to(kind) for kind in reversed(kinds)}
     tensors |= {"none": torch.ones(0, 3), "scalar": torch.tensor(2.5), "view": torch.eye(4)[:, 1]}
     tensors["turned"] = torch.arange(6.0).view(2, 3).T
@@ -442,6 +443,12 @@ def test_a_stream_is_a_file_of_safetensors(tmp_path):
         assert torch.equal(found[name].float(), tensor.float())
 
 
+class Elsewhere(torch.Tensor):
+    """Its numbers are not in its own memory, as those of quantized tensors."""
+
+    __torch_dispatch__ = torch._C._disabled_torch_function_impl
+
+
 def test_what_has_no_name_in_the_format_is_refused(tmp_path):
     """Before anything is written."""
     wide = torch.ones(2, dtype=torch.complex128)
@@ -449,6 +456,9 @@ def test_what_has_no_name_in_the_format_is_refused(tmp_path):
         write_stream(tmp_path / "x", [Part.of("x", wide)], {})
     with pytest.raises(ValueError, match=r"x is no whole dense tensor.*sparse"):
         Part.of("x", torch.eye(2).to_sparse())
+    wrapped = torch.Tensor._make_wrapper_subclass(Elsewhere, (2, 2))
+    with pytest.raises(ValueError, match=r"x is no whole dense tensor \(Elsewhere"):
+        Part.of("x", wrapped)
     assert not (tmp_path / "x").exists()
 
 

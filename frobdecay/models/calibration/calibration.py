@@ -168,7 +168,6 @@ class Calibration:
         """Write the moments to a file: safetensors if it ends so, else what ``torch.save`` writes.
 
         Raises:
-            ImportError: safetensors is not installed.
             OSError: the file cannot be written.
         """
         write(path, self.sums, {"shrink": self.shrink, "unwatched": self.unwatched})

@@ -15,10 +15,10 @@ from frobdecay.models.checkpoints.files import (
     FilePath,
     read_safetensors,
     readable,
-    write_safetensors,
     write_torch,
 )
 from frobdecay.models.checkpoints.formats import PICKLE, SAFETENSORS, ZIP, recognized
+from frobdecay.models.checkpoints.streams import Part, write_stream
 
 HEADER, VERSION = "frobdecay.calibration", 1
 PARTS = {"inputs": 3, "outputs": 3, "rows": 2}
@@ -46,7 +46,8 @@ def write(path: FilePath, sums: Sums, said: Mapping[str, Any]) -> None:
         }
     )
     if os.fsdecode(path).endswith(".safetensors"):
-        write_safetensors(path, tensors, {HEADER: text})
+        parts = [Part.of(name, tensor) for name, tensor in tensors.items()]
+        write_stream(path, parts, {HEADER: text})
     else:
         write_torch(path, {HEADER: text, **tensors})
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from frobdecay.models.checkpoints.files import FilePath, read_safetensors, write_safetensors
+from frobdecay.models.checkpoints.files import FilePath, read_safetensors
 from frobdecay.models.checkpoints.folders import weight_files
 from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 from frobdecay.models.checkpoints.records import (
@@ -32,6 +32,7 @@ from frobdecay.models.checkpoints.records import (
     record_of,
 )
 from frobdecay.models.checkpoints.restoring import restorable
+from frobdecay.models.checkpoints.streams import Part, write_stream
 from frobdecay.models.checkpoints.tensors import (
     check_buffers,
     check_same,
@@ -70,7 +71,7 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
     The structure is how each factorized weight is parametrized: kind, rank, pattern, axes, depth,
     initialization. Parameters and buffers are saved under their ``state_dict`` keys (without the
     segments that ``torch.compile`` adds), tied ones once; factors are not multiplied out. For a
-    dense checkpoint save ``merge(copy.deepcopy(model)).state_dict()``. Needs ``safetensors``.
+    dense checkpoint save ``merge(copy.deepcopy(model)).state_dict()``.
 
     Args:
         model: factorized in part, in whole or not at all.
@@ -78,7 +79,6 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
             permissions, or stays if something fails. Several may save to it at once.
 
     Raises:
-        ImportError: safetensors is not installed.
         OSError: the file cannot be written: a full disk, no permission, no regular file.
         ValueError: tensors that are sharded, sparse or on the meta device; data-parallel wrappers;
             extra state; parametrizations that no file can name. Nothing was written then.
@@ -93,9 +93,10 @@ def save_factorized(model: nn.Module, path: FilePath) -> None:
         if source != name:
             tied[name] = source
         else:
-            tensors[name] = tensor.detach()
+            tensors[name] = tensor
     structure = {"version": RECORDS_VERSION, "weights": records, "tied": tied}
-    write_safetensors(path, tensors, {HEADER: json.dumps(structure)})
+    parts = [Part.of(name, tensor) for name, tensor in tensors.items()]
+    write_stream(path, parts, {HEADER: json.dumps(structure)})
 
 
 # --- load ---------------------------------------------------------------------------------------

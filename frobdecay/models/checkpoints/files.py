@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,17 @@ except ImportError:  # no locks as POSIX has them; what a killed save leaves the
 FilePath = str | os.PathLike[str]
 
 # Note [a folder for each save]
-# A save writes into a folder of its own beside the file that it is to replace: whatever the writer
-# puts beside its file (safetensors has a temporary one, too) is in there, no two saves meet, and
-# the file's own name, however long, can be used. The folder holds a lock while the save lives. A
-# killed save cannot clean up, so the next one in the same place does: folders whose lock can be
-# taken. A lock gets its name when it is locked already, so that no new folder looks abandoned.
+# A save writes into a folder of its own beside what it is to replace: no two saves meet, and the
+# own name of the file or the folder, however long, can be used. The folder holds a lock while the
+# save lives. A killed save cannot clean up, so the next one in the same place does: folders whose
+# lock can be taken. A lock gets its name when it is locked already, so that no new folder looks
+# abandoned.
 _PREFIX, _LOCK = ".frobdecay-", ".frobdecay-lock"
 
 
 @contextmanager
-def replacing(path: FilePath) -> Iterator[Path]:
-    """A path to write to, which replaces ``path`` in one step if nothing fails.
+def replacing(path: FilePath) -> Iterator[Any]:
+    """A binary file to write to, which replaces ``path`` in one step if nothing fails.
 
     Links are followed, and the file keeps its owner and its permissions; a new one gets those that
     ``open`` would give it. The numbers are on the disk before the old ones are gone.
@@ -47,16 +46,17 @@ def replacing(path: FilePath) -> Iterator[Path]:
     try:
         target = Path(os.path.realpath(os.fsdecode(path)))
         old = _writable(target)
-        with own_folder(target.parent) as (folder, mode):
+        with own_folder(target.parent) as folder:
             temporary = folder / target.name
-            yield temporary
-            temporary.chmod(0o600)  # some umasks would keep us out
-            with temporary.open("rb+") as file:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
-            if old is not None and hasattr(os, "chown"):
-                with suppress(PermissionError):
-                    os.chown(temporary, old.st_uid, old.st_gid)
-            temporary.chmod(stat.S_IMODE(mode if old is None else old.st_mode))
+            if old is not None:
+                if hasattr(os, "chown"):
+                    with suppress(PermissionError):
+                        os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(stat.S_IMODE(old.st_mode))
             os.replace(temporary, target)
         sync(target.parent)
     except Exception as error:
@@ -113,8 +113,8 @@ def _is_utf8(name: str) -> bool:
 
 
 @contextmanager
-def own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
-    """A folder for one save and the mode of new files; see Note [a folder for each save]."""
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A folder for one save; see Note [a folder for each save]."""
     _clean(parent)
     made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
     with made as name:
@@ -124,7 +124,7 @@ def own_folder(parent: Path) -> Iterator[tuple[Path, int]]:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.rename(lock.name, Path(name, _LOCK))
-            yield Path(name), os.fstat(lock.fileno()).st_mode
+            yield Path(name)
 
 
 def _clean(parent: Path) -> None:
@@ -149,26 +149,13 @@ def sync(path: Path) -> None:
 def _os_error(error: BaseException | None) -> OSError | None:
     """The system's error behind a writer's own words, if there is one.
 
-    ``torch.save`` raises a RuntimeError over the OSError of the file; safetensors has but words.
+    ``torch.save`` raises a RuntimeError over the OSError of the file.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
-        if said := re.search(r"\(os error (\d+)\)", str(error)):
-            return OSError(int(said[1]), os.strerror(int(said[1])))
         error = error.__cause__ or error.__context__
     return None
-
-
-def _safetensors() -> Any:
-    try:
-        safetensors = importlib.import_module("safetensors")
-        importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(
-            "safetensors files need safetensors: pip install safetensors, or frobdecay[cli]"
-        ) from error
-    return safetensors
 
 
 def write_torch(path: FilePath, content: Any) -> None:
@@ -177,7 +164,7 @@ def write_torch(path: FilePath, content: Any) -> None:
     Raises:
         OSError: as ``replacing``.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as file:
         torch.save(content, file)
 
 
@@ -203,41 +190,8 @@ def write_figure(path: FilePath, figure: Any) -> None:
         OSError: as ``replacing``.
         ValueError: an ending that matplotlib does not know.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        figure.savefig(file, format=temporary.suffix[1:] or None, dpi=150)
-
-
-def write_safetensors(
-    path: FilePath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors, none of which shares memory in the file, and metadata into the header.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        OSError: as ``replacing``.
-        ValueError: a tensor that is not whole, dense and in memory, or of a dtype without a name
-            in the format; nothing was written then.
-    """
-    safetensors = _safetensors()
-    storages: set[int] = set()
-    content = {name: _unshared(name, tensor, storages) for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(content, temporary, {"format": "pt", **(metadata or {})})
-
-
-def _unshared(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
-    """The tensor in memory of its own, copied where it is not."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        kind = f"{type(tensor).__name__} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
-        raise ValueError(
-            f"{name} is a {kind}, not a whole dense tensor; gather, materialize or dequantize it "
-            "before saving"
-        )
-    storage = tensor.untyped_storage()
-    alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
-    storages.add(storage.data_ptr())
-    plain = tensor.contiguous()
-    return plain if alone or plain is not tensor else plain.clone()
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(file.name).suffix[1:] or None, dpi=150)
 
 
 def read_safetensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -248,7 +202,12 @@ def read_safetensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]
         OSError: the file cannot be opened.
         ValueError: it is not a safetensors file, or damaged.
     """
-    safetensors = _safetensors()
+    try:
+        safetensors = importlib.import_module("safetensors")
+    except ImportError as error:
+        raise ImportError(
+            "safetensors files need safetensors: pip install safetensors, or frobdecay[cli]"
+        ) from error
     try:
         with (
             readable(path) as name,

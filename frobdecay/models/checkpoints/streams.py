@@ -1,6 +1,6 @@
 """Safetensors files written tensor by tensor, each made when its turn comes.
 
-``safetensors`` itself writes what is in memory as a whole.
+``safetensors`` itself writes what is in memory as a whole, and a file by its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.bool: "BOOL", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 
 
@@ -47,11 +48,15 @@ class Part:
         """A tensor that is there already.
 
         Raises:
-            ValueError: it is not a whole dense tensor.
+            ValueError: it is not a whole dense tensor in memory.
         """
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-            raise ValueError(f"{name} is no whole dense tensor ({kind}); leave it out before")
+        dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+        if not dense or (tensor.numel() and not tensor.data_ptr()):  # of others' subclasses
+            kind = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise ValueError(
+                f"{name} is no whole dense tensor ({kind}); gather, materialize or dequantize it, "
+                "or leave it out"
+            )
         return cls((name,), (tuple(tensor.shape),), tensor.dtype, lambda: [tensor])
 
     @property
@@ -71,7 +76,7 @@ def write_stream(path: FilePath, parts: Iterable[Part], metadata: Mapping[str, s
     ordered = sorted(parts, key=lambda part: -part.dtype.itemsize)
     text = json.dumps(_header(ordered, metadata)).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in ordered:
             for tensor, shape in zip(part.make(), part.shapes, strict=True):

@@ -18,9 +18,9 @@ from frobdecay.models.checkpoints import files
 from frobdecay.models.checkpoints.files import (
     read_safetensors,
     replacing,
-    write_safetensors,
     write_torch,
 )
+from frobdecay.models.checkpoints.streams import Part, write_stream
 
 needs_safetensors = pytest.mark.skipif(
     find_spec("safetensors") is None, reason="safetensors is not installed"
@@ -32,14 +32,16 @@ def _names(folder):
 
 
 def _write(path, text="new"):
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
-WRITERS = {
-    "safetensors": pytest.param(write_safetensors, marks=needs_safetensors),
-    "torch": write_torch,
-}
+def write_safetensors(path, tensors):
+    """As ``save_factorized`` does."""
+    write_stream(path, [Part.of(name, tensor) for name, tensor in tensors.items()], {})
+
+
+WRITERS = {"safetensors": write_safetensors, "torch": write_torch}
 
 
 @contextmanager
@@ -89,8 +91,8 @@ def test_whatever_interrupts_leaves_what_was_there(tmp_path, error):
     _write(tmp_path / "model", "old")
 
     def interrupted():
-        with replacing(tmp_path / "model") as temporary:
-            temporary.write_text("half")
+        with replacing(tmp_path / "model") as file:
+            file.write(b"half")
             raise error
 
     with pytest.raises(error):
@@ -167,6 +169,7 @@ def test_every_name_that_the_system_has_is_written(tmp_path, write, name):
     assert _names(tmp_path) == [name]
 
 
+@needs_safetensors
 def test_names_may_be_bytes(tmp_path):
     """As everywhere in Python."""
     name = os.fsencode(tmp_path / "model")
@@ -298,15 +301,15 @@ def test_what_a_killed_save_leaves_is_gone_with_the_next(tmp_path):
     _write(tmp_path / "model", "old")
 
     def die():
-        with replacing(tmp_path / "model") as temporary:
-            temporary.write_text("half")
+        with replacing(tmp_path / "model") as file:
+            file.write(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert _in_a_child(die) == signal.SIGKILL
     assert (tmp_path / "model").read_text() == "old"
     assert len(_names(tmp_path)) == 2  # nobody was left to tidy up
-    with replacing(tmp_path / "one") as temporary:
-        temporary.write_text("one")
+    with replacing(tmp_path / "one") as file:
+        file.write(b"one")
         _write(tmp_path / "two", "two")
     assert _names(tmp_path) == ["model", "one", "two"]
 
@@ -318,8 +321,8 @@ def test_file_systems_without_locks_are_written_to(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", unsupported)
-    with replacing(tmp_path / "one") as temporary:
-        temporary.write_text("one")
+    with replacing(tmp_path / "one") as file:
+        file.write(b"one")
         _write(tmp_path / "two")
     monkeypatch.setattr(files, "fcntl", None)  # as on Windows
     _write(tmp_path / "three")
