@@ -82,7 +82,8 @@ def write_stream(path: FilePath, parts: Iterable[Part], metadata: Mapping[str, s
             for tensor, shape in zip(part.make(), part.shapes, strict=True):
                 if tuple(tensor.shape) != shape or tensor.dtype != part.dtype:
                     raise ValueError(f"{part.names}: expected {shape}, made {tensor.shape}")
-                plain = tensor.detach().cpu().contiguous()
+                # Views may say of their memory that it is conjugated or negated, at no cost.
+                plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 file.write((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
 
 
