@@ -6,7 +6,7 @@ factors without a word, which no code of ours sees. The functions here cannot go
     save_factorized    factors, buffers and how they are to be read, in one safetensors file
     load_factorized    such a file into a dense model, also on the meta device: structure first
 
-Each checks everything before it changes anything.
+Each changes nothing if anything is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from frobdecay.models.checkpoints.formats import SAFETENSORS, recognized
 from frobdecay.models.checkpoints.records import (
     HEADER,
     RECORDS_VERSION,
-    factor_key,
+    factors_of,
     parse_records,
     rebuild,
     record_of,
@@ -135,19 +135,21 @@ def load_factorized(model: M, path: FilePath) -> M:
     walk = unwrapped(model, "load")
     try:
         tensors, records, tied = _read(path)
-        fresh = fit(walk, records)
-        expected = _expected(model, fresh)
         values = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
-        left_out = unsaved_buffers(model)
-        values = {n: t for n, t in values.items() if n in expected or not left_out(n, t)}
-        theirs, ours = ({n: like(t) for n, t in some.items()} for some in (values, expected))
-        check_same(ours, theirs, "it", "the model")
-        check_ties(expected, tied)
-        check_buffers(model)
+        fresh = fit(walk, records)
+        for name, record in records.items():
+            factors_of(name, record, values)  # or a record alone could say how much is allocated
+        with placed(walk, fresh):
+            expected = named_tensors(model)
+            left_out = unsaved_buffers(model)
+            values = {n: t for n, t in values.items() if n in expected or not left_out(n, t)}
+            theirs, ours = ({n: like(t) for n, t in some.items()} for some in (values, expected))
+            check_same(ours, theirs, "it", "the model")
+            check_ties(expected, tied)
+            check_buffers(model)
+            fill(model, values)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
-    with placed(walk, fresh):
-        fill(model, values)
     return model
 
 
@@ -183,6 +185,8 @@ def _read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any
 def placed(walk: Walk, fresh: Sequence[tuple[Weight, Any]]) -> Iterator[None]:
     """Factors without numbers in the place of weights; inside, they are to get their numbers.
 
+    If that fails, the weights are there again.
+
     Args:
         walk: over the model.
         fresh: as ``fit`` gives them.
@@ -191,7 +195,9 @@ def placed(walk: Walk, fresh: Sequence[tuple[Weight, Any]]) -> Iterator[None]:
     others = other_ties(walk, [weight for weight, _ in fresh])
     with transaction(touched):
         for weight, made in fresh:
-            place(weight.module, weight.attribute, made, _empty(weight, made))
+            shapes = made.factor_shapes(tuple(weight.parameter.shape))
+            factors = [weight.parameter.new_empty(shape) for shape in shapes]
+            place(weight.module, weight.attribute, made, factors)
         settle_recurrent(touched)
         restorable(touched)
         yield
@@ -238,21 +244,3 @@ def _structure(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without what does not matter once there are factors."""
     config = {key: value for key, value in record["config"].items() if key != "init"}
     return {"kind": record["kind"], "shape": list(record["shape"]), **config}
-
-
-def _expected(model: nn.Module, fresh: list[tuple[Weight, Any]]) -> dict[str, Tensor]:
-    """The tensors that the model will have, factors without numbers among them."""
-    tensors = named_tensors(model)
-    for weight, made in fresh:
-        factors = _empty(weight, made, "meta")
-        for name in weight.names:
-            del tensors[name]
-            tensors |= {factor_key(name, i): factor for i, factor in enumerate(factors)}
-    return tensors
-
-
-def _empty(weight: Weight, made: Any, device: str | None = None) -> list[Tensor]:
-    """Factors without numbers, where the weight is unless said otherwise."""
-    dense: Any = weight.tensor
-    shapes = made.factor_shapes(tuple(dense.shape))
-    return [dense.new_empty(shape, device=device) for shape in shapes]
