@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from frobdecay.gradient.carry import Carried, Optimizers
 from frobdecay.models.budget.entry import Entry, Initialization
 from frobdecay.models.candidates import OnTied
-from frobdecay.models.checkpoints.restoring import restorable
+from frobdecay.models.checkpoints.restoring import factorizing
 from frobdecay.models.fitness import check_values, relative_error, unwrapped
 from frobdecay.models.plan import RankPlan
 from frobdecay.models.progress import Progress
 from frobdecay.models.ranks import RankRule, plan_entries, planned
 from frobdecay.models.select import Walk, bias_of
 from frobdecay.models.stacking import with_factors
-from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
-from frobdecay.models.ties import forget_ties, other_ties
+from frobdecay.models.surgery import ordinary, place
 from frobdecay.product.names import Selector, naming
 from frobdecay.weights.lowrank import LowRank
 
@@ -112,20 +111,14 @@ def _execute(
             check_values(entry.weight)
     weights = [entry.weight for entry in chosen]
     carried = Carried(optimizer, [(w.name, w.module, w.attribute) for w in weights])
-    others = other_ties(walk, weights)
-    inside = [weight.module for weight in weights]
     bar = Progress(sum(entry.work for entry in chosen), progress, "factorizing")
-    with bar, transaction(inside):
+    with bar, factorizing(walk, weights):
         for entry, factors in with_factors(chosen):
             _put(entry, factors)
             bar.advance(entry.work)
-        settle_recurrent(inside)
-        restorable(inside)
         carried.map()
     carried.commit(walk.model)
     _move_biases(chosen)  # at last: what is written in place cannot be undone
-    forget_ties(others)
-    settle_encoders(walk.modules)
 
 
 def _put(entry: Entry, factors: Sequence[Tensor]) -> None:

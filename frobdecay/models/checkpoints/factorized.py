@@ -31,7 +31,7 @@ from frobdecay.models.checkpoints.records import (
     rebuild,
     record_of,
 )
-from frobdecay.models.checkpoints.restoring import restorable
+from frobdecay.models.checkpoints.restoring import factorizing
 from frobdecay.models.checkpoints.streams import Part, write_stream
 from frobdecay.models.checkpoints.tensors import (
     check_buffers,
@@ -46,8 +46,7 @@ from frobdecay.models.checkpoints.tensors import (
 )
 from frobdecay.models.fitness import reason_against, unwrapped
 from frobdecay.models.select import Walk, Weight
-from frobdecay.models.surgery import ordinary, place, settle_encoders, settle_recurrent, transaction
-from frobdecay.models.ties import forget_ties, other_ties
+from frobdecay.models.surgery import ordinary, place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -191,18 +190,12 @@ def placed(walk: Walk, fresh: Sequence[tuple[Weight, Any]]) -> Iterator[None]:
         walk: over the model.
         fresh: as ``fit`` gives them.
     """
-    touched = [weight.module for weight, _ in fresh]
-    others = other_ties(walk, [weight for weight, _ in fresh])
-    with transaction(touched):
+    with factorizing(walk, [weight for weight, _ in fresh]):
         for weight, made in fresh:
             shapes = made.factor_shapes(tuple(weight.parameter.shape))
             factors = [weight.parameter.new_empty(shape) for shape in shapes]
             place(weight.module, weight.attribute, made, factors)
-        settle_recurrent(touched)
-        restorable(touched)
         yield
-    forget_ties(others)
-    settle_encoders(walk.modules)
 
 
 def fit(walk: Walk, records: Mapping[str, Mapping[str, Any]]) -> list[tuple[Weight, Any]]:

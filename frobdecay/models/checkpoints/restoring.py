@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from traceback import walk_stack
@@ -25,11 +25,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from frobdecay.models.surgery import ordinary, own_class, release, reorder
+from frobdecay.models.select import Walk, Weight
+from frobdecay.models.surgery import (
+    ordinary,
+    own_class,
+    release,
+    reorder,
+    settle_encoders,
+    settle_recurrent,
+    transaction,
+)
+from frobdecay.models.ties import forget_ties, other_ties
 from frobdecay.product.factor import is_sharded
 from frobdecay.product.find import VERSION
 from frobdecay.product.holding import dense_type, factorized, lists_of
 from frobdecay.product.names import naming
+
+
+@contextmanager
+def factorizing(walk: Walk, weights: Sequence[Weight]) -> Iterator[None]:
+    """Have factors be put in the place of weights, inside; all of them, or none if that fails."""
+    touched = [weight.module for weight in weights]
+    others = other_ties(walk, weights)
+    with transaction(touched):
+        yield
+        settle_recurrent(touched)
+        restorable(touched)
+    forget_ties(others)
+    settle_encoders(walk.modules)
+
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # attention has the second
 
@@ -41,17 +65,9 @@ def restorable(modules: Iterable[nn.Module]) -> None:
             kind: Any = type(module)
             _extend(kind)
             for attribute in lists:
-                setattr(kind, attribute, _writable(vars(kind)[attribute], attribute))
-
-
-def _writable(weight: property, attribute: str) -> property:
-    def assign(module: nn.Module, value: Any) -> None:
-        _assign(module, value, attribute)
-
-    def delete(module: nn.Module) -> None:
-        _delete(module, attribute)
-
-    return property(weight.fget, assign, delete)
+                assign = functools.partial(_assign, attribute=attribute)
+                delete = functools.partial(_delete, attribute=attribute)
+                setattr(kind, attribute, property(vars(kind)[attribute].fget, assign, delete))
 
 
 def _extend(kind: Any) -> None:
@@ -134,7 +150,7 @@ def _delete(module: nn.Module, attribute: str) -> None:
         f"{dense_type(module).__name__}.{attribute} is deleted, and its factors with it: what "
         "takes its place (PEFT's adapters of nn.MultiheadAttention do this) is dense; exclude it "
         "from factorize, or merge it first",
-        stacklevel=4,
+        stacklevel=3,
     )
     own_class(module)
     release(module, attribute)
