@@ -1,7 +1,7 @@
 """A layer whose weight is a product, as a chain of plain layers.
 
     Linear      x → Linear(Vᵀ) → Linear(M) … → Linear(U, bias)
-    Conv        x → Conv(V, its kernel axes) → 1×1 Conv(M) … → Conv(U, its kernel axes, bias)
+    Conv        x → Conv(V, its kernel axes) → Conv(M, 1×1) … → Conv(U, its kernel axes, bias)
     Embedding   ids → Embedding(U) → Linear(M) … → Linear(V)
 
 A convolution's stride, padding and dilation go, axis by axis, to the link that has that kernel
@@ -26,8 +26,6 @@ from frobdecay.weights.lowrank import LowRank
 
 UNROLLED = "_unrolled"
 """The attribute by which a chain says that it stands for a layer of another class."""
-
-_POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def _name(kind: type) -> str:
@@ -207,18 +205,20 @@ def _conv_chain(
     axes = _Axes.of(module, view)
     assert axes is not None
     U, *inner, V = factors
-    columns = tuple(not row for row in axes.rows)
-    ends = [(axes.ins, "r", columns), ("r", axes.outs, axes.rows)]  # inputs -> outputs
-    if not isinstance(module, _ConvTransposeNd):
-        ends = [(out, into, mine) for into, out, mine in ends]
-    stored = [axes.left(view.column_axes), axes.left(view.row_axes)]
-    weights = [
-        rearrange(factor, f"{left} -> {axes.right(*end)}", **_known(view, left))
-        for factor, left, end in zip((V, U), stored, ends, strict=True)
+    columns, none = tuple(not row for row in axes.rows), (False,) * len(axes.rows)
+    links = [  # each factor, how it is stored, its outputs, inputs and kernel dimensions
+        (V, axes.left(view.column_axes), "r", axes.ins, columns),
+        *((M, f"{axes.groups} r r2", "r", "r2", none) for M in reversed(inner)),
+        (U, axes.left(view.row_axes), axes.outs, "r", axes.rows),
     ]
-    first = _link(module, weights[0], V, columns)
-    middle = [_pointwise(M, module.groups, len(axes.rows)) for M in reversed(inner)]
-    return [first, *middle, _link(module, weights[1], U, axes.rows, module.bias)]
+    chain: list[Any] = []
+    for factor, left, out, into, mine in links:
+        ends = (into, out) if isinstance(module, _ConvTransposeNd) else (out, into)
+        right = axes.right(*ends, mine)
+        weight = rearrange(factor, f"{left} -> {right}", **_known(view, left))
+        chain.append(_link(module, weight, factor, mine))
+    chain[-1].bias = module.bias
+    return chain
 
 
 def _known(view: Matricization, left: str) -> dict[str, int]:
@@ -227,9 +227,7 @@ def _known(view: Matricization, left: str) -> dict[str, int]:
     return {name: view.sizes[name] for name in names if name in view.sizes}
 
 
-def _link(
-    module: _ConvNd, weight: Tensor, source: Tensor, mine: tuple[bool, ...], bias: Any = None
-) -> nn.Module:
+def _link(module: _ConvNd, weight: Tensor, source: Tensor, mine: tuple[bool, ...]) -> nn.Module:
     """A convolution with the module's settings along its own kernel dimensions."""
     kind: Any = dense_type(module)
 
@@ -255,15 +253,7 @@ def _link(
         device="meta",
         **settings,
     )
-    return _fill(layer, weight, source, bias)
-
-
-def _pointwise(M: Tensor, groups: int, dims: int) -> nn.Module:
-    """An inner factor, as a 1×1 convolution."""
-    r, s = M.shape[-2:]
-    kind = _POINTWISE[dims]
-    layer = kind(s * groups, r * groups, 1, groups=groups, bias=False, device="meta")
-    return _fill(layer, M.reshape(-1, s, *[1] * dims), M)
+    return _fill(layer, weight, source)
 
 
 _CHAINS: dict[type | str, Callable[..., list[nn.Module]]] = {
