@@ -155,18 +155,9 @@ class _Code:
 
     def strings(self, value: Any, where: str) -> None:
         """Note strings, which may name attributes."""
-        match value:
-            case str():
-                self.note(("", *value.split(".")), where)
-            case list() | tuple() | set() | frozenset():
-                for each in value:
-                    self.strings(each, where)
-            case dict():
-                self.strings((*value, *value.values()), where)
-            case functools.partial() | functools.partialmethod():
-                self.strings((value.args, value.keywords), where)
-            case operator.attrgetter():
-                self.strings(value.__reduce__()[1], where)
+        for each in _inside(value):
+            if isinstance(each, str):
+                self.note(("", *each.split(".")), where)
 
 
 class Readers:
@@ -262,25 +253,18 @@ def _global(function: FunctionType, names: tuple[str, ...]) -> Any:
     if names[0] in function.__code__.co_freevars:
         tables.insert(0, _enclosed(function))
     found = next((table[names[0]] for table in tables if names[0] in table), _UNKNOWN)
-    for name in names[1:]:
-        if isinstance(found, ModuleType):
-            found = vars(found).get(name)
-        elif isinstance(found, type):
-            found = inspect.getattr_static(found, name, None)
-        else:
-            found = _attribute(found, name)
-    return found
+    return _found(found, names[1:])
 
 
-def _found(module: nn.Module, names: Iterable[str]) -> Any:
-    found: Any = module
-    for name in names:
-        found = _attribute(found, name)
-    return found
+def _found(holder: Any, names: Iterable[str]) -> Any:
+    """What attributes in turn lead to."""
+    return functools.reduce(_attribute, names, holder)
 
 
 def _attribute(holder: Any, name: str) -> Any:
     """What an attribute is, without running anything; None for what holds no modules."""
+    if isinstance(holder, ModuleType | type):
+        return inspect.getattr_static(holder, name, None)
     tables = [vars(holder) if hasattr(holder, "__dict__") else {}]
     if isinstance(holder, nn.Module):
         if name in holder._parameters or name in holder._buffers:
@@ -296,17 +280,29 @@ def _attribute(holder: Any, name: str) -> Any:
     return _UNKNOWN if unknown or found is _UNKNOWN else (None if callable(found) else found)
 
 
-def _held(value: Any, depth: int = 4) -> Iterator[nn.Module]:
+def _held(value: Any) -> Iterator[nn.Module]:
     """The modules that a value gives access to."""
-    match value:
-        case nn.Module():
-            yield value
-        case list() | tuple() | set() | frozenset() if depth:
-            for each in value:
-                yield from _held(each, depth - 1)
-        case dict() if depth:
-            yield from _held((*value, *value.values()), depth - 1)
-        case functools.partial() if depth:
-            yield from _held((value.func, value.args, value.keywords), depth - 1)
-        case MethodType() if depth:
-            yield from _held(value.__self__, depth - 1)
+    return (each for each in _inside(value) if isinstance(each, nn.Module))
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What a value holds that is no container, at any depth; itself if it is none."""
+    waiting, met = [value], set[int]()
+    for each in waiting:
+        match each:
+            case list() | tuple() | set() | frozenset():
+                inside: Iterable[Any] = each
+            case dict():
+                inside = (*each, *each.values())
+            case functools.partial() | functools.partialmethod():
+                inside = (each.func, each.args, each.keywords)
+            case operator.attrgetter():
+                inside = each.__reduce__()[1]
+            case MethodType():
+                inside = (each.__self__,)
+            case _:
+                yield each
+                continue
+        if id(each) not in met:
+            met.add(id(each))
+            waiting += inside
