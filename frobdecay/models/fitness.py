@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -202,14 +203,12 @@ def ties(walk: Walk) -> dict[int, list[str]]:
     """
     owners: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
-    for weight in walk.weights:
-        if weight.tensor is not None:
-            owners[id(weight.tensor)].extend(weight.names[:1])
-            tensors[id(weight.tensor)] = weight.tensor
-    for path, module in walk.modules.items():
-        for name, held in _others(module):
-            owners[id(held)].append(f"{path}.{name}".lstrip("."))
-            tensors[id(held)] = held
+    weights = ((weight.name, weight.tensor) for weight in walk.weights)
+    others = (held for path, module in walk.modules.items() for held in _others(path, module))
+    for name, tensor in chain(weights, others):
+        if tensor is not None:
+            owners[id(tensor)].append(name)
+            tensors[id(tensor)] = tensor
     found = {key: names for key, names in owners.items() if len(names) > 1}
     for one, other in overlaps(tensors):
         both = [*owners[one], *owners[other]]
@@ -218,12 +217,11 @@ def ties(walk: Walk) -> dict[int, list[str]]:
     return found
 
 
-def _others(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _others(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers, and what parametrizations hold."""
-    yield from ((name, held) for name, held in module._buffers.items() if held is not None)
+    yield from module.named_buffers(path, recurse=False, remove_duplicate=False)
     for attribute, held in lists_of(module).items():
-        for name, parameter in held.named_parameters():
-            yield f"parametrizations.{attribute}.{name}", parameter
+        yield from held.named_parameters(f"{path}.parametrizations.{attribute}".lstrip("."))
 
 
 def relative_error(dense: Tensor, product: Tensor) -> float:
