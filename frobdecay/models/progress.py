@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from math import prod
-from types import TracebackType
 from typing import Any
+
+from frobdecay.models.tables.table import screen
 
 PATIENCE = 1.0
 """Seconds of work before a bar is shown unasked."""
@@ -32,7 +32,9 @@ class Progress:
         if wanted and not installed:
             raise ImportError("progress=True shows a bar with rich: pip install rich")
         self._total, self._label, self._done = total, label, 0.0
-        self._allowed = installed and (_terminal() if wanted is None else wanted)
+        self._allowed = installed and (
+            screen(errors=True) is not None if wanted is None else wanted
+        )
         self._began = time.monotonic()
         self._start = self._began - (PATIENCE if wanted else 0)
         self._bar: Any = None
@@ -66,12 +68,7 @@ class Progress:
             return ""
         return f"{elapsed * (self._total - self._done) / self._done:.0f} s left"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -88,7 +85,3 @@ def decomposition(shape: Sequence[int], batch: int = 0) -> float:
     count, rows, columns = prod(shape[:batch]), shape[batch], prod(shape[batch + 1 :])
     small = min(rows, columns)
     return float(count * small * (rows * columns + 3 * small * small))
-
-
-def _terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -82,18 +82,18 @@ def rebuild(name: str, record: Mapping[str, Any]) -> Any:
     shape: Any = record.get("shape")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
-            f"{name} is of kind {_short(kind)}, but known are {sorted(KINDS)}; upgrade frobdecay, "
+            f"{name} is of kind {short(kind)}, but known are {sorted(KINDS)}; upgrade frobdecay, "
             "or add a kind of your own to frobdecay.weights.parametrization.KINDS"
         )
     if not isinstance(config, Mapping) or not _is_shape(shape) or _many(config):
         raise ValueError(
-            f"{name}: expected a config and a shape in its record, got {_short(record)}"
+            f"{name}: expected a config and a shape in its record, got {short(record)}"
         )
     try:
         made: Any = KINDS[kind](**config)
         made.adopt(tuple(shape))
         if not all(map(_is_shape, shapes := made.factor_shapes(tuple(shape)))):
-            raise ValueError(f"no factors are of shapes {_short(shapes)}")
+            raise ValueError(f"no factors are of shapes {short(shapes)}")
     except Exception as error:  # whatever a kind, which may be another's, does with what it gets
         raise ValueError(f"{name}: {kind} cannot be made from its record: {error}") from error
     return made
@@ -110,11 +110,6 @@ def _many(config: Mapping[Any, Any]) -> bool:
     pattern = config.get("pattern")
     counts.append(len(pattern) // 8 if isinstance(pattern, str) else None)
     return any(isinstance(count, int) and count > _MANY for count in counts)
-
-
-def _short(value: Any) -> str:
-    """What a file says, in an error."""
-    return reprlib.repr(value)
 
 
 def parse_records(
@@ -152,7 +147,7 @@ def check_structure(header: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str
     """
     version = header.get("version") if isinstance(header, dict) else None
     if type(version) is not int or version < 1:
-        raise ValueError(f"expected a structure with a version, got {_short(header)}")
+        raise ValueError(f"expected a structure with a version, got {short(header)}")
     if version > RECORDS_VERSION:
         raise ValueError(
             f"its structure is of version {version}, but this frobdecay reads up to "
@@ -160,9 +155,9 @@ def check_structure(header: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str
         )
     found, tied = header.get("weights"), header.get("tied", {})
     if not isinstance(found, dict) or not all(isinstance(r, dict) for r in found.values()):
-        raise ValueError(f"expected a table of weights in its structure, got {_short(found)}")
+        raise ValueError(f"expected a table of weights in its structure, got {short(found)}")
     if not isinstance(tied, dict) or not all(isinstance(n, str) for n in tied.values()):
-        raise ValueError(f"expected a table of tied names in its structure, got {_short(tied)}")
+        raise ValueError(f"expected a table of tied names in its structure, got {short(tied)}")
     return found, tied
 
 
@@ -170,7 +165,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, in which no name may have two meanings."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"a name twice among {_short([name for name, _ in pairs])}")
+        raise ValueError(f"a name twice among {short([name for name, _ in pairs])}")
     return made
 
 
