@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
@@ -59,8 +58,8 @@ def load_dense_(
     """
     _check_loadable(model, state_dict)
     converted: OrderedDict[str, Any] = OrderedDict(state_dict)
-    rows: dict[int, PlanRow] = {}
     done: dict[int, tuple[Tensor, ...]] = {}
+    given: list[tuple[str, Any, Tensor]] = []
     absent: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, held in factorized(module).items():
@@ -73,15 +72,16 @@ def load_dense_(
             if id(held) not in done:
                 with naming(name):
                     done[id(held)] = dense_to_factors(held, dense)
-                rows[id(held)] = _row(name, held, dense, done[id(held)])
+                given.append((name, held, dense))
             converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
     rest = _left_out(model, converted, absent, strict)
     # Modules read there which version of themselves was saved.
     converted._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(converted, strict=strict)
+    rows = [_row(*each) for each in given]
     after = sum(parameter.numel() for parameter in model.parameters())
-    saved = sum(row.before - row.after for row in rows.values())
-    return RankPlan((*rows.values(), *rest), after + saved, after)
+    saved = sum(row.before - row.after for row in rows)
+    return RankPlan((*rows, *rest), after + saved, after)
 
 
 def _check_loadable(model: nn.Module, state_dict: Any) -> None:
@@ -172,12 +172,10 @@ def _unused(name: str, value: Any, reason: str) -> PlanRow:
     return PlanRow(name, shape, reason=reason)
 
 
-def _row(name: str, held: Any, dense: Tensor, factors: tuple[Tensor, ...]) -> PlanRow:
-    first, *others = held
-    with torch.no_grad():
-        formed = reduce(lambda value, other: other(value), others, first(*factors))
-        error = relative_error(dense.to(factors[0].device), formed)
-    return PlanRow.of(name, tuple(dense.shape), first, error)
+@torch.no_grad()
+def _row(name: str, held: Any, dense: Tensor) -> PlanRow:
+    error = relative_error(dense.to(held.original0.device), held())
+    return PlanRow.of(name, tuple(dense.shape), held[0], error)
 
 
 def _shapes(state_dict: Mapping[str, Any]) -> dict[str, str]:
