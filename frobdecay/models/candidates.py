@@ -12,7 +12,7 @@ from torch import nn
 from frobdecay.algebra.reading import Matricization, dimensions
 from frobdecay.algebra.scaling import why_dead
 from frobdecay.algebra.tensorize import FLAT, Rank
-from frobdecay.models.budget.entry import Entry, Metrics
+from frobdecay.models.budget.entry import Entry, Initialization, Metrics
 from frobdecay.models.fitness import (
     adapter_against,
     check_values,
@@ -43,7 +43,7 @@ def candidates(
     include: Selector | None,
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
-    options: Mapping[str, Any],
+    init: Initialization,
     on_tied: OnTied,
     left: Mapping[str, str],
 ) -> list[Entry]:
@@ -54,7 +54,7 @@ def candidates(
         include: and the others, as for ``plan_ranks``.
         exclude: what not.
         parametrization: of the weights.
-        options: of the parametrization.
+        init: of the parametrization, unless it is a partial that has its own.
         on_tied: what to do with shared weights.
         left: name of a shared weight that is to stay tied all the same -> why.
     """
@@ -62,10 +62,8 @@ def candidates(
         raise ValueError(f"expected on_tied to be 'skip', 'untie' or 'error', got {on_tied!r}")
     tied = ties(walk)
     found = [Entry(weight) for weight in select(walk, include, exclude)]
-    given = getattr(parametrization, "keywords", {})  # of a partial: they win
-    options = {name: value for name, value in options.items() if name not in given}
-    stats = options.get("init")
-    options = {**options, "init": "spectral"} if isinstance(stats, Metrics) else options
+    stats = getattr(parametrization, "keywords", {}).get("init", init)
+    options = {"init": "spectral" if isinstance(stats, Metrics) else stats}
     tensors = _reads_tensors(parametrization, options)
     for entry in found:
         if entry.weight.excluded:

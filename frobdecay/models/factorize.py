@@ -94,9 +94,9 @@ def factorize(
         ImportError: ``progress=True`` without rich.
         RuntimeError: an initialization that fails.
     """
-    walk, options = unwrapped(model, "factorize"), {"init": init}
+    walk = unwrapped(model, "factorize")
     rules = rank, ratio, None, tolerance, allocate, evaluate, progress
-    found, before = plan_entries(walk, rules, include, exclude, parametrization, options, on_tied)
+    found, before = plan_entries(walk, rules, include, exclude, parametrization, init, on_tied)
     _execute(walk, found, optimizer, progress)
     return planned(found, before)
 

@@ -83,8 +83,7 @@ def plan_ranks(
     """
     walk = Walk(model)
     rules = rank, ratio, energy, tolerance, allocate, evaluate, progress
-    options = {"init": init}
-    return planned(*plan_entries(walk, rules, include, exclude, parametrization, options, on_tied))
+    return planned(*plan_entries(walk, rules, include, exclude, parametrization, init, on_tied))
 
 
 def planned(found: list[Entry], before: int) -> RankPlan:
@@ -99,7 +98,7 @@ def plan_entries(
     include: Selector | None,
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
-    options: Mapping[str, Any],
+    init: Initialization,
     on_tied: OnTied,
     left: Mapping[str, str] | None = None,
 ) -> tuple[list[Entry], int]:
@@ -116,7 +115,7 @@ def plan_entries(
     if isinstance(rule, Mapping):
         rule = _checked(walk, rule)
         chosen = list(rule) if include is None else include
-    found = candidates(walk, chosen, exclude, parametrization, options, on_tied, left or {})
+    found = candidates(walk, chosen, exclude, parametrization, init, on_tied, left or {})
     before += sum(entry.copied for entry in found)
     if isinstance(goal.rank, RankPlan):
         _check_plan(found, goal.rank)
@@ -137,7 +136,7 @@ def plan_entries(
         loss = None if goal.tolerance is None else goal.evaluate
         rules = *rules[:4], priced, loss, goal.progress
     more = {e.weight.name: f"{e.reason}; stays tied to {', '.join(e.untied)}" for e in idle}
-    rest = parametrization, options, on_tied
+    rest = parametrization, init, on_tied
     return plan_entries(walk, rules, include, exclude, *rest, {**(left or {}), **more})
 
 
