@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from frobdecay.models.fitness import unwrapped
 from frobdecay.models.select import Walk, Weight, select
@@ -17,7 +17,7 @@ from frobdecay.models.surgery import (
     settle_recurrent,
     transaction,
 )
-from frobdecay.models.unroll.chains import lacking, unrolled, why_not_unrolled
+from frobdecay.models.unroll.chains import unrolled, why_not_unrolled
 from frobdecay.models.unroll.readers import Readers
 from frobdecay.product.holding import factorized
 from frobdecay.product.names import Selector
@@ -61,8 +61,8 @@ def merge(model: M, *, include: Selector | None = None, exclude: Selector | None
         dense = [_dense(weight) for weight in chosen]  # all before any is put in place
     touched = [weight.module for weight in chosen]
     with transaction(touched):
-        for weight, (tensor, requires_grad) in zip(chosen, dense, strict=True):
-            _put_back(weight, nn.Parameter(tensor, requires_grad))
+        for weight, parameter in zip(chosen, dense, strict=True):
+            _put_back(weight, parameter)
         settle_recurrent(touched)
     settle_encoders(walk.modules)
     return model
@@ -93,12 +93,12 @@ def _chosen(walk: Walk, include: Selector | None, exclude: Selector | None) -> l
     return found
 
 
-def _dense(weight: Weight) -> tuple[Tensor, bool]:
-    """The dense weight, and whether it is to be trained."""
+def _dense(weight: Weight) -> nn.Parameter:
+    """The dense weight, which is to be trained if one of its factors is."""
     held = factorized(weight.module)[weight.attribute]
     formed = held()
     tensor = formed.materialize() if hasattr(formed, "materialize") else formed
-    return tensor.detach(), any(p.requires_grad for p in held.parameters())
+    return nn.Parameter(tensor.detach(), any(p.requires_grad for p in held.parameters()))
 
 
 def _put_back(weight: Weight, dense: nn.Parameter) -> None:
@@ -156,7 +156,7 @@ def unroll(model: nn.Module) -> nn.Module:
     if not chosen:
         return model
     readers = Readers(model, [weight.module for weight in chosen])
-    against = {weight.name: _why_not(weight.module, readers) for weight in chosen}
+    against = {w.name: why_not_unrolled(w.module) or readers.reason(w.module) for w in chosen}
     listed = [f"\n  {name}: {reason}" for name, reason in against.items() if reason]
     if listed:
         raise ValueError(
@@ -177,7 +177,3 @@ def unroll(model: nn.Module) -> nn.Module:
         module, chain = weight.module, chains[id(weight.module)]
         remember({module: [*module.parameters()]}, {module: [*chain.parameters()]})
     return chains.get(id(model), model)
-
-
-def _why_not(module: nn.Module, readers: Readers) -> str | None:
-    return why_not_unrolled(module) or readers.reason(module, lacking(module))

@@ -38,11 +38,10 @@ def _chain(module: nn.Module) -> Callable[..., list[nn.Module]] | None:
     return _CHAINS.get(kind) or _CHAINS.get(_name(kind))
 
 
-def lacking(module: nn.Module) -> Callable[[str], bool]:
+def lacking(module: nn.Module) -> set[str]:
     """The attributes of a layer that its chain does not have."""
     held = {"parametrizations", *lists_of(module), *module._parameters, *vars(module)}
-    lacks = held - _OF_EVERY_MODULE - set(_plain(module))
-    return lacks.__contains__
+    return held - _OF_EVERY_MODULE - set(_plain(module))
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

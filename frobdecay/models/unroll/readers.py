@@ -20,7 +20,7 @@ import inspect
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from frobdecay.models.unroll.bytecode import Load, loads
+from frobdecay.models.unroll.chains import lacking
 
 # Ways of a module to those inside that are no attributes of it.
 _INSIDE = {"children", "modules", "named_children", "named_modules", "get_submodule"}
@@ -188,14 +189,15 @@ class Readers:
                 if id(one) not in self._about:
                     self._about |= {id(below) for below in one.modules()}
 
-    def reason(self, layer: nn.Module, lacks: Callable[[str], bool]) -> str | None:
-        """Say who may read an attribute that a layer is going to lack, if anybody."""
+    def reason(self, layer: nn.Module) -> str | None:
+        """Say who may read an attribute that a layer's chain is going to lack, if anybody."""
+        lacks = lacking(layer)
         for attribute, said in self._reads[id(layer)]:
-            if lacks(attribute):
+            if attribute in lacks:
                 return said
         if id(layer) in self._kept or id(layer) not in self._about:
             return self._kept.get(id(layer))
-        for attribute in filter(lacks, self._code.loose):
+        for attribute in filter(lacks.__contains__, self._code.loose):
             for name, where in self._code.loose[attribute]:
                 # The name of a property says nothing of where a layer is held.
                 known = name in self._held and name not in self._code.computed
