@@ -96,15 +96,8 @@ def register() -> None:
     class Factorization(auto.QuantizationConfigMixin):  # type: ignore[misc]
         """The records, as transformers hands them on."""
 
-        def __init__(self, structure: Mapping[str, Any]) -> None:
-            self.quant_method, self.structure = HEADER, dict(structure)
-
-        @classmethod
-        def from_dict(cls, config_dict: Any, *_: Any, **__: Any) -> Factorization:
-            return cls(config_dict)
-
-        def to_dict(self) -> dict[str, Any]:
-            return self.structure
+        def __init__(self, /, **structure: Any) -> None:
+            self.__dict__.update(structure)
 
     class Quantizer(auto.HfQuantizer):  # type: ignore[misc]
         """Puts factors without numbers into the model before transformers loads its files."""
@@ -119,7 +112,7 @@ def register() -> None:
             return config
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-            structure_(model, self.quantization_config.structure)
+            structure_(model, vars(self.quantization_config))
 
         def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
             return _settled(model)
