@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frobdecay.gradient.carry import Carried, Optimizers
+from frobdecay.models.budget.allocation import Goal
 from frobdecay.models.budget.entry import Entry, Initialization
 from frobdecay.models.candidates import OnTied
 from frobdecay.models.checkpoints.restoring import factorizing
@@ -95,8 +96,8 @@ def factorize(
         RuntimeError: an initialization that fails.
     """
     walk = unwrapped(model, "factorize")
-    rules = rank, ratio, None, tolerance, allocate, evaluate, progress
-    found, before = plan_entries(walk, rules, include, exclude, parametrization, init, on_tied)
+    goal = Goal(rank, ratio, None, tolerance, allocate, evaluate, progress)
+    found, before = plan_entries(walk, goal, include, exclude, parametrization, init, on_tied)
     _execute(walk, found, optimizer, progress)
     return planned(found, before)
 

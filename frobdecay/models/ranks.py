@@ -7,6 +7,7 @@ is divided is in ``budget/``; for the allocations "fraction" and "uniform" nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -82,8 +83,8 @@ def plan_ranks(
             factorized, a budget that cannot be met (says what can), ranks that are none.
     """
     walk = Walk(model)
-    rules = rank, ratio, energy, tolerance, allocate, evaluate, progress
-    return planned(*plan_entries(walk, rules, include, exclude, parametrization, init, on_tied))
+    goal = Goal(rank, ratio, energy, tolerance, allocate, evaluate, progress)
+    return planned(*plan_entries(walk, goal, include, exclude, parametrization, init, on_tied))
 
 
 def planned(found: list[Entry], before: int) -> RankPlan:
@@ -94,50 +95,48 @@ def planned(found: list[Entry], before: int) -> RankPlan:
 
 def plan_entries(
     walk: Walk,
-    rules: tuple[Any, ...],
+    goal: Goal,
     include: Selector | None,
     exclude: Selector | None,
     parametrization: Callable[..., nn.Module],
     init: Initialization,
     on_tied: OnTied,
-    left: Mapping[str, str] | None = None,
 ) -> tuple[list[Entry], int]:
-    """The work of ``plan_ranks`` and the first half of ``factorize``; ``rules`` are a ``Goal``'s.
+    """The work of ``plan_ranks`` and the first half of ``factorize``.
 
     Returns:
         The weights looked at, in module order, each with a rank or a reason; and how many
         parameters the model has, with the copies of those that are to be untied.
     """
-    goal = Goal(*rules)
     rule = goal.rank.ranks if isinstance(goal.rank, RankPlan) else goal.rank
-    before = counted(walk.model)
+    count = counted(walk.model)
     chosen = include
     if isinstance(rule, Mapping):
         rule = _checked(walk, rule)
         chosen = list(rule) if include is None else include
-    found = candidates(walk, chosen, exclude, parametrization, init, on_tied, left or {})
-    before += sum(entry.copied for entry in found)
-    if isinstance(goal.rank, RankPlan):
-        _check_plan(found, goal.rank)
-    if rule is not None:
-        _explicit(walk, found, rule)
-    elif goal.energy is not None:
-        for entry in [entry for entry in found if entry.open]:
-            check_values(entry.weight)
-            entry.settle(entry.energy_rank(goal.energy))
-    else:
-        _within_budget(walk, found, goal, before, include is not None)
-    idle = [entry for entry in found if entry.untied and entry.made is None]
-    if not idle:
-        return found, before
-    # A weight that is untied to stay dense costs its copy, for nothing: once more without.
-    if any(entry.price is not None for entry in found):  # which took long to measure
-        priced = RankPlan(tuple([entry.row() for entry in found]), before, before)
-        loss = None if goal.tolerance is None else goal.evaluate
-        rules = *rules[:4], priced, loss, goal.progress
-    more = {e.weight.name: f"{e.reason}; stays tied to {', '.join(e.untied)}" for e in idle}
-    rest = parametrization, init, on_tied
-    return plan_entries(walk, rules, include, exclude, *rest, {**(left or {}), **more})
+    left: dict[str, str] = {}
+    while True:
+        found = candidates(walk, chosen, exclude, parametrization, init, on_tied, left)
+        before = count + sum(entry.copied for entry in found)
+        if isinstance(goal.rank, RankPlan):
+            _check_plan(found, goal.rank)
+        if rule is not None:
+            _explicit(walk, found, rule)
+        elif goal.energy is not None:
+            for entry in [entry for entry in found if entry.open]:
+                check_values(entry.weight)
+                entry.settle(entry.energy_rank(goal.energy))
+        else:
+            _within_budget(walk, found, goal, before, include is not None)
+        idle = [entry for entry in found if entry.untied and entry.made is None]
+        if not idle:
+            return found, before
+        # A weight that is untied to stay dense costs its copy, for nothing: once more without.
+        left |= {e.weight.name: f"{e.reason}; stays tied to {', '.join(e.untied)}" for e in idle}
+        if any(entry.price is not None for entry in found):  # which took long to measure
+            priced = RankPlan(tuple([entry.row() for entry in found]), before, before)
+            loss = None if goal.tolerance is None else goal.evaluate
+            goal = replace(goal, allocate=priced, evaluate=loss)
 
 
 def _within_budget(walk: Walk, found: list[Entry], goal: Goal, before: int, included: bool) -> None:
