@@ -125,10 +125,9 @@ def _unknown(weight: Weight) -> str:
 
 def _count_copies(walk: Walk, found: list[Entry]) -> None:
     """Note what the copies add: the last of those that share a parameter adds nothing."""
-    for entry in found:
-        entry.untied = entry.untied if entry.open else ()
     left = Counter(id(weight.tensor) for weight in walk.weights)
     for entry in found:
+        entry.untied = entry.untied if entry.open else ()
         if entry.untied:
             left[id(entry.weight.tensor)] -= 1
             entry.copied = entry.dense if left[id(entry.weight.tensor)] else 0
