@@ -58,8 +58,7 @@ def load_dense_(
     """
     _check_loadable(model, state_dict)
     converted: OrderedDict[str, Any] = OrderedDict(state_dict)
-    done: dict[int, tuple[Tensor, ...]] = {}
-    given: list[tuple[str, Any, Tensor]] = []
+    done: dict[int, tuple[str, Any, Tensor, tuple[Tensor, ...]]] = {}
     absent: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, held in factorized(module).items():
@@ -71,14 +70,14 @@ def load_dense_(
             dense = converted.pop(name)
             if id(held) not in done:
                 with naming(name):
-                    done[id(held)] = dense_to_factors(held, dense)
-                given.append((name, held, dense))
-            converted.update({factor_key(name, i): f for i, f in enumerate(done[id(held)])})
+                    done[id(held)] = name, held, dense, dense_to_factors(held, dense)
+            *_, factors = done[id(held)]
+            converted.update({factor_key(name, i): f for i, f in enumerate(factors)})
     rest = _left_out(model, converted, absent, strict)
     # Modules read there which version of themselves was saved.
     converted._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(converted, strict=strict)
-    rows = [_row(*each) for each in given]
+    rows = [_row(name, held, dense) for name, held, dense, _ in done.values()]
     after = sum(parameter.numel() for parameter in model.parameters())
     saved = sum(row.before - row.after for row in rows)
     return RankPlan((*rows, *rest), after + saved, after)
