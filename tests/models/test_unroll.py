@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from frobdecay import factorize, unroll
 from frobdecay.models.unroll import bytecode
+from frobdecay.weights.lowrank import LowRank
 
 ATTRIBUTE, ATTRIBUTES = "weight", ("weight", "bias")
 WEIGHT_OF = operator.attrgetter("weight")
@@ -206,6 +207,36 @@ def net(forward, kind=Net):
     factorize(model, rank=2)
     x = torch.linspace(-1, 1, 16).view(2, 8)
     return model, x, model(x)
+
+
+CYCLE: list = []
+CYCLE.append(CYCLE)
+
+
+def test_a_list_that_holds_itself_is_looked_into_once():
+    """Wherever a forward finds it."""
+
+    def forward(self, x):
+        return self.fc(x) * len(CYCLE)
+
+    model, x, expected = net(forward)
+    model.cycle = CYCLE
+    torch.testing.assert_close(unroll(model)(x), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d])
+def test_inner_factors_are_links_of_a_convolution(kind, groups, bias):
+    """With its groups, and with none of its stride, padding and dilation."""
+    torch.manual_seed(0)
+    layer = kind(8, 12, 3, stride=2, padding=1, dilation=2, groups=groups, bias=bias)
+    factorize(layer, rank=2, parametrization=functools.partial(LowRank, depth=2))
+    x = torch.randn(2, 8, *[9] * len(layer.kernel_size))
+    expected = layer(x)
+    chain = unroll(layer)
+    assert [type(link) for link in chain] == [kind] * 4
+    torch.testing.assert_close(chain(x), expected)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["root", "inside"])
