@@ -169,7 +169,7 @@ def _initialization(
         view = Tucker(PART, pattern=WEIGHTS[name].pattern).matricize(
             tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
         )
-        tensor = view.tensor(layer.weight.detach()).to(device)  # type: ignore[union-attr, operator]
+        tensor = view.read(layer.weight.detach()).to(device)  # type: ignore[union-attr, operator]
         for what, (ours, theirs) in _decompositions(tensor).items():
             runs: dict[str, Callable[[], Tensor]] = {OURS: ours}
             if importlib.util.find_spec("tensorly") is not None:

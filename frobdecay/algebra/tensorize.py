@@ -85,7 +85,7 @@ class Tensorization:
         >>> view.modes
         (8, 4, 9)
         >>> weight = torch.randn(8, 4, 3, 3)
-        >>> torch.equal(view.weight(view.tensor(weight)), weight)
+        >>> torch.equal(view.back(view.read(weight)), weight)
         True
     """
 
@@ -129,12 +129,12 @@ class Tensorization:
         reading = Reading(pattern, sizes, weight_axes, mode_axes)
         return cls(pattern, tuple(shape), reading.read_shape, reading)
 
-    def tensor(self, weight: Tensor) -> Tensor:
+    def read(self, weight: Tensor) -> Tensor:
         """Read a weight as a tensor with d modes."""
         return weight.reshape(self.modes) if self.reading is None else self.reading.read(weight)
 
-    def weight(self, tensor: Tensor) -> Tensor:
-        """The inverse of ``tensor``; contiguous."""
+    def back(self, tensor: Tensor) -> Tensor:
+        """The inverse of ``read``; contiguous."""
         if self.reading is None:
             return tensor.reshape(self.shape)
         return self.reading.back(tensor).contiguous()

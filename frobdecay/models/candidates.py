@@ -181,7 +181,7 @@ def _default(weight: Weight, pattern: str | None) -> tuple[str, Mapping[str, int
 
 def _reads_tensors(parametrization: Callable[..., nn.Module], options: Mapping[str, Any]) -> bool:
     """Whether its patterns have modes on their right side, not rows and columns."""
-    return hasattr(_make(parametrization, {**options, "pattern": None, "axes": None}, 1), "ranks")
+    return hasattr(_make(parametrization, {**options, "pattern": None, "axes": None}, 1), "modes")
 
 
 def _make(parametrization: Callable[..., nn.Module], options: Mapping[str, Any], rank: Rank) -> Any:

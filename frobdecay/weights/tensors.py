@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frobdecay.algebra.decompositions import cp_als, hooi, hosvd, tt_svd, tucker_dense
-from frobdecay.algebra.network import Network, chain, cp, tucker
+from frobdecay.algebra.network import Network, cp, tucker
 from frobdecay.algebra.tensorize import cp_rank, train_ranks, tucker_ranks
 from frobdecay.weights.parametrization import Shapes, recorded
 from frobdecay.weights.tensorized import Init, Stages, Tensorized
@@ -137,11 +137,6 @@ class Tucker(Tensorized):
         held = zip(smaller, factors[1:], strict=True)
         return dict(sorted(held, key=lambda item: modes[item[0]] / ranks[item[0]]))
 
-    def paths(self, modes: Sequence[int], ranks: tuple[int, ...]) -> int:
-        """The core's entries, but for the modes that stay whole."""
-        pairs = zip(modes, ranks, strict=True)
-        return prod(r for n, r in pairs if r < n)
-
 
 @recorded
 class TensorTrain(Tensorized):
@@ -179,10 +174,6 @@ class TensorTrain(Tensorized):
         inner = zip(modes[1:-1], ranks, ranks[1:], strict=False)
         return ((modes[0], ranks[0]), *inner, (modes[-1], ranks[-1]))
 
-    def structure(self, modes: Sequence[int], ranks: tuple[int, ...]) -> Network:
-        """A chain."""
-        return chain(tuple(map(len, self.shapes(modes, ranks))))
-
     def bond(self, ranks: tuple[int, ...], cut: int) -> int:
         """The bond that is cut."""
         return ranks[cut - 1]
@@ -195,10 +186,6 @@ class TensorTrain(Tensorized):
         for core in reversed(inner[cut - 1 :]):
             R = (R @ core.mT).flatten(0, 1)
         return L, R
-
-    def paths(self, modes: Sequence[int], ranks: tuple[int, ...]) -> int:
-        """All bonds."""
-        return prod(ranks)
 
 
 @recorded
@@ -245,7 +232,3 @@ class CP(Tensorized):
     def sides(self, factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
         """The Khatri–Rao products of either side."""
         return cp_sides(factors, cut)
-
-    def paths(self, modes: Sequence[int], ranks: int) -> int:
-        """The terms."""
-        return ranks

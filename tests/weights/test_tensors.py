@@ -116,7 +116,7 @@ def test_flat_modes_hold_all_entries(m, n, order):
     weight = torch.arange(float(m * n)).reshape(m, n)
     view = Tensorization.of("flat", (m, n), order=order)
     assert len(view.modes) == order
-    assert torch.equal(view.weight(view.tensor(weight)), weight)
+    assert torch.equal(view.back(view.read(weight)), weight)
 
 
 @pytest.mark.parametrize("count", [2, 13, 101])
@@ -164,8 +164,8 @@ def test_any_pattern_is_right(kind, name):
         with force(forced):
             assert torch.allclose(run(model, inputs), run(dense, inputs), atol=1e-12)
     (product,) = products(model)
-    view = model["layer"].parametrizations.weight[0].view
-    assert torch.allclose(view.weight(product.materialize()), dense["layer"].weight)
+    view = model["layer"].parametrizations.weight[0].matricization
+    assert torch.allclose(view.back(product.materialize()), dense["layer"].weight)
 
 
 @ALL
