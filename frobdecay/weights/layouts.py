@@ -104,28 +104,9 @@ def _conv_layouts(module: nn.Module) -> dict[str, Layout]:
     return {"weight": replace(layout, depthwise=depthwise)}
 
 
-def _attention_layouts(module: nn.Module) -> dict[str, Layout]:
-    # out_proj is a module of its own, found as a Linear.
-    blocks = Layout("(b o) i -> b o i", MappingProxyType({"b": 3}))
-    single = {f"{part}_proj_weight": Layout("o i -> o i") for part in "qkv"}
-    return {"in_proj_weight": blocks, **single}
-
-
 def _recurrent_layouts(module: nn.Module) -> dict[str, Layout]:
     names: list[str] = getattr(module, "_flat_weights_names", ["weight_ih", "weight_hh"])
     return {name: Layout("o i -> o i") for name in names if name.startswith("weight_")}
-
-
-def _matrix_layouts(module: nn.Module) -> dict[str, Layout]:
-    return {"weight": Layout("o i -> o i")}
-
-
-def _bilinear_layouts(module: nn.Module) -> dict[str, Layout]:
-    return {"weight": Layout("o i j -> o (i j)", others=("o i j -> (o i) j",))}
-
-
-def _transposed_layouts(module: nn.Module) -> dict[str, Layout]:
-    return {"weight": Layout("i o -> o i")}
 
 
 def _expert_layouts(module: nn.Module) -> dict[str, Layout]:
@@ -147,17 +128,24 @@ def _flat_expert_layouts(module: nn.Module) -> dict[str, Layout]:
 
 
 Kind = type[nn.Module] | str
+Layouts = Mapping[str, Layout]
 
-_TABLE: tuple[tuple[Kind, Callable[[nn.Module], dict[str, Layout]]], ...] = (
-    (nn.Linear, _matrix_layouts),
-    (nn.Embedding, _matrix_layouts),
-    (nn.EmbeddingBag, _matrix_layouts),
+_MATRIX = {"weight": Layout("o i -> o i")}
+_ATTENTION = {  # out_proj is a module of its own, found as a Linear
+    "in_proj_weight": Layout("(b o) i -> b o i", MappingProxyType({"b": 3})),
+    **{f"{part}_proj_weight": Layout("o i -> o i") for part in "qkv"},
+}
+
+_TABLE: tuple[tuple[Kind, Layouts | Callable[[nn.Module], Layouts]], ...] = (
+    (nn.Linear, _MATRIX),
+    (nn.Embedding, _MATRIX),
+    (nn.EmbeddingBag, _MATRIX),
     (_ConvNd, _conv_layouts),
-    (nn.Bilinear, _bilinear_layouts),
-    (nn.MultiheadAttention, _attention_layouts),
+    (nn.Bilinear, {"weight": Layout("o i j -> o (i j)", others=("o i j -> (o i) j",))}),
+    (nn.MultiheadAttention, _ATTENTION),
     (nn.RNNBase, _recurrent_layouts),
     (nn.RNNCellBase, _recurrent_layouts),
-    ("transformers.pytorch_utils.Conv1D", _transposed_layouts),
+    ("transformers.pytorch_utils.Conv1D", {"weight": Layout("i o -> o i")}),
     ("transformers.models.dbrx.*ExpertGLU", _flat_expert_layouts),
     ("transformers.models.*Experts", _expert_layouts),
 )
@@ -171,7 +159,7 @@ def is_kind(module: nn.Module, kind: Kind) -> bool:
     return any(fnmatchcase(name, kind) for name in names)
 
 
-def layouts(module: nn.Module) -> dict[str, Layout]:
+def layouts(module: nn.Module) -> Layouts:
     """List the weights of a module that are factorized by default.
 
     Returns:
@@ -180,7 +168,7 @@ def layouts(module: nn.Module) -> dict[str, Layout]:
     """
     for kind, rows in _TABLE:
         if is_kind(module, kind):
-            return rows(module)
+            return rows(module) if callable(rows) else rows
     return {}
 
 
