@@ -149,8 +149,9 @@ class Tensorized(Recorded):
             k, matricization = self.cut
             weight = FactoredTensor(self.sides(factors, k), matricization)
             if not torch.compiler.is_compiling():
-                stages = self.stages(factors)
-                weight.stages = _detached(stages) if stages and weight.constant else stages
+                # No gradient goes through what was made under no_grad.
+                held = [f.detach() for f in factors] if weight.constant else factors
+                weight.stages = self.stages(held)
             return weight.materialize() if self.materialized else weight
 
     def stages(self, factors: Sequence[Tensor]) -> Stages | None:
@@ -161,26 +162,7 @@ class Tensorized(Recorded):
         """Multiply the factors to a tensor (n_1, …, n_d) of their own dtype."""
         modes = self._known().modes
         ranks = self.ranks(modes)
-        cut = narrowest(modes, [self.bond(ranks, k) for k in range(1, len(modes))])
-        L, R = self.sides(factors, cut)
+        cuts = range(1, len(modes))
+        sizes = [(self.bond(ranks, k), prod(modes[:k]) + prod(modes[k:]), k) for k in cuts]
+        L, R = self.sides(factors, min(sizes)[-1])  # of least rank, then with the least entries
         return (L @ R.mT).reshape(modes)
-
-
-def _detached(stages: Stages) -> Stages:
-    """As factors made under no_grad: no gradient goes through them."""
-    out, core, into = stages
-    return out.detach(), core.detach(), into.detach()
-
-
-def narrowest(dims: Sequence[int], ranks: Sequence[int]) -> int:
-    """The number of modes after which to cut a tensor into L Rᵀ: least rank, then least entries.
-
-    Args:
-        dims: sizes of the modes.
-        ranks: columns of L and R, cut after 1, …, d − 1 modes.
-    """
-
-    def cost(k: int) -> tuple[int, int]:
-        return ranks[k - 1], prod(dims[:k]) + prod(dims[k:])
-
-    return min(range(1, len(dims)), key=cost)

@@ -17,44 +17,6 @@ from frobdecay.weights.parametrization import Shapes, recorded
 from frobdecay.weights.tensorized import Init, Stages, Tensorized
 
 
-def tucker_sides(core: Tensor, factors: Mapping[int, Tensor], cut: int) -> tuple[Tensor, Tensor]:
-    """The Tucker tensor as a matrix L Rᵀ whose rows are the first ``cut`` modes.
-
-    Args:
-        core: (r_1, …, r_d).
-        factors: {mode: (n_k, r_k)}, counted from 0.
-        cut: between 1 and d − 1.
-
-    Returns:
-        L (n_1·…, r) and R (…·n_d, r) with r the smaller side of the core, which is multiplied
-        into the other side's factors; this side's stand alone, in a Kronecker product.
-    """
-    left = prod(core.shape[:cut]) <= prod(core.shape[cut:])
-    side = range(cut) if left else range(cut, core.ndim)
-    alone = [factors[m] if m in factors else _eye(core.shape[m], core) for m in side]
-    through = tucker_dense(core, {m: U for m, U in factors.items() if m not in side})
-    matrix = through.flatten(cut).flatten(0, cut - 1)
-    kron = reduce(_kronecker, alone)
-    return (kron, matrix.mT) if left else (matrix, kron)
-
-
-def _eye(n: int, like: Tensor) -> Tensor:
-    return torch.eye(n, dtype=like.dtype, device=like.device)
-
-
-def _kronecker(a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, None, :, None] * b[None, :, None, :]).flatten(2).flatten(0, 1)
-
-
-def cp_sides(factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
-    """The CP tensor as a matrix L Rᵀ whose rows are the first ``cut`` modes.
-
-    Returns:
-        L (n_1·…, r) and R (…·n_d, r), the Khatri–Rao products of the factors of either side.
-    """
-    return reduce(_khatri_rao, factors[:cut]), reduce(_khatri_rao, factors[cut:])
-
-
 def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
     """The Kronecker products of the columns of (m, r) and (n, r): (m·n, r)."""
     return (a[:, None] * b[None]).flatten(0, 1)
@@ -107,8 +69,17 @@ class Tucker(Tensorized):
         return min(prod(ranks[:cut]), prod(ranks[cut:]))
 
     def sides(self, factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
-        """The factors of one side, and the core multiplied by those of the other."""
-        return tucker_sides(factors[0], self._by_mode(factors), cut)
+        """The factors of one side, and the core multiplied by those of the other.
+
+        The side on which the core is smaller stands alone, in a Kronecker product.
+        """
+        core, held = factors[0], self._by_mode(factors)
+        left = prod(core.shape[:cut]) <= prod(core.shape[cut:])
+        side = range(cut) if left else range(cut, core.ndim)
+        alone = [held[k] if k in held else core.new_ones(core.shape[k]).diag() for k in side]
+        through = tucker_dense(core, {k: U for k, U in held.items() if k not in side})
+        matrix, kron = through.flatten(cut).flatten(0, cut - 1), reduce(torch.kron, alone)
+        return (kron, matrix.mT) if left else (matrix, kron)
 
     def dense(self, factors: Sequence[Tensor]) -> Tensor:
         """Multiply the core by one factor after the other."""
@@ -231,4 +202,4 @@ class CP(Tensorized):
 
     def sides(self, factors: Sequence[Tensor], cut: int) -> tuple[Tensor, Tensor]:
         """The Khatri–Rao products of either side."""
-        return cp_sides(factors, cut)
+        return reduce(_khatri_rao, factors[:cut]), reduce(_khatri_rao, factors[cut:])
