@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from frobdecay.weights.product_tensor import ProductTensor, keep_dense
-from frobdecay.weights.tracing import transforms_active, untraced
+from frobdecay.weights.tracing import scripting, transforms_active, untraced
 
 _PROPERTIES = """
     shape dtype device layout ndim itemsize nbytes names requires_grad retains_grad output_nr grad
@@ -180,7 +180,7 @@ def _mapped(value: Any, kind: type[Tensor], function: Callable[[Tensor], Any]) -
 
 def _read_only(result: Any, formed: Sequence[Tensor]) -> Any:
     """Protect what shares memory with the formed tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():  # type: ignore[attr-defined,no-untyped-call]
+    if torch.compiler.is_compiling() or scripting() or transforms_active():
         return result
     held = {storage for dense in formed if (storage := _storage(dense)) is not None}
 

@@ -167,7 +167,8 @@ class ProductTensor(Tensor):
     ) -> ProductTensor:
         """Check the factors and make the tensor, which has no storage."""
         factors, view = tuple(factors), matricization
-        traced = torch.compiler.is_compiling() or scripting()
+        scripted = scripting() is not None
+        traced = scripted or torch.compiler.is_compiling()
         transformed = functorch_active() or forward_ad._current_level >= 0  # without a call of ours
         odd = traced or transformed or (factors and type(factors[0]).__name__ in _TRACED)
         looks = None if odd else (view.straight, view.shape, view.read_shape, *map(_LOOKS, factors))
@@ -184,7 +185,7 @@ class ProductTensor(Tensor):
         self.factors, self.matricization, self.direct = factors, view, direct
         # As of any result, no gradient goes through what was made under no_grad.
         self.constant = constant
-        unknown = constant or transformed or scripting()
+        unknown = constant or transformed or scripted
         self._made_tracked = not unknown and any(map(_WANTS_GRAD, factors))
         return _multiplied((self,), *factors) if self._made_tracked else self
 
@@ -209,7 +210,7 @@ class ProductTensor(Tensor):
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
         traced = type(self.factors[0]).__name__ in _TRACED
-        return traced or torch.compiler.is_compiling() or scripting()
+        return traced or torch.compiler.is_compiling() or scripting() is not None
 
     @property
     def needs_grad(self) -> bool:

@@ -23,6 +23,7 @@ from frobdecay.algebra.scaling import root_mean_square
 from frobdecay.algebra.tensorize import FLAT, Rank, Tensorization, plain_ranks
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.parametrization import Recorded
+from frobdecay.weights.tracing import scripting
 
 Stages = tuple[Tensor, Tensor, Tensor]
 Init = Callable[[Tensor, Any], tuple[Tensor, ...]]
@@ -144,7 +145,7 @@ class Tensorized(Recorded):
         view: Tensorization = self._known()
         with full_precision(factors[0].device.type):
             # A trace would record the arithmetic of L's and R's shapes, and warn of it.
-            if self.cut is None or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            if self.cut is None or scripting():
                 return view.back(self.dense(factors))
             k, matricization = self.cut
             weight = FactoredTensor(self.sides(factors, k), matricization)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad as forward_ad
 
-scripting: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+# None but in a trace of torch.jit; ``torch.jit.is_tracing`` without its calls of Python's.
+scripting: Callable[[], object] = torch._C._get_tracing_state
 
 functorch_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True

@@ -31,7 +31,7 @@ from torch.utils.module_tracker import ModuleTracker
 from frobdecay.algebra.reading import Matricization
 from frobdecay.weights import product_tensor
 from frobdecay.weights.factored import FactoredTensor
-from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.cost import factors_cheaper
 from frobdecay.weights.forms.matrix import matrix
 from frobdecay.weights.product_tensor import ProductTensor
 
@@ -319,8 +319,8 @@ def test_an_operator_below_autograd_gets_the_dense_numbers():
 def test_the_cheaper_way_is_chosen(rows, rank, wins):
     """On a square weight the factors win below half rank, and above it for few rows."""
     n = 64
-    cost = Cost(dense=n * n, factored=2 * n * rank, once=n * n * rank)
-    assert factors_cheaper(lambda: rows, lambda: cost) is wins
+    cost = {"dense": n * n, "factored": 2 * n * rank, "once": n * n * rank}
+    assert factors_cheaper(lambda: rows, **cost) is wins
 
 
 @pytest.mark.covers("C2", "D23")
@@ -368,10 +368,10 @@ def test_few_functions_are_called_on_the_way_to_the_factors(gradients, most):
 
 def test_more_function_calls_count_against_the_factors():
     """A form that calls more functions has to save more."""
-    cost = Cost(dense=100, factored=50, once=10)
-    assert factors_cheaper(lambda: 10, lambda: cost)
-    assert not factors_cheaper(lambda: 10, lambda: cost._replace(calls=1))
-    assert factors_cheaper(lambda: 10**6, lambda: cost._replace(calls=1))
+    cost = {"dense": 100, "factored": 50, "once": 10}
+    assert factors_cheaper(lambda: 10, **cost)
+    assert not factors_cheaper(lambda: 10, **cost, calls=1)
+    assert factors_cheaper(lambda: 10**6, **cost, calls=1)
 
 
 # --------------------------------------------------------------------------- copies and averages

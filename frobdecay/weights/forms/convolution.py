@@ -26,7 +26,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from frobdecay.algebra.reading import Matricization
-from frobdecay.weights.forms.cost import Cost, factors_cheaper, known
+from frobdecay.weights.forms.cost import factors_cheaper, known
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
 
@@ -183,13 +183,10 @@ def _cheaper(
         pixels = input.numel() // max(input.shape[-len(near.spatial) - 1], 1)
         return pixels if transposed else pixels // prod(far.own(stride, 1)) // more
 
-    def cost() -> Cost:
-        r = near.factor.shape[-1]
-        thin = near.factor.numel() + far.factor.numel() * copies * more
-        thin *= -(-r // LANES) * LANES / r
-        return Cost(batch * m * n, THIN * thin, batch * m * n * r)
-
-    return factors_cheaper(positions, cost)
+    r, dense = near.factor.shape[-1], batch * m * n
+    thin = near.factor.numel() + far.factor.numel() * copies * more
+    thin = thin * -(-r // LANES) * LANES / r  # of a trace, not in place
+    return factors_cheaper(positions, dense=dense, factored=THIN * thin, once=dense * r)
 
 
 def _three_cheaper(
@@ -208,11 +205,11 @@ def _three_cheaper(
         pixels = input.numel() // max(input.shape[1 - core.ndim], 1)
         return pixels // prod(strides)
 
-    def cost() -> Cost:
-        moved = 2 * (core.shape[0] + core.shape[1] * prod(strides))
-        return Cost(dense, THIN * thin + MOVED * moved, dense * out.shape[1], calls=1)
-
-    return bool(thin < pair) and factors_cheaper(positions, cost)
+    moved = 2 * (core.shape[0] + core.shape[1] * prod(strides))
+    factored, once = THIN * thin + MOVED * moved, dense * out.shape[1]
+    return bool(thin < pair) and factors_cheaper(
+        positions, dense=dense, factored=factored, once=once, calls=1
+    )
 
 
 @form(F.conv1d, F.conv2d, F.conv3d, told=True)
@@ -271,10 +268,8 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
     def positions() -> Any:
         return input1.numel() // max(input1.shape[-1], 1)
 
-    def cost() -> Cost:
-        return Cost(len(U) * len(V), U.numel() + V.numel(), len(U) * V.numel())
-
-    if not factors_cheaper(positions, cost):
+    dense, factored = len(U) * len(V), U.numel() + V.numel()
+    if not factors_cheaper(positions, dense=dense, factored=factored, once=len(U) * V.numel()):
         return NotImplemented
     if set(last[0]) == set(out):
         hidden = F.bilinear(input1, input2, _spread(view, *first, ("rankaxis",), one, two))

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from frobdecay.weights.tracing import scripting
 
 # A function call takes the time of this many multiply-adds: 3 µs at 3e10 a second, one core.
 CALL = 100_000
@@ -24,24 +26,10 @@ CALL = 100_000
 forced: bool | None = None
 
 
-class Cost(NamedTuple):
-    """Multiply-adds.
-
-    Attributes:
-        dense: for each position with the dense weight.
-        factored: for each position with the factors.
-        once: to form the dense weight.
-        calls: how many more functions the factored form calls than the materialized one.
-    """
-
-    dense: float
-    factored: float
-    once: float
-    calls: int = 0
-
-
-def factors_cheaper(positions: Callable[[], Any], cost: Callable[[], Cost]) -> bool:
-    """Compare the two ways to apply a weight.
+def factors_cheaper(
+    positions: Callable[[], Any], *, dense: float, factored: float, once: float, calls: int = 0
+) -> bool:
+    """Compare the two ways to apply a weight, in multiply-adds.
 
     Where the factors need no more multiply-adds for a position than the dense weight, they are
     cheaper for any number of positions, and the number is not asked for: a graph with dynamic
@@ -51,16 +39,18 @@ def factors_cheaper(positions: Callable[[], Any], cost: Callable[[], Cost]) -> b
 
     Args:
         positions: gives the number of positions.
-        cost: gives the cost.
+        dense: for each position with the dense weight.
+        factored: for each position with the factors.
+        once: to form the dense weight.
+        calls: how many more functions the factored form calls than the materialized one.
 
     Returns:
         True for the factors.
     """
     if forced is not None:
         return forced
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+    if scripting():
         return True
-    dense, factored, once, calls = cost()
     return cheaper(positions, dense - factored, once - calls * CALL)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
 from frobdecay.weights.forms import cost
-from frobdecay.weights.forms.cost import Cost, factors_cheaper
+from frobdecay.weights.forms.cost import factors_cheaper
 from frobdecay.weights.forms.matrix import Matrix, matrix
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
@@ -232,12 +232,9 @@ def _table(weight: Tensor, ids: Tensor) -> Matrix | None:
     W = matrix(weight)
     if W is None or W.blocks is not None or W.U.ndim != 2:
         return None
-
-    def cost() -> Cost:
-        (m, r), n = W.U.shape, W.V.shape[0]
-        return Cost(dense=n, factored=r * (n + 1), once=m * n * r)
-
-    return W if factors_cheaper(ids.numel, cost) else None
+    (m, r), n = W.U.shape, W.V.shape[0]
+    pays = factors_cheaper(ids.numel, dense=n, factored=r * (n + 1), once=m * n * r)
+    return W if pays else None
 
 
 def _refuse_row_updates(max_norm: float | None, sparse: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from frobdecay.weights.forms.cost import Cost, cheaper, factors_cheaper
+from frobdecay.weights.forms.cost import cheaper, factors_cheaper
 from frobdecay.weights.product_tensor import ProductTensor, folded
+from frobdecay.weights.tracing import scripting
 
 
 class Matrix(NamedTuple):
@@ -32,19 +32,16 @@ class Matrix(NamedTuple):
 
     def cheaper(self, positions: Callable[[], Any]) -> bool:
         """Whether ``positions`` vectors are multiplied faster with the factors."""
-        return factors_cheaper(positions, self.cost)
-
-    def cost(self) -> Cost:
-        """Multiply-adds of a product with one vector."""
         shape, n = self.U.shape, self.V.shape[-2]
         m, r, b = shape[-2], shape[-1], 1 if self.blocks is None else shape[0]
-        return Cost(b * m * n, b * r * (m + n), b * m * n * r)
+        dense = b * m * n
+        return factors_cheaper(positions, dense=dense, factored=b * r * (m + n), once=dense * r)
 
     def folded(self, positions: Callable[[], Any]) -> Matrix:
         """Multiply the inner factors into U or V unless the positions are fewer than its rows."""
         if not self.inner:
             return self
-        if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if not scripting():
             short = min(self.U.shape[-2], self.V.shape[-2])
             if cheaper(positions, -1, short):
                 return self
