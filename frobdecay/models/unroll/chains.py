@@ -12,20 +12,21 @@ axis; all links keep the groups. The chain says what the layer said of itself, i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frobdecay.algebra.reading import Matricization
 from frobdecay.product.holding import dense_type, lists_of
+from frobdecay.weights.forms.convolution import Half, halves, kernels
 from frobdecay.weights.lowrank import LowRank
 
 UNROLLED = "_unrolled"
 """The attribute by which a chain says that it stands for a layer of another class."""
+
+_POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def _name(kind: type) -> str:
@@ -77,7 +78,7 @@ def why_not_unrolled(module: nn.Module) -> str | None:
         return f"it holds {sorted(others - {'weight', 'bias', 'parametrizations'})} besides"
     view: Any = held["weight"][0].matricization
     if isinstance(module, _ConvNd):
-        fits = _Axes.of(module, view) is not None
+        fits = _halves(module, view) is not None
     else:
         order = 1 if _name(kind) not in _CHAINS else -1  # stored outputs × inputs, or transposed
         fits = not view.batch and (view.row_axes, view.column_axes)[::order] == view.tensor_axes
@@ -146,113 +147,61 @@ def _embedding_chain(
     return [_fill(table, U, U), *(_linear(M.mT, M) for M in inner), _linear(V, V)]
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """The axes of a convolution's weight by what they are for, as einops writes them.
-
-    Attributes:
-        groups: the batch axis, or nothing.
-        outs, ins: output and input channels of one group.
-        kernel: one item a kernel dimension.
-        rows: whether that dimension is in the rows, in U.
-    """
-
-    groups: str
-    outs: str
-    ins: str
-    kernel: tuple[str, ...]
-    rows: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, module: _ConvNd, view: Matricization) -> _Axes | None:
-        """Sort the axes, or None where U has not the outputs and V the inputs."""
-        batch = view.batch_axes
-        first, second, *kernel = view.tensor_axes
-        if first[: len(batch)] != batch or view.batch != (module.groups,) * (module.groups > 1):
-            return None
-        outs, ins = first[len(batch) :], second
-        if isinstance(module, _ConvTransposeNd):
-            outs, ins = ins, outs
-        rows = [set(item) <= set(view.row_axes) for item in kernel]
-        columns = [set(item) <= set(view.column_axes) for item in kernel]
-        if not (set(outs) <= set(view.row_axes) and set(ins) <= set(view.column_axes)):
-            return None
-        if any(row == column for row, column in zip(rows, columns, strict=True)):
-            return None
-        return cls(
-            " ".join(batch), " ".join(outs), " ".join(ins), tuple(map(_item, kernel)), tuple(rows)
-        )
-
-    def left(self, axes: Sequence[str]) -> str:
-        """How a factor is stored."""
-        return f"{self.groups} ({' '.join(axes)}) r"
-
-    def right(self, first: str, second: str, mine: Sequence[bool]) -> str:
-        """How a link's weight is stored: kernel dimensions of others are 1."""
-        kernel = (axes if own else "1" for axes, own in zip(self.kernel, mine, strict=True))
-        return f"({self.groups} {first}) ({second}) {' '.join(kernel)}"
-
-
-def _item(axes: tuple[str, ...]) -> str:
-    return f"({' '.join(axes)})"
+def _halves(module: _ConvNd, view: Matricization) -> tuple[Half, Half] | None:
+    """What V and U hold of the weight, or None where V has not the inputs and U the outputs."""
+    found = halves(view)
+    if found is None or view.batch != (module.groups,) * (module.groups > 1):
+        return None
+    into = 0 if isinstance(module, _ConvTransposeNd) else 1
+    return found if found[into].side == 1 else None
 
 
 def _conv_chain(
     module: nn.Module, view: Matricization, factors: tuple[Tensor, ...]
 ) -> list[nn.Module]:
     assert isinstance(module, _ConvNd)
-    axes = _Axes.of(module, view)
-    assert axes is not None
+    found = _halves(module, view)
+    assert found is not None
     U, *inner, V = factors
-    columns, none = tuple(not row for row in axes.rows), (False,) * len(axes.rows)
-    links = [  # each factor, how it is stored, its outputs, inputs and kernel dimensions
-        (V, axes.left(view.column_axes), "r", axes.ins, columns),
-        *((M, f"{axes.groups} r r2", "r", "r2", none) for M in reversed(inner)),
-        (U, axes.left(view.row_axes), axes.outs, "r", axes.rows),
-    ]
-    chain: list[Any] = []
-    for factor, left, out, into, mine in links:
-        ends = (into, out) if isinstance(module, _ConvTransposeNd) else (out, into)
-        right = axes.right(*ends, mine)
-        weight = rearrange(factor, f"{left} -> {right}", **_known(view, left))
-        chain.append(_link(module, weight, factor, mine))
-    chain[-1].bias = module.bias
-    return chain
+    half = {
+        one.side: (one, kernel)
+        for one, kernel in zip(found, kernels(found, view, (U, V)), strict=True)
+    }
+    middle = [_pointwise(M, module.groups, len(module.kernel_size)) for M in reversed(inner)]
+    return [_link(module, *half[1], V), *middle, _link(module, *half[0], U, module.bias)]
 
 
-def _known(view: Matricization, left: str) -> dict[str, int]:
-    """The lengths of the axes of a pattern."""
-    names = left.replace("(", " ").replace(")", " ").split()
-    return {name: view.sizes[name] for name in names if name in view.sizes}
-
-
-def _link(module: _ConvNd, weight: Tensor, source: Tensor, mine: tuple[bool, ...]) -> nn.Module:
+def _link(
+    module: _ConvNd, half: Half, weight: Tensor, source: Tensor, bias: Any = None
+) -> nn.Module:
     """A convolution with the module's settings along its own kernel dimensions."""
     kind: Any = dense_type(module)
-
-    def own(setting: Any, other: int) -> Any:
-        if isinstance(setting, str):  # "same" and "valid" hold for a kernel of 1 too
-            return setting
-        return tuple(s if is_mine else other for s, is_mine in zip(setting, mine, strict=True))
-
     into, out, settings = weight.shape[1] * module.groups, weight.shape[0], {}
     if isinstance(module, _ConvTransposeNd):
         into, out = out, into
-        settings = {"output_padding": own(module.output_padding, 0)}
+        settings = {"output_padding": half.own(module.output_padding, 0)}
     layer = kind(
         into,
         out,
         tuple(weight.shape[2:]),
-        stride=own(module.stride, 1),
-        padding=own(module.padding, 0),
-        dilation=own(module.dilation, 1),
+        stride=half.own(module.stride, 1),
+        padding=half.own(module.padding, 0),
+        dilation=half.own(module.dilation, 1),
         groups=module.groups,
         padding_mode=module.padding_mode,
         bias=False,
         device="meta",
         **settings,
     )
-    return _fill(layer, weight, source)
+    return _fill(layer, weight, source, bias)
+
+
+def _pointwise(M: Tensor, groups: int, dims: int) -> nn.Module:
+    """An inner factor, as a 1×1 convolution."""
+    r, s = M.shape[-2:]
+    kind = _POINTWISE[dims]
+    layer = kind(s * groups, r * groups, 1, groups=groups, bias=False, device="meta")
+    return _fill(layer, M.reshape(-1, s, *[1] * dims), M)
 
 
 _CHAINS: dict[type | str, Callable[..., list[nn.Module]]] = {

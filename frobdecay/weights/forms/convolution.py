@@ -47,15 +47,22 @@ _NEUTRAL = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 Axes = tuple[str, ...]
 
 
-class _Half(NamedTuple):
-    """A factor by the axes in its rows: those of one channel dimension and some spatial ones."""
+class Half(NamedTuple):
+    """The factor with one channel dimension of a convolution's weight, and some of its kernel's.
 
-    factor: Tensor
+    Attributes:
+        side: 0 for U, 1 for V.
+        axes: of the factor's rows.
+        channels: those of them that are the channel dimension's.
+        spatial: whether the factor has that dimension of the kernel.
+    """
+
+    side: int
     axes: Axes
     channels: Axes
     spatial: tuple[bool, ...]
 
-    def kernel(self, view: Matricization, channels: str, copies: int) -> Tensor:
+    def kernel(self, factor: Tensor, view: Matricization, channels: str, copies: int = 1) -> Tensor:
         """The factor as a convolution's weight, ``channels`` being its first two dimensions."""
         sizes = {name: view.sizes[name] for name in (*view.batch_axes, *self.axes)}
         if "copyaxis" in channels:
@@ -65,7 +72,7 @@ class _Half(NamedTuple):
             for item, held in zip(view.tensor_axes[2:], self.spatial, strict=True)
         )
         pattern = f"{' '.join(view.batch_axes)} ({' '.join(self.axes)}) rankaxis"
-        kernel: Tensor = repeat(self.factor, f"{pattern} -> {channels} {spatial}", **sizes)
+        kernel: Tensor = repeat(factor, f"{pattern} -> {channels} {spatial}", **sizes)
         # With any other strides it could pass for channels_last, and so would the output.
         return kernel.reshape(-1).view(kernel.shape)
 
@@ -78,34 +85,61 @@ class _Half(NamedTuple):
         return tuple(v if held else neutral for v, held in zip(values, self.spatial, strict=True))
 
 
-def _halves(weight: ProductTensor, home: int) -> tuple[_Half, _Half] | None:
-    """The factors that hold channel dimension 0 and 1, or None if no two factors do.
+def halves(view: Matricization, home: int = 0) -> tuple[Half, Half] | None:
+    """What holds channel dimension 0 and 1 of a convolution's weight; None if no two factors do.
 
     Args:
-        weight: the weight.
+        view: how the weight is read.
         home: the channel dimension that starts with the batch axes.
     """
-    view = weight.matricization
-    channels = [
-        item[len(view.batch_axes) * (d == home) :] for d, item in enumerate(view.tensor_axes[:2])
-    ]
-    UV, sides = folded(weight.factors), (view.row_axes, view.column_axes)
+    batch, sides = view.batch_axes, (view.row_axes, view.column_axes)
+    if view.tensor_axes[home][: len(batch)] != batch:
+        return None
+    channels = [item[len(batch) * (d == home) :] for d, item in enumerate(view.tensor_axes[:2])]
     for first, second in ((0, 1), (1, 0)):
         held = tuple(set(item) <= set(sides[first]) for item in view.tensor_axes[2:])
         rest = tuple(not h for h in held)
-        halves = (
-            _Half(UV[first], sides[first], channels[0], held),
-            _Half(UV[second], sides[second], channels[1], rest),
+        found = (
+            Half(first, sides[first], channels[0], held),
+            Half(second, sides[second], channels[1], rest),
         )
-        if all(set(half.axes) == set(_taken(half, view)) for half in halves):
-            return halves
+        if all(set(half.axes) == set(_taken(half, view)) for half in found):
+            return found
     return None
 
 
-def _taken(half: _Half, view: Matricization) -> Axes:
+def _taken(half: Half, view: Matricization) -> Axes:
     """The channel and spatial axes that a half has to hold."""
     spatial = zip(view.tensor_axes[2:], half.spatial, strict=True)
     return half.channels + tuple(name for item, held in spatial if held for name in item)
+
+
+def kernels(
+    pair: tuple[Half, Half],
+    view: Matricization,
+    factors: tuple[Tensor, Tensor],
+    home: int = 0,
+    copies: int = 1,
+) -> list[Tensor]:
+    """The weights of the two convolutions, U or V with channel dimension 0, then the other.
+
+    Args:
+        pair: from ``halves``.
+        view: how the weight is read.
+        factors: U and V.
+        home: as for ``halves``.
+        copies: of the second in each product of a batch.
+    """
+    lead = " ".join(view.batch_axes)
+    zero, one = (" ".join(half.channels) for half in pair)
+    channels = (
+        f"({zero}) ({lead} rankaxis)" if home else f"({lead} {zero}) rankaxis",
+        f"({lead} {'copyaxis' * (copies > 1)} rankaxis) ({one})",
+    )
+    return [
+        half.kernel(factors[half.side], view, names, copies)
+        for half, names in zip(pair, channels, strict=True)
+    ]
 
 
 def _grouping(view: Matricization, home: int, groups: int) -> tuple[int, int, int] | None:
@@ -135,30 +169,24 @@ def _two_convolutions(
     view = weight.matricization
     batch = view.batch_axes
     home = 1 if batch and view.tensor_axes[1][: len(batch)] == batch else 0
-    halves, grouping = _halves(weight, home), _grouping(view, home, groups)
-    if view.tensor_axes[home][: len(batch)] != batch or halves is None or grouping is None:
+    pair, grouping = halves(view, home), _grouping(view, home, groups)
+    if pair is None or grouping is None:
         return NotImplemented
     *group_counts, copies = grouping
-    zero, one = (" ".join(half.channels) for half in halves)
-    lead = " ".join(batch)
-    names = (
-        f"({zero}) ({lead} rankaxis)" if home else f"({lead} {zero}) rankaxis",
-        f"({lead} {'copyaxis' * (copies > 1)} rankaxis) ({one})",
-    )
-    if not _cheaper(input, weight, halves, options["stride"], copies, transposed):
+    if not _cheaper(input, weight, pair, options["stride"], copies, transposed):
         return NotImplemented
+    weights = kernels(pair, view, folded(weight.factors), home, copies)
     order = (0, 1) if transposed else (1, 0)
     x = input
     for d in order:
-        half = halves[d]
-        own = {name: half.own(value, _NEUTRAL[name]) for name, value in options.items()}
-        kernel, last = half.kernel(view, names[d], copies), bias if d == order[1] else None
-        y = function(x, kernel, last, groups=group_counts[d], **own)
+        own = {name: pair[d].own(value, _NEUTRAL[name]) for name, value in options.items()}
+        last = bias if d == order[1] else None
+        y = function(x, weights[d], last, groups=group_counts[d], **own)
         strided = not transposed and own["stride"][-1] > 1 and y.is_cpu
         # Torch's own convolution to one column is wrong so, with AMX; the first is that of any step
         if strided and y.dtype is torch.bfloat16 and known(y.shape[-1] == 1):
             own["stride"] = (*own["stride"][:-1], 1)
-            y = function(x, kernel, last, groups=group_counts[d], **own)[..., :1]
+            y = function(x, weights[d], last, groups=group_counts[d], **own)[..., :1]
         x = y
     return x
 
@@ -166,7 +194,7 @@ def _two_convolutions(
 def _cheaper(
     input: Tensor,
     weight: ProductTensor,
-    halves: tuple[_Half, _Half],
+    pair: tuple[Half, Half],
     stride: Any,
     copies: int,
     transposed: bool,
@@ -175,17 +203,16 @@ def _cheaper(
 
     The convolution away from these positions runs at the other's stride times as many.
     """
-    near, far = halves
-    batch, m, n = prod(weight.matricization.batch), *weight.matricization.matrix_shape[-2:]
-    more = prod(near.own(stride, 1))
+    near, far = pair
+    *batch, m, n = weight.matricization.matrix_shape
+    r, dense, more = weight.factors[0].shape[-1], prod(batch) * m * n, prod(near.own(stride, 1))
 
     def positions() -> Any:
         pixels = input.numel() // max(input.shape[-len(near.spatial) - 1], 1)
         return pixels if transposed else pixels // prod(far.own(stride, 1)) // more
 
-    r, dense = near.factor.shape[-1], batch * m * n
-    thin = near.factor.numel() + far.factor.numel() * copies * more
-    thin = thin * -(-r // LANES) * LANES / r  # of a trace, not in place
+    rows = (m, n)[near.side] + (m, n)[far.side] * copies * more
+    thin = prod(batch) * rows * -(-r // LANES) * LANES
     return factors_cheaper(positions, dense=dense, factored=THIN * thin, once=dense * r)
 
 
