@@ -227,8 +227,7 @@ class RowwiseFactored(_Factored):
 
 def _factors(module: nn.Module) -> list[DTensor]:
     """U, M.., V."""
-    held = lists_of(module)["weight"]
-    return [getattr(held, f"original{i}") for i in range(len(list(held.parameters())))]
+    return list(lists_of(module)["weight"].parameters())
 
 
 def _shards_rows(placement: Placement, ndim: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -195,17 +195,6 @@ class ProductTensor(Tensor):
         """Stand for the product of other factors."""
         return type(self)(factors, self.matricization if matricization is None else matricization)
 
-    def permuted(self, order: Sequence[int]) -> ProductTensor:
-        """Reorder the dimensions: the pattern's tensor side, not the factors."""
-        view = self.matricization
-        return self.like(self.factors, view.of_axes(tuple(view.tensor_axes[d] for d in order)))
-
-    def transposed(self, dim0: int, dim1: int) -> ProductTensor:
-        """Exchange two dimensions."""
-        order = list(range(len(self.matricization.tensor_axes)))
-        order[dim0], order[dim1] = order[dim1], order[dim0]
-        return self.permuted(order)
-
     @property
     def compiling(self) -> bool:
         """Whether a compiler has the weight in its hands."""
@@ -335,15 +324,9 @@ def keep_dense(tensor: Tensor) -> None:
 def folded(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Multiply the inner factors of U M Vᵀ into the shorter of U and V."""
     U, *inner, V = factors
-    if not inner:
-        return U, V
     if scripting() or U.shape[-2] <= V.shape[-2]:
-        for M in inner:
-            U = U @ M
-    else:
-        for M in reversed(inner):
-            V = V @ M.mT
-    return U, V
+        return reduce(torch.matmul, inner, U), V
+    return U, reduce(lambda right, M: right @ M.mT, reversed(inner), V)
 
 
 def _multiply(factors: Sequence[Tensor], matricization: Matricization) -> Tensor:

@@ -10,6 +10,7 @@ x Wᵀ = ((x V) Mᵀ) Uᵀ         x W = ((x U) M) Vᵀ         W x = U (M (Vᵀ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,26 +30,21 @@ def _rows(x: Tensor) -> Callable[[], Any]:
 
 def _times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + bias."""
-    U, inner, V, blocks = W = W.folded(_rows(x))
-    if blocks is not None:
+    W = W.folded(_rows(x))
+    if W.blocks is not None:
         return _blockwise(x, W, bias)
-    # x V and not linear(x, Vᵀ), which would make the gradient of V strided.
-    x = x @ V
-    for M in reversed(inner):
-        x = x @ M.mT
-    return F.linear(x, U, bias) if U.ndim == 2 else x @ U.mT
+    x = _hidden(x, W)
+    return F.linear(x, W.U, bias) if W.U.ndim == 2 else x @ W.U.mT
 
 
 def _blockwise(x: Tensor, W: Matrix, bias: Tensor | None) -> Tensor:
     """Compute x Wᵀ + bias where W is a row or a column of b products, as b products at once."""
-    U, inner, V, blocks = W
+    U, blocks = W.U, W.blocks
     (b, m, r), lead = U.shape, x.shape[:-1]
     x = x.flatten(end_dim=-2) if x.ndim > 1 else x.unsqueeze(0)
     if blocks == -1:
-        x = x.unflatten(-1, (b, V.shape[-2])).transpose(0, 1)  # type: ignore[no-untyped-call]
-    x = x @ V
-    for M in reversed(inner):
-        x = x @ M.mT
+        x = x.unflatten(-1, (b, W.V.shape[-2])).transpose(0, 1)  # type: ignore[no-untyped-call]
+    x = _hidden(x, W)
     if blocks == -1:
         x = x.transpose(0, 1).flatten(start_dim=1)
         return F.linear(x, U.transpose(0, 1).reshape(m, b * r), bias).reshape(*lead, m)
@@ -56,12 +52,15 @@ def _blockwise(x: Tensor, W: Matrix, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def _hidden(x: Tensor, W: Matrix) -> Tensor:
+    """Compute x V Mᵀ."""
+    # x V and not linear(x, Vᵀ), which would make the gradient of V strided.
+    return reduce(lambda h, M: h @ M.mT, reversed(W.inner), x @ W.V)
+
+
 def _inner_times(W: Matrix, x: Tensor) -> Tensor:
     """Compute M Vᵀ x."""
-    x = W.V.mT @ x
-    for M in reversed(W.inner):
-        x = M @ x
-    return x
+    return reduce(lambda h, M: M @ h, reversed(W.inner), W.V.mT @ x)
 
 
 @form(F.linear)
@@ -81,14 +80,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 def _matmul(input: Any, other: Any, **others: Any) -> Any:
     if others or not isinstance(input, Tensor) or not isinstance(other, Tensor):
         return NotImplemented
-    if isinstance(other, ProductTensor) and not isinstance(input, ProductTensor):
-        return _from_left(input, other)
     if isinstance(input, ProductTensor):
         return _from_right(input, other)
-    return NotImplemented
+    return _from_left(input, other)
 
 
-def _from_left(x: Tensor, weight: ProductTensor) -> Any:
+def _from_left(x: Tensor, weight: Any) -> Any:
     """X W."""
     W = matrix(weight)
     if W is None or (x.ndim < 2 and W.U.ndim > 2 and W.blocks is None) or not x.ndim:
@@ -183,10 +180,7 @@ def _embedding(
     if scale_grad_by_freq or (W := _table(weight, input)) is None:
         return NotImplemented
     U, inner, V, _ = W.folded(input.numel)
-    rows = F.embedding(input, U)
-    for M in inner:
-        rows = rows @ M
-    out = F.linear(rows, V)
+    out = F.linear(reduce(torch.matmul, inner, F.embedding(input, U)), V)
     if padding_idx is not None:
         # Every row's gradient reaches V, also that of the padding row, which must have none.
         keep = input != padding_idx % len(U)

@@ -29,17 +29,22 @@ _CONVERSIONS = ("to", "type", "type_as", "cpu", "cuda", "float", "double", "half
 @form(Tensor.permute, torch.permute)
 def _permute(input: ProductTensor, *args: Any, dims: Sequence[int] = ()) -> Any:
     order = tuple(args[0]) if args and not isinstance(args[0], int) else args or tuple(dims)
-    size = len(input.matricization.tensor_axes)
+    view = input.matricization
+    size = len(view.tensor_axes)
     if sorted(d % size if -size <= d < size else d for d in order) != list(range(size)):
         return NotImplemented
-    return input.permuted(order)
+    # The pattern's tensor side changes, not the factors.
+    return input.like(input.factors, view.of_axes(tuple(view.tensor_axes[d] for d in order)))
 
 
 @form(torch.transpose, Tensor.transpose, torch.swapdims, Tensor.swapdims)
 def _transpose(input: ProductTensor, dim0: int, dim1: int) -> Any:
-    size = len(input.matricization.tensor_axes)
-    fits = -size <= dim0 < size and -size <= dim1 < size
-    return input.transposed(dim0, dim1) if fits else NotImplemented
+    order = list(range(len(input.matricization.tensor_axes)))
+    try:
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+    except IndexError:
+        return NotImplemented
+    return _permute(input, order)
 
 
 @form(torch.swapaxes, Tensor.swapaxes)
@@ -87,9 +92,7 @@ def _convert(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: 
     return input if same else input.like(factors)
 
 
-@form(Tensor.detach, torch.detach)
-def _detach(input: ProductTensor) -> ProductTensor:
-    return input.cut()
+form(Tensor.detach, torch.detach)(ProductTensor.cut)
 
 
 @form(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
@@ -158,17 +161,16 @@ def _parts(weight: ProductTensor, lengths: Sequence[int], dim: int) -> Any:
     if (W := matrix(weight)) is None:
         return NotImplemented
     side = 0 if dim == -2 else -1
-    factors, axis = (W.U, *W.inner, W.V), -2
-    counts = list(lengths)
+    factors = (W.U, *W.inner, W.V)
     if W.blocks == dim:
-        size, axis = factors[side].shape[-2], 0
+        size = factors[side].shape[-2]
         if any(length % size for length in lengths):
             return NotImplemented
         counts = [length // size for length in lengths]
-    chains = [[f] * len(counts) for f in factors]
-    for i, factor in enumerate(factors):
-        if axis == 0 or i == side % len(factors):
-            chains[i] = list(factor.split(counts, axis))  # type: ignore[no-untyped-call]
+        chains = [f.split(counts) for f in factors]  # type: ignore[no-untyped-call]
+    else:
+        chains = [[f] * len(lengths) for f in factors]
+        chains[side] = factors[side].split(lengths, -2)  # type: ignore[no-untyped-call]
     return tuple(_part(weight, chain, W.blocks) for chain in zip(*chains, strict=True))
 
 
