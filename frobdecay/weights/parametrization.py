@@ -4,9 +4,9 @@ Any parametrization that ``factorize`` takes has, besides ``forward`` and ``righ
 ``matricize`` (how the weight is read: a ``Matricization``, or a ``Tensorization`` of
 ``algebra/tensorize.py``), ``resolve`` and ``factor_shapes`` (what the planner counts), ``product``
 (the record that decay and diagnostics read) and the flag ``materialized`` (what ``merge`` sets to
-get the dense weight). ``Recorded`` has all but the first three, from the ranks and shapes that a
-subclass says for the sizes of what the weight is read as: (*batch, m, n), or those of the modes. To
-be saved and loaded a subclass is listed in ``KINDS``.
+get the dense weight). ``Recorded`` has all of these but ``forward`` and ``matricize``, from the
+ranks and shapes that a subclass says for the sizes of what the weight is read as: (*batch, m, n),
+or those of the modes. To be saved and loaded a subclass is listed in ``KINDS``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ input channels and kernel is a 1×1, a kh×kw and another 1×1 convolution.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, compress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from frobdecay.algebra.reading import Matricization
-from frobdecay.weights.forms.cost import factors_cheaper, known
+from frobdecay.weights.forms.cost import factors_cheaper, known, rows
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
 
@@ -96,22 +97,16 @@ def halves(view: Matricization, home: int = 0) -> tuple[Half, Half] | None:
     if view.tensor_axes[home][: len(batch)] != batch:
         return None
     channels = [item[len(batch) * (d == home) :] for d, item in enumerate(view.tensor_axes[:2])]
+    kernel = view.tensor_axes[2:]
     for first, second in ((0, 1), (1, 0)):
-        held = tuple(set(item) <= set(sides[first]) for item in view.tensor_axes[2:])
-        rest = tuple(not h for h in held)
-        found = (
-            Half(first, sides[first], channels[0], held),
-            Half(second, sides[second], channels[1], rest),
-        )
-        if all(set(half.axes) == set(_taken(half, view)) for half in found):
-            return found
+        held = tuple(set(item) <= set(sides[first]) for item in kernel)
+        if set(sides[first]) == {*channels[0], *chain.from_iterable(compress(kernel, held))}:
+            rest = tuple(not h for h in held)
+            return (
+                Half(first, sides[first], channels[0], held),
+                Half(second, sides[second], channels[1], rest),
+            )
     return None
-
-
-def _taken(half: Half, view: Matricization) -> Axes:
-    """The channel and spatial axes that a half has to hold."""
-    spatial = zip(view.tensor_axes[2:], half.spatial, strict=True)
-    return half.channels + tuple(name for item, held in spatial if held for name in item)
 
 
 def kernels(
@@ -211,8 +206,8 @@ def _cheaper(
         pixels = input.numel() // max(input.shape[-len(near.spatial) - 1], 1)
         return pixels if transposed else pixels // prod(far.own(stride, 1)) // more
 
-    rows = (m, n)[near.side] + (m, n)[far.side] * copies * more
-    thin = prod(batch) * rows * -(-r // LANES) * LANES
+    sides = (m, n)[near.side] + (m, n)[far.side] * copies * more
+    thin = prod(batch) * sides * -(-r // LANES) * LANES
     return factors_cheaper(positions, dense=dense, factored=THIN * thin, once=dense * r)
 
 
@@ -291,12 +286,8 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
     first, last = (view.column_axes, V), (view.row_axes, U)
     if set(out) <= set(view.column_axes):
         first, last = last, first
-
-    def positions() -> Any:
-        return input1.numel() // max(input1.shape[-1], 1)
-
     dense, factored = len(U) * len(V), U.numel() + V.numel()
-    if not factors_cheaper(positions, dense=dense, factored=factored, once=len(U) * V.numel()):
+    if not factors_cheaper(rows(input1), dense=dense, factored=factored, once=len(U) * V.numel()):
         return NotImplemented
     if set(last[0]) == set(out):
         hidden = F.bilinear(input1, input2, _spread(view, *first, ("rankaxis",), one, two))

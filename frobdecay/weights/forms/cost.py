@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from frobdecay.weights.tracing import scripting
 
@@ -70,6 +71,11 @@ def known(condition: Any) -> bool:
 
         return statically_known_true(condition)
     return bool(condition)
+
+
+def rows(x: Tensor) -> Callable[[], Any]:
+    """The number of vectors that the last dimension of a tensor holds."""
+    return lambda: x.numel() // max(x.shape[-1], 1) if x.ndim else 1
 
 
 @contextmanager

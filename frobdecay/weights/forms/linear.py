@@ -9,7 +9,6 @@ x Wᵀ = ((x V) Mᵀ) Uᵀ         x W = ((x U) M) Vᵀ         W x = U (M (Vᵀ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -18,19 +17,15 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from torch import Tensor
 
 from frobdecay.weights.forms import cost
-from frobdecay.weights.forms.cost import factors_cheaper
+from frobdecay.weights.forms.cost import factors_cheaper, rows
 from frobdecay.weights.forms.matrix import Matrix, matrix
 from frobdecay.weights.forms.table import form
 from frobdecay.weights.product_tensor import ProductTensor, folded
 
 
-def _rows(x: Tensor) -> Callable[[], Any]:
-    return lambda: x.numel() // max(x.shape[-1], 1) if x.ndim else 1
-
-
 def _times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ + bias."""
-    W = W.folded(_rows(x))
+    W = W.folded(rows(x))
     if W.blocks is not None:
         return _blockwise(x, W, bias)
     x = _hidden(x, W)
@@ -71,7 +66,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         U, V = weight.factors
         return F.linear(input @ V, U, bias)
     W = matrix(weight)
-    if W is None or (W.U.ndim > 2 and W.blocks is None) or not W.cheaper(_rows(input)):
+    if W is None or (W.U.ndim > 2 and W.blocks is None) or not W.cheaper(rows(input)):
         return NotImplemented
     return _times_transposed(input, W, bias)
 
@@ -90,7 +85,7 @@ def _from_left(x: Tensor, weight: Any) -> Any:
     W = matrix(weight)
     if W is None or (x.ndim < 2 and W.U.ndim > 2 and W.blocks is None) or not x.ndim:
         return NotImplemented
-    return _times_transposed(x, W.mT) if W.cheaper(_rows(x)) else NotImplemented
+    return _times_transposed(x, W.mT) if W.cheaper(rows(x)) else NotImplemented
 
 
 def _from_right(weight: ProductTensor, x: Tensor) -> Any:
