@@ -603,7 +603,7 @@ def order_of_work(rank, world):
     for _, exchange in accumulator._exchanges:
         for what in ("start", "wait", "add"):
             setattr(exchange, what, note(what, getattr(exchange, what)))
-    accumulator._runners = [(k, note("local", go)) for k, go in accumulator._runners]
+    accumulator._runners = [note("local", go) for go in accumulator._runners]
     targets = [[torch.zeros_like(param) for param in product.params] for product in products]
     accumulator.accumulate(targets, [[1.0] * len(one) for one in targets])
     return log

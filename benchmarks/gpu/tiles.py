@@ -125,7 +125,11 @@ def _plan(pairs: list[tuple[int, int, int]], device: torch.device, kind: str, ti
     ]
     targets = [torch.zeros_like(factor) for two in factors for factor in two]
     made = [Product.of(*two) for two in factors]
-    plan = Grouped([Job(one.views(), one.batch, one.structure) for one in made], tile=tile)
+    jobs = [
+        Job(one.views(), one.batch, one.structure, slice(2 * k, 2 * k + 2))
+        for k, one in enumerate(made)
+    ]
+    plan = Grouped(jobs, tile=tile)
     coefs = [1e-4] * len(targets)
     flat, tiny = [factor for two in factors for factor in two], [-1e-12] * len(targets)
     return plan, lambda: plan(targets, coefs), lambda: plan(flat, tiny)

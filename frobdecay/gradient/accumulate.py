@@ -61,24 +61,23 @@ class Accumulator:
         self._parts = [localized(product) for product in self.products]
         here = {k: part for k, part in enumerate(self._parts) if part is not None}
         apart = [k for k, part in enumerate(self._parts) if part is None]
-        held = list(here)
-        self.choices = [
-            Choice(choice.backend, tuple(held[i] for i in choice.members), choice.reason)
-            for choice in select(list(here.values()), self.backend)
-        ]
-        # Detached, for torch swaps no parameter that has views which autograd knows.
-        own = {k: [v.detach() if v._is_view() else v for v in p.views()] for k, p in here.items()}
-        jobs = {k: Job(tuple(own[k]), part.batch, part.structure) for k, part in here.items()}
+        self.choices = select(here, self.backend)
+        factors = [factor for product in self.products for factor in product.factors]
+        stops = list(itertools.accumulate(len(product.factors) for product in self.products))
+        self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
+        jobs = {}
+        for k, part in here.items():
+            # Detached, for torch swaps no parameter that has views which autograd knows.
+            views = tuple(v.detach() if v._is_view() else v for v in part.views())
+            jobs[k] = Job(views, part.batch, part.structure, self._rows[k])
         together: dict[tuple[str, torch.device], list[int]] = defaultdict(list)
         for choice in self.choices:
             for k in choice.members:
                 together[choice.backend, jobs[k].views[0].device].append(k)
-        factors = [factor for product in self.products for factor in product.factors]
-        stops = list(itertools.accumulate(len(product.factors) for product in self.products))
-        self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
         self._runners = [
-            (self._share(members), BACKENDS[name].prepare([jobs[k] for k in sorted(members)]))
+            runner
             for (name, _), members in together.items()
+            for runner in BACKENDS[name].prepare([jobs[k] for k in sorted(members)])
         ]
         self._plan_exchanges(apart)
         self._devices = {factor.param.device.type for factor in factors}
@@ -152,13 +151,6 @@ class Accumulator:
         """Of every parameter of ``refresh``, whether it requires a gradient."""
         return self._likeness.trained
 
-    def _share(self, members: Sequence[int]) -> slice | list[int]:
-        """Which factors are those of some products: all of them, or their numbers."""
-        if len(members) == len(self.products):
-            return slice(None)
-        numbers = range(self._rows[-1].stop)
-        return [j for k in sorted(members) for j in numbers[self._rows[k]]]
-
     def rows(self, flat: Sequence[Any]) -> list[Any]:
         """Nest what was listed for all factors, product by product."""
         return [flat[row] for row in self._rows]
@@ -205,14 +197,8 @@ class Accumulator:
         with self._full_precision():
             for _, exchange in self._exchanges:
                 exchange.start()
-            for share, run in self._runners:  # while the others' Grams are on their way
-                if isinstance(share, slice):
-                    run(targets, coefs, form, grams)
-                    continue
-                formed: Grams | None = None if grams is None else {}
-                run([targets[i] for i in share], [coefs[i] for i in share], form, formed)
-                if grams is not None and formed:
-                    grams.update((share[i], gram) for i, gram in formed.items())
+            for run in self._runners:  # while the others' Grams are on their way
+                run(targets, coefs, form, grams)
             for members, exchange in self._exchanges:
                 exchange.wait()
                 into, by = self.rows(targets), self.rows(coefs)

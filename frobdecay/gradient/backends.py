@@ -16,16 +16,17 @@ is one more entry in ``BACKENDS``.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from frobdecay.algebra.lowering import matrix_gram, times_rows
-from frobdecay.algebra.precision import Coefficient, common_dtype
+from frobdecay.algebra.precision import common_dtype
 from frobdecay.gradient.bucketed import (
     Coefs,
     Grams,
@@ -33,7 +34,6 @@ from frobdecay.gradient.bucketed import (
     Runner,
     Targets,
     prepare_bucketed,
-    rows_of,
 )
 from frobdecay.gradient.flat import batches
 from frobdecay.gradient.triton.executor import Grouped
@@ -44,16 +44,16 @@ TALL, NARROW = 3072, (16, 192)
 """Rows from which, and ranks for which, a Gram is summed from stacks of rows; see ``gram_of``."""
 
 
-class Backend(Protocol):
-    """An executor for products on one device."""
+class Backend(NamedTuple):
+    """An executor for products on one device.
 
-    name: str
+    Attributes:
+        why_not: lists the reasons why it cannot run products; empty where it can.
+        prepare: plans the execution of jobs as long as their memory stays where it is.
+    """
 
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """List the reasons why these products cannot run here; empty where they can."""
-
-    def prepare(self, jobs: Sequence[Job]) -> Runner:
-        """Plan the execution of these products as long as their memory stays where it is."""
+    why_not: Callable[[Sequence[Product]], list[str]]
+    prepare: Callable[[Sequence[Job]], Sequence[Runner]]
 
 
 def _why_not(products: Sequence[Product]) -> list[str]:
@@ -65,77 +65,56 @@ def _why_not(products: Sequence[Product]) -> list[str]:
     ]
 
 
-def _add_formed(job: Job, targets: Sequence[Tensor | None], coefs: Sequence[Coefficient]) -> None:
+def _add_formed(
+    job: Job, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+) -> None:
     """Form all gradients of one product, then add them: right for every kind of product."""
-    wanted = [None if t is None else coef for t, coef in zip(targets, coefs, strict=True)]
+    into = targets[job.row]
+    wanted = [None if t is None else coef for t, coef in zip(into, coefs[job.row], strict=True)]
+    if all(coef is None for coef in wanted):
+        return  # a frozen or undecayed layer
     found = job.structure.gradients(job.views, job.batch, wanted)
-    for target, gradient in zip(targets, found, strict=True):
+    for target, gradient in zip(into, found, strict=True):
         if target is not None and gradient is not None:
             target.add_(gradient)
 
 
-class _General:
-    """Runs every structure."""
-
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: only what holds for every backend."""
-        return _why_not(products)
-
-
-class Reference(_General):
-    """A plain loop; every gradient is formed, then added."""
-
-    name = "reference"
-
-    def prepare(self, jobs: Sequence[Job]) -> Runner:
-        """Plan nothing."""
-        rows = rows_of(jobs)
-
-        def run(
-            targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
-        ) -> None:
-            for job, row in zip(jobs, rows, strict=True):
-                _add_formed(job, targets[row], coefs[row])
-
-        return run
+def _add_in_place(
+    job: Job, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+) -> None:
+    """Add the gradients of a pair, of which each factor takes the other's Gram."""
+    into = targets[job.row]
+    if all(target is None for target in into):
+        return
+    pair = [gram_of(view) for view in job.views]
+    for view, gram, target, coef in zip(job.views, pair[::-1], into, coefs[job.row], strict=True):
+        if target is None:
+            continue
+        # A target that is the factor itself would be read while it is written.
+        if target.dtype != view.dtype or target.data_ptr() == view.data_ptr():
+            target.add_(view @ (gram * coef))
+        elif job.batch:
+            target.baddbmm_(view, gram * coef)
+        elif isinstance(coef, Tensor):
+            target.addmm_(view, gram * coef)
+        else:
+            target.addmm_(view, gram, alpha=coef)
+    if grams is not None:
+        grams.update(enumerate(pair, job.row.start))
 
 
-class PerProduct(_General):
-    """Grams, then ``target += coef · U (VᵀV)`` in one call a factor, without a temporary."""
+def _prepare_reference(jobs: Sequence[Job]) -> list[Runner]:
+    return [partial(_add_formed, job) for job in jobs]
 
-    name = "per_product"
 
-    def prepare(self, jobs: Sequence[Job]) -> Runner:
-        """Tell the pairs that can be added in place."""
-        in_place = [
-            job.is_gram_pair
-            and job.batch <= 1
-            and all(view.dtype == job.dtype for view in job.views)
-            for job in jobs
-        ]
-        rows = rows_of(jobs)
-
-        def run(
-            targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
-        ) -> None:
-            for job, direct, row in zip(jobs, in_place, rows, strict=True):
-                into, coef = targets[row], coefs[row]
-                if all(target is None for target in into):
-                    continue  # a frozen or undecayed layer: its Grams would be for nothing
-                # In place, a target that is the factor itself would be read while it is written.
-                apart = any(
-                    target is not None and target.data_ptr() == view.data_ptr()
-                    for target, view in zip(into, job.views, strict=True)
-                )
-                if not direct or (apart and grams is None):
-                    _add_formed(job, into, coef)
-                    continue
-                pair = [gram_of(view) for view in job.views]
-                (_add_apart if apart else _add_in_place)(job, pair[::-1], into, coef)
-                if grams is not None:
-                    grams.update(enumerate(pair, row.start))
-
-        return run
+def _prepare_per_product(jobs: Sequence[Job]) -> list[Runner]:
+    """Tell the pairs that can be added in place."""
+    runners: list[Runner] = []
+    for job in jobs:
+        alike = all(view.dtype == job.dtype for view in job.views)
+        in_place = job.is_gram_pair and job.batch <= 1 and alike
+        runners.append(partial(_add_in_place if in_place else _add_formed, job))
+    return runners
 
 
 def gram_of(view: Tensor) -> Tensor:
@@ -176,63 +155,23 @@ def grams_of(views: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     return [found[k] for k in range(len(views))]
 
 
-def _add_apart(job: Job, grams: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
-    """The same where a target may be a factor: all gradients are formed before one is added."""
-    found = [
-        None if target is None else view @ (gram * coef)
-        for view, gram, target, coef in zip(job.views, grams, targets, coefs, strict=True)
+def _why_not_triton(products: Sequence[Product]) -> list[str]:
+    """Without triton or CUDA; longer chains, large ranks, float64."""
+    general = _why_not(products) + [
+        f"{product.name}: {product.structure.name}, not a chain"
+        for product in products
+        if not product.structure.is_chain
     ]
-    for target, gradient in zip(targets, found, strict=True):
-        if target is not None and gradient is not None:
-            target.add_(gradient)
-
-
-def _add_in_place(job: Job, grams: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
-    """Add the gradients of a pair, of which each factor takes the other's Gram."""
-    for view, gram, target, coef in zip(job.views, grams, targets, coefs, strict=True):
-        if target is None:
-            continue
-        if target.dtype != view.dtype:
-            target.add_(view @ (gram * coef))
-        elif job.batch:
-            target.baddbmm_(view, gram * coef)
-        elif isinstance(coef, Tensor):
-            target.addmm_(view, gram * coef)
-        else:
-            target.addmm_(view, gram, alpha=coef)
-
-
-class Bucketed(_General):
-    """Products of equal shapes together: see ``bucketed.py``."""
-
-    name = "bucketed"
-
-    def prepare(self, jobs: Sequence[Job]) -> Runner:
-        """Make the stacks."""
-        return prepare_bucketed(jobs)
-
-
-class Triton:
-    """Pairs of any shapes in two launches on a GPU: see ``triton/``."""
-
-    name = "triton"
-
-    def why_not(self, products: Sequence[Product]) -> list[str]:
-        """Say why not: without triton or CUDA; longer chains, large ranks, float64."""
-        general = _why_not(products) + [
-            f"{product.name}: {product.structure.name}, not a chain"
-            for product in products
-            if not product.structure.is_chain
-        ]
-        return general or [r for product in products for r in refusals(product)]
-
-    def prepare(self, jobs: Sequence[Job]) -> Runner:
-        """Make the kernels' tables."""
-        return Grouped(jobs)
+    return general or [r for product in products for r in refusals(product)]
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (Bucketed(), PerProduct(), Reference(), Triton())}
+    {
+        "bucketed": Backend(_why_not, prepare_bucketed),
+        "per_product": Backend(_why_not, _prepare_per_product),
+        "reference": Backend(_why_not, _prepare_reference),
+        "triton": Backend(_why_not_triton, lambda jobs: [Grouped(jobs)]),
+    }
 )
 
 
@@ -251,11 +190,11 @@ class Choice:
     reason: str
 
 
-def select(products: Sequence[Product], backend: str | None = None) -> list[Choice]:
+def select(products: Mapping[int, Product], backend: str | None = None) -> list[Choice]:
     """Choose the cheapest backend for every kind of product.
 
     Args:
-        products: the products.
+        products: the products, by their positions.
         backend: a name in ``BACKENDS`` to take in any case.
 
     Raises:
@@ -263,9 +202,9 @@ def select(products: Sequence[Product], backend: str | None = None) -> list[Choi
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {sorted(BACKENDS)}, got {backend!r}")
-    times = Counter(id(param) for product in products for param in product.params)
+    times = Counter(id(param) for product in products.values() for param in product.params)
     alike: dict[tuple[object, object, int, bool], list[int]] = defaultdict(list)
-    for k, product in enumerate(products):
+    for k, product in products.items():
         about = tuple((tuple(v.shape), v.dtype, v.device) for v in product.outlines())
         shared = any(times[id(param)] > 1 for param in product.params)
         alike[about, product.structure, product.batch, shared].append(k)

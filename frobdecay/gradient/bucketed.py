@@ -13,7 +13,6 @@ so that the number of calls is that of different factor shapes. Buffers live as 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,13 +30,13 @@ from frobdecay.algebra.shifted import Shifted
 from frobdecay.product.departure import Departure
 
 Targets = Sequence[Tensor | None]
-"""Of all factors, job by job."""
+"""Of all factors, product by product."""
 
 Updates = tuple[Tensor, ...] | list[Tensor]
 """What is added to the targets of some factors."""
 
 Coefs = Sequence[Coefficient]
-"""Of all factors, job by job."""
+"""Of all factors, product by product."""
 
 
 Grams = dict[int, Tensor]
@@ -53,7 +52,7 @@ class Runner(Protocol):
         """Add coef·∇ to each target that is not None. A target may be the factor itself.
 
         Args:
-            targets: of all factors.
+            targets: of all factors, of which it takes those of its jobs.
             coefs: of all factors.
             form: an object that is the last call's only if dtypes, shapes and strides of the
                 targets are; None where that is not known.
@@ -63,11 +62,19 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One product to be planned: its factors' views, their leading batch axes, its structure."""
+    """One product to be planned.
+
+    Attributes:
+        views: its factors.
+        batch: number of their leading batch axes.
+        structure: how they combine.
+        row: which of all factors they are.
+    """
 
     views: tuple[Tensor, ...]
     batch: int
     structure: Network | Shifted | Departure
+    row: slice
 
     @property
     def is_gram_pair(self) -> bool:
@@ -85,29 +92,16 @@ class Job:
         return common_dtype(self.views)
 
 
-def prepare_bucketed(jobs: Sequence[Job]) -> Runner:
-    """Plan the execution of jobs on one device.
-
-    Returns:
-        What runs them.
-    """
+def prepare_bucketed(jobs: Sequence[Job]) -> list[Runner]:
+    """Plan the execution of jobs on one device."""
     pairs, others = defaultdict(list), defaultdict(list)
-    for k, job in enumerate(jobs):
+    for job in jobs:
         if job.is_gram_pair and not any(map(is_long, job.views)):
-            pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(k)
+            pairs[job.dtype, job.views[0].shape[: job.batch], job.views[0].shape[-1]].append(job)
         else:
             shapes = tuple(view.shape for view in job.views)
-            others[job.dtype, shapes, job.batch, job.structure].append(k)
-    runners: list[_Pairs | _Alike] = [_Pairs(jobs, members) for members in pairs.values()]
-    runners += [_Alike(jobs, members) for members in others.values()]
-
-    def run(
-        targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
-    ) -> None:
-        for runner in runners:
-            runner(targets, coefs, grams)
-
-    return run
+            others[job.dtype, shapes, job.batch, job.structure].append(job)
+    return [*map(_Pairs, pairs.values()), *map(_Alike, others.values())]
 
 
 def overlapping(views: Sequence[Tensor]) -> list[int]:
@@ -144,12 +138,6 @@ def turns(addresses: Sequence[int], groups: Sequence[int]) -> list[int]:
         taken["address", address] = taken["group", group] = turn + 1
         found.append(turn)
     return found
-
-
-def rows_of(jobs: Sequence[Job]) -> list[slice]:
-    """Where the factors of each job are among all factors."""
-    stops = itertools.accumulate(len(job.views) for job in jobs)
-    return [slice(stop - len(job.views), stop) for job, stop in zip(jobs, stops, strict=True)]
 
 
 class _Stacks:
@@ -216,20 +204,19 @@ class _Stacks:
 class _Pairs:
     """Products U Vᵀ of one rank: a stack for each number of rows, one buffer of Grams."""
 
-    def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         views: defaultdict[object, dict[int, Tensor]] = defaultdict(dict)
-        rows = rows_of(jobs)
-        for k in members:
-            for slot, view in enumerate(jobs[k].views, rows[k].start):
+        for job in jobs:
+            for slot, view in enumerate(job.views, job.row.start):
                 views[view.shape[1:], view.dtype][slot] = view
-        dtype, columns = jobs[members[0]].dtype, _columns(jobs[members[0]].views[0])
+        dtype, columns = jobs[0].dtype, _columns(jobs[0].views[0])
         self.buffers = [_Stacks(some, dtype, columns) for some in views.values()]
         rooms = [buffer.room(dtype) for buffer in self.buffers]
         self.updates = [stack for _, stacks, _ in rooms for stack in stacks]
         self.parts = [parts for _, _, parts in rooms]
         self.order = [slot for buffer in self.buffers for slot in buffer.slots]
         place = {slot: i for i, slot in enumerate(self.order)}
-        pairs = [(rows[k].start, rows[k].start + 1) for k in members]
+        pairs = [range(job.row.start, job.row.stop) for job in jobs]
         partner = {a: b for pair in pairs for a, b in permutations(pair)}
         first, r = self.updates[0], self.updates[0].shape[-1]
         # matmul would take longer to look at the shapes than bmm takes to multiply
@@ -243,7 +230,9 @@ class _Pairs:
         self.gram_parts = torch.split(self.grams, sizes)
         self.partner_parts = torch.split(self.partners, sizes)
 
-    def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
+    def __call__(
+        self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+    ) -> None:
         stacks = [stack for buffer in self.buffers for stack in buffer.gather()]
         for stack, gram in zip(stacks, self.gram_parts, strict=True):
             self.multiply(stack.mT, stack, out=gram)
@@ -273,15 +262,17 @@ def _columns(view: Tensor) -> int | None:
 class _Alike:
     """Products of equal shapes of any other structure, computed as one, a batch axis more."""
 
-    def __init__(self, jobs: Sequence[Job], members: list[int]) -> None:
-        first = jobs[members[0]]
-        self.structure, self.batch, rows = first.structure, first.batch + 1, rows_of(jobs)
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        first = jobs[0]
+        self.structure, self.batch = first.structure, first.batch + 1
         self.buffers = [
-            _Stacks({rows[k].start + j: jobs[k].views[j] for k in members}, first.dtype)
+            _Stacks({job.row.start + j: job.views[j] for job in jobs}, first.dtype)
             for j in range(len(first.views))
         ]
 
-    def __call__(self, targets: Targets, coefs: Coefs, grams: Grams | None = None) -> None:
+    def __call__(
+        self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
+    ) -> None:
         wanted: list[Coefficient | None] = [
             together([coefs[slot] for slot in buffer.slots], buffer.rows, 1)
             if any(targets[slot] is not None for slot in buffer.slots)

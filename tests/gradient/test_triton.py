@@ -76,7 +76,11 @@ def make(kind, dtype=torch.float32, count=1):
 
 def plan(products, **options):
     """A plan for products, as the accumulator makes it."""
-    return Grouped([Job(p.views(), p.batch, p.structure) for p in products], **options)
+    jobs = [
+        Job(p.views(), p.batch, p.structure, slice(2 * k, 2 * k + 2))
+        for k, p in enumerate(products)
+    ]
+    return Grouped(jobs, **options)
 
 
 def zeros(products, dtype=None):

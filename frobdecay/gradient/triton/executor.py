@@ -66,7 +66,7 @@ class _Update(NamedTuple):
 
 
 class Grouped:
-    """A plan for pairs on one device; see ``Backend.prepare``.
+    """A plan for pairs on one device; see ``Runner``.
 
     Args:
         jobs: pairs that ``refusals`` lets pass.
@@ -85,6 +85,7 @@ class Grouped:
         self.tile = tile_for(largest, capability_of(self.device)) if tile is None else tile
         self._rank = largest
         self._programs = programs_for(self.device, self.tile) if programs is None else programs
+        self._chosen = [k for job in jobs for k in range(job.row.start, job.row.stop)]
         self._slots = self._make_slots(jobs)
         self._overlapping = overlapping([slot.view for slot in self._slots])
         self._parts = self._plan_grams()
@@ -144,6 +145,8 @@ class Grouped:
         self, targets: Targets, coefs: Coefs, form: object = None, grams: Grams | None = None
     ) -> None:
         """Add coef · ∇½‖W‖² to the target of every factor; see ``Runner``."""
+        if len(targets) > len(self._chosen):
+            targets, coefs = [targets[k] for k in self._chosen], [coefs[k] for k in self._chosen]
         if all(target is None for target in targets):
             return
         with self.on_device():
@@ -153,7 +156,8 @@ class Grouped:
             for update in self._updates:
                 self._launch_of_updates(update, table)()
         if grams is not None:
-            grams.update((slot.number, slot.gram_in(self._grams)) for slot in self._slots)
+            found = [slot.gram_in(self._grams) for slot in self._slots]
+            grams.update(zip(self._chosen, found, strict=True))
         written: Any = targets if all(self._places) else [t for t in targets if t is not None]
         increment_version(written)  # as an operator of torch would: autograd checks it
 
