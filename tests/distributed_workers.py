@@ -118,7 +118,7 @@ def layouts(rank, world):
             _largest_error(frobdecay.product_norm(sharded), norm.sqrt()),
         ]
         assert (sharded.shape, sharded.rank) == (whole.shape, whole.rank)
-        buffers = [exchange.buffer.numel() for _, exchange in accumulator._exchanges]
+        buffers = [exchange.buffer.numel() for exchange in accumulator._exchanges]
         report.append((name, str(dtype), max(errors), counts, sum(buffers), sent))
     return report
 
@@ -564,7 +564,7 @@ def _other(mesh, equation, factors, expected):
     )
     error = max(error, _largest_error(accumulator.squared_norms()[0], squared_norm(whole)))
     counts = {str(op): n for op, n in comm.get_comm_counts().items()}
-    ((_, exchange),) = accumulator._exchanges
+    (exchange,) = accumulator._exchanges
     return error, counts, exchange.buffer.numel(), expected
 
 
@@ -600,7 +600,7 @@ def order_of_work(rank, world):
 
         return call
 
-    for _, exchange in accumulator._exchanges:
+    for exchange in accumulator._exchanges:
         for what in ("start", "wait", "add"):
             setattr(exchange, what, note(what, getattr(exchange, what)))
     accumulator._runners = [note("local", go) for go in accumulator._runners]
@@ -742,8 +742,8 @@ def restarted(rank, world, directory, attempt):
         if step <= start:
             continue
         if step == 4 and attempt == 0 and rank == 1:  # while the other waits for its Grams
-            for _, exchange in optimizer._engine.accumulator._exchanges:
-                exchange.start = lambda: os.kill(os.getpid(), signal.SIGKILL)
+            for exchange in optimizer._engine.accumulator._exchanges:
+                exchange.start = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         one_step(model, optimizer, x)
         dcp.save(_state(model, optimizer), checkpoint_id=directory / f"step{step}")
     undisturbed = shard(net(torch.float32), _mesh(world))

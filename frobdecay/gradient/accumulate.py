@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from textwrap import indent
 from typing import Any
@@ -60,7 +60,6 @@ class Accumulator:
             check_product(product)  # factors may have been changed to what no longer fits
         self._parts = [localized(product) for product in self.products]
         here = {k: part for k, part in enumerate(self._parts) if part is not None}
-        apart = [k for k, part in enumerate(self._parts) if part is None]
         self.choices = select(here, self.backend)
         factors = [factor for product in self.products for factor in product.factors]
         stops = list(itertools.accumulate(len(product.factors) for product in self.products))
@@ -79,7 +78,14 @@ class Accumulator:
             for (name, _), members in together.items()
             for runner in BACKENDS[name].prepare([jobs[k] for k in sorted(members)])
         ]
-        self._plan_exchanges(apart)
+        apart = {k: product for k, product in enumerate(self.products) if k not in here}
+        self._exchanges = exchanges(apart, self._rows)
+        sent = [one for exchange in self._exchanges for one in exchange.sent]
+        self._sent = {k: one for one in sent for k in range(one.row.start, one.row.stop)}
+        self.choices += [
+            Choice(exchange.name, tuple(one.number for one in exchange.sent), exchange.reason)
+            for exchange in self._exchanges
+        ]
         self._devices = {factor.param.device.type for factor in factors}
         self._squared_scales = [p.scale**2 for p in self.products for _ in p.factors]
         self._plain = all(
@@ -105,23 +111,6 @@ class Accumulator:
             (factor, part_of(factor.param).data_ptr())
             for factor in factors
             if is_sharded(factor.param)
-        ]
-
-    def _plan_exchanges(self, apart: Sequence[int]) -> None:
-        """Of products that no process has whole."""
-        self._exchanges = [
-            ([apart[i] for i in members], exchange)
-            for members, exchange in exchanges([self.products[k] for k in apart])
-        ]
-        self._sent = {  # factor -> what sends it, where it is exchanged, and its number there
-            k: (sent, j)
-            for members, exchange in self._exchanges
-            for at, sent in zip(members, exchange.sent, strict=True)
-            for j, k in enumerate(range(self._rows[at].start, self._rows[at].stop))
-        }
-        self.choices += [
-            Choice(Exchange.name, tuple(members), exchange.reason)
-            for members, exchange in self._exchanges
         ]
 
     def refresh(self) -> list[Tensor]:
@@ -195,16 +184,15 @@ class Accumulator:
         if not self._unscaled:
             coefs = self._times_scales(coefs)
         with self._full_precision():
-            for _, exchange in self._exchanges:
-                exchange.start()
+            for exchange in self._exchanges:
+                exchange.start(self._params)
             for run in self._runners:  # while the others' Grams are on their way
                 run(targets, coefs, form, grams)
-            for members, exchange in self._exchanges:
+            for exchange in self._exchanges:
                 exchange.wait()
-                into, by = self.rows(targets), self.rows(coefs)
-                exchange.add([into[k] for k in members], [by[k] for k in members])
+                exchange.add(targets, coefs)
                 if grams is not None:
-                    grams.update(self._numbered(members, exchange.grams()))
+                    grams.update(exchange.grams())
 
     def _checked(self, targets: Sequence[Tensor | None]) -> object:
         """Refuse what cannot be written to, before anything is.
@@ -258,15 +246,14 @@ class Accumulator:
             parts: as ``held`` gives them, or other numbers in the same places; None for none.
             known: those that are there already.
         """
-        found, kept = {} if known is None else known, [viewer is None for viewer in self._viewers]
+        found = {} if known is None else known
         with self._full_precision():
-            if any(apart and k not in found for k, apart in enumerate(kept)):
-                rows = self.rows(parts)
-                for members, exchange in self._exchanges:
-                    exchange.start([rows[k] for k in members])
-                for members, exchange in self._exchanges:
+            if not self._sent.keys() <= found.keys():
+                for exchange in self._exchanges:
+                    exchange.start(parts)
+                for exchange in self._exchanges:
                     exchange.wait()
-                    found.update(self._numbered(members, exchange.grams()))
+                    found.update(exchange.grams())
             left = {
                 k: (part, self._axes_apart[k])
                 for k, part in enumerate(parts)
@@ -277,23 +264,16 @@ class Accumulator:
 
     def spread(self, k: int, numbers: Tensor, like: Tensor) -> Tensor:
         """A number for each entry of the batch, to be multiplied with what ``held`` has of k."""
-        apart = self._sent.get(k)
-        return in_front(numbers if apart is None else apart[0].spread(apart[1], numbers), like)
+        sent = self._sent.get(k)
+        return in_front(numbers if sent is None else sent.spread(k, numbers), like)
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
         """What ``held`` would have of a tensor like factor k, times (*batch, r, r)."""
         viewer = self._viewers[k]
         if viewer is None:
-            sent, j = self._sent[k]
-            return sent.times(j, tensor, matrix)
+            return self._sent[k].times(k, tensor, matrix)
         view = viewer.view(part_of(tensor))
         return view @ beside(matrix, view)
-
-    def _numbered(
-        self, members: Sequence[int], nested: Sequence[Sequence[Tensor]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        for k, row in zip(members, nested, strict=True):
-            yield from enumerate(row, self._rows[k].start)
 
     @torch.no_grad()
     def squared_norms(self) -> list[Tensor]:
@@ -301,11 +281,11 @@ class Accumulator:
         self.refresh()
         found: dict[int, Tensor] = {}
         with self._full_precision():
-            for _, exchange in self._exchanges:
-                exchange.start()
-            for members, exchange in self._exchanges:
+            for exchange in self._exchanges:
+                exchange.start(self._params)
+            for exchange in self._exchanges:
                 exchange.wait()
-                found.update(zip(members, exchange.squared_norms(), strict=True))
+                found.update(exchange.squared_norms())
         return [
             found[k] if k in found else squared_norm(product)
             for k, product in enumerate(self.products)

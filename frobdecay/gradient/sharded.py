@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from textwrap import shorten
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.algebra.network import Network
 from frobdecay.algebra.precision import beside, common_dtype, in_front
-from frobdecay.gradient.bucketed import Coefs, Targets
+from frobdecay.gradient.bucketed import Coefs, Grams, Targets
 from frobdecay.gradient.placement import Placed, part_of, place, refuse_unfit
 from frobdecay.product.factor import Factor, is_sharded, whole
 from frobdecay.product.product import Product, as_products
@@ -82,15 +82,27 @@ def localized(product: Product) -> Product | None:
 
 
 class Sent:
-    """What is sent of one product, and what is made of the sum."""
+    """What is sent of one product, and what is made of the sum.
 
-    def __init__(self, product: Product) -> None:
-        self.product = product
+    Args:
+        product: the product.
+        number: its position among all.
+        row: which of all factors are its own.
+
+    Attributes:
+        segments: of the exchange's buffer, one a factor.
+    """
+
+    segments: list[Tensor]
+
+    def __init__(self, product: Product, number: int, row: slice) -> None:
+        self.product, self.number, self.row = product, number, row
         self.placed = [place(factor) for factor in product.factors]
         self.dtype = common_dtype(product.params)
         self.network = product.structure if isinstance(product.structure, Network) else None
         grams = [self._gram_shape(k, placed) for k, placed in enumerate(self.placed)]
         self.by_rows = [shape is not None for shape in grams]
+        self._given: dict[str, Any] = {} if self.network is None else {"grams": self.by_rows}
         self.shapes = [
             tuple(placed.factor.param.shape) if shape is None else shape
             for placed, shape in zip(self.placed, grams, strict=True)
@@ -106,32 +118,29 @@ class Sent:
         shape = self.network.gram_shape(k, placed.sizes, self.product.batch)
         return shape if prod(shape) < prod(placed.sizes) else None
 
-    def put(self, segments: Sequence[Tensor], parts: Targets | None = None) -> None:
-        """Add this process' part to zeros: of the factors, or of what has their shapes."""
+    def put(self, parts: Targets) -> None:
+        """Add this process' parts to zeros: of the factors, or of what has their shapes."""
         batch = self.product.batch
-        for k, (placed, segment) in enumerate(zip(self.placed, segments, strict=True)):
-            part = part_of(placed.factor.param) if parts is None else parts[k]
+        pairs = zip(self.placed, self.segments, parts[self.row], strict=True)
+        for k, (placed, segment, part) in enumerate(pairs):
             if part is None or not placed.contributes:
                 continue
             if self.network is not None and self.by_rows[k]:
-                gram = self.network.gram(k, placed.view(part).to(self.dtype), batch)
+                gram = self.network.gram(k, placed.view(part_of(part)).to(self.dtype), batch)
                 segment[placed.slices(batch)].copy_(gram)
             else:
-                segment[placed.box].copy_(part)
+                segment[placed.box].copy_(part_of(part))
 
-    def add(self, segments: Sequence[Tensor], targets: Targets, coefs: Coefs) -> None:
+    def add(self, targets: Targets, coefs: Coefs) -> None:
         """Add coef·∇ to this process' parts of the targets; the scale is in the coefficients."""
-        if all(target is None for target in targets):
-            return
+        into, batch = targets[self.row], self.product.batch
         wanted = [
-            None if target is None else coef for target, coef in zip(targets, coefs, strict=True)
+            None if t is None else coef for t, coef in zip(into, coefs[self.row], strict=True)
         ]
-        batch, summed = self.product.batch, self._summed(segments)
-        if self.network is None:
-            found = self.product.structure.gradients(summed, batch, wanted)
-        else:
-            found = self.network.gradients(summed, batch, wanted, self.by_rows)
-        for k, (target, gradient) in enumerate(zip(targets, found, strict=True)):
+        if all(coef is None for coef in wanted):
+            return
+        found = self.product.structure.gradients(self._summed(), batch, wanted, **self._given)
+        for k, (target, gradient) in enumerate(zip(into, found, strict=True)):
             if target is None or gradient is None:
                 continue
             placed, part = self.placed[k], part_of(target)
@@ -144,34 +153,35 @@ class Sent:
                 placed.factor.view(full).copy_(gradient)
                 part.add_(full[placed.box])
 
-    def _summed(self, segments: Sequence[Tensor]) -> list[Tensor]:
+    def _summed(self) -> list[Tensor]:
         """Grams of the factors summed by rows, views of the others."""
         device = self.product.params[0].device  # of an offloaded factor not that of the mesh
-        found = [segment.to(device, self.dtype) for segment in segments]
+        found = [segment.to(device, self.dtype) for segment in self.segments]
         return [
             sum_ if rows else placed.factor.view(sum_)
             for placed, rows, sum_ in zip(self.placed, self.by_rows, found, strict=True)
         ]
 
-    def grams(self, segments: Sequence[Tensor]) -> list[Tensor]:
+    def grams(self) -> list[Tensor]:
         """The Grams of the factors of a chain, whose rows have no letters but the batch's."""
-        pairs = zip(self.by_rows, self._summed(segments), strict=True)
+        pairs = zip(self.by_rows, self._summed(), strict=True)
         return [found if rows else matrix_gram(found, self.product.batch) for rows, found in pairs]
 
     def spread(self, k: int, numbers: Tensor) -> Tensor:
-        """A number for each entry of the batch, over this process' part of factor k."""
+        """A number for each entry of the batch, over this process' part of factor k of all."""
         if not numbers.ndim:
             return numbers
-        placed = self.placed[k]
+        placed = self.placed[k - self.row.start]
         full = numbers.new_empty(placed.factor.param.shape)
         view = placed.factor.view(full)
         view.copy_(in_front(numbers, view))
         return full[placed.box]
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
-        """This process' part of a tensor like factor k, times (*batch, r, r) from the right."""
-        placed, batch = self.placed[k], self.product.batch
-        if self.by_rows[k]:
+        """This process' part of a tensor like factor k of all, times (*batch, r, r)."""
+        j: int = k - self.row.start
+        placed, batch = self.placed[j], self.product.batch
+        if self.by_rows[j]:
             part = part_of(tensor)
             found = torch.empty_like(part)
             rows = placed.view(part) @ beside(matrix[placed.slices(batch)], placed.view(part))
@@ -182,12 +192,10 @@ class Sent:
         placed.factor.view(full).copy_(view @ beside(matrix, view))
         return full[placed.box]
 
-    def squared_norm(self, segments: Sequence[Tensor]) -> Tensor:
+    def squared_norm(self) -> Tensor:
         """‖W‖_F², the same on every process."""
-        product, summed = self.product, self._summed(segments)
-        if self.network is None:
-            return product.structure.squared_norm(summed, product.batch) * product.scale**2
-        norm = self.network.squared_norm(summed, product.batch, self.by_rows)
+        product = self.product
+        norm: Tensor = product.structure.squared_norm(self._summed(), product.batch, **self._given)
         return norm * product.scale**2
 
 
@@ -195,27 +203,22 @@ class Exchange:
     """The products of one mesh and what is sent for them: one all-reduce.
 
     Args:
-        products: sharded over one mesh, in an order that is the same on all processes.
+        sent: of products sharded over one mesh, in an order that is the same on all processes.
     """
 
     name = "exchange"
 
-    def __init__(self, products: Sequence[Product]) -> None:
-        self.mesh: Any = products[0].params[0].device_mesh  # type: ignore[attr-defined]
-        self.sent = [Sent(product) for product in products]
-        dtype = torch.float32
-        for sent in self.sent:
-            dtype = torch.promote_types(dtype, sent.dtype)
-        shapes = [shape for sent in self.sent for shape in sent.shapes]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
+    def __init__(self, sent: Sequence[Sent]) -> None:
+        self.sent = sent
+        self.mesh: Any = sent[0].product.params[0].device_mesh  # type: ignore[attr-defined]
+        sizes = [prod(shape) for one in sent for shape in one.shapes]
+        dtype = common_dtype(param for one in sent for param in one.product.params)
         self.buffer = torch.zeros(sum(sizes), dtype=dtype, device=self.mesh.device_type)
-        pieces = iter(zip(torch.split(self.buffer, sizes), shapes, strict=True))
-        self.segments = [
-            [piece.view(shape) for _, (piece, shape) in zip(sent.shapes, pieces, strict=False)]
-            for sent in self.sent
-        ]
+        pieces = iter(torch.split(self.buffer, sizes))
+        for one in sent:
+            one.segments = [next(pieces).view(shape) for shape in one.shapes]
         self.group = _group_of(self.mesh)
-        _agree(self.mesh, self.group, str([(s.product.name, s.shapes) for s in self.sent]))
+        _agree(self.mesh, self.group, str([(one.product.name, one.shapes) for one in sent]))
         self._work: Any = None
 
     @property
@@ -227,41 +230,33 @@ class Exchange:
             "in one all-reduce"
         )
 
-    @torch.no_grad()
-    def start(self, parts: Sequence[Targets] | None = None) -> None:
+    def start(self, parts: Targets) -> None:
         """Form the Grams of this process' parts and begin to add up those of all.
 
         Args:
-            parts: in place of the factors, for each product; see ``Sent.put``.
+            parts: of all factors, or of what has their shapes; see ``Sent.put``.
         """
         self.buffer.zero_()
-        rows = [None] * len(self.sent) if parts is None else parts
-        for sent, segments, row in zip(self.sent, self.segments, rows, strict=True):
-            sent.put(segments, row)
+        for one in self.sent:
+            one.put(parts)
         self._work = torch.distributed.all_reduce(self.buffer, group=self.group, async_op=True)
 
     def wait(self) -> None:
         """Wait for the sums."""
         self._work.wait()
 
-    @torch.no_grad()
-    def add(self, targets: Sequence[Targets], coefs: Sequence[Coefs]) -> None:
+    def add(self, targets: Targets, coefs: Coefs) -> None:
         """Add coef·∇½‖W‖² of every product to this process' parts of its targets."""
-        every = zip(self.sent, self.segments, targets, coefs, strict=True)
-        for sent, segments, into, multiples in every:
-            sent.add(segments, into, multiples)
+        for one in self.sent:
+            one.add(targets, coefs)
 
-    @torch.no_grad()
-    def grams(self) -> list[list[Tensor]]:
+    def grams(self) -> Grams:
         """The Grams of the factors of every product, from the sums; of chains."""
-        pairs = zip(self.sent, self.segments, strict=True)
-        return [sent.grams(segments) for sent, segments in pairs]
+        return {k: gram for one in self.sent for k, gram in enumerate(one.grams(), one.row.start)}
 
-    @torch.no_grad()
-    def squared_norms(self) -> list[Tensor]:
-        """‖W‖_F² of every product, from the sums."""
-        pairs = zip(self.sent, self.segments, strict=True)
-        return [sent.squared_norm(segments) for sent, segments in pairs]
+    def squared_norms(self) -> dict[int, Tensor]:
+        """‖W‖_F² of every product, by its number, from the sums."""
+        return {one.number: one.squared_norm() for one in self.sent}
 
 
 def _order(mesh: Any) -> Any:
@@ -269,28 +264,27 @@ def _order(mesh: Any) -> Any:
     return mesh.mesh.flatten().tolist(), tuple(mesh.shape), mesh.mesh_dim_names or ()
 
 
-def exchanges(products: Sequence[Product]) -> list[tuple[tuple[int, ...], Exchange]]:
+def exchanges(products: Mapping[int, Product], rows: Sequence[slice]) -> list[Exchange]:
     """Put products whose Grams have to be exchanged together by mesh.
 
     Args:
-        products: sharded products, in any order, also in another one on other processes.
+        products: sharded products by number, in any order, also in another one on other processes.
+        rows: which of all factors are those of each product.
 
     Returns:
-        For each mesh the positions of its products and their exchange, in an order that is the
-        same on all processes.
+        For each mesh an exchange, in an order that is the same on all processes.
 
     Raises:
         RuntimeError: processes of one mesh have other products than this one.
     """
-    meshes: dict[Any, list[int]] = defaultdict(list)
-    for k, product in enumerate(products):
-        meshes[product.params[0].device_mesh].append(k)  # type: ignore[attr-defined]
-    found = []
-
-    for mesh in sorted(meshes, key=_order):
-        members = sorted(meshes[mesh], key=lambda k: (products[k].name, products[k].shape))
-        found.append((tuple(members), Exchange([products[k] for k in members])))
-    return found
+    meshes: dict[Any, list[Sent]] = defaultdict(list)
+    for k, product in products.items():
+        mesh = product.params[0].device_mesh  # type: ignore[attr-defined]
+        meshes[mesh].append(Sent(product, k, rows[k]))
+    return [
+        Exchange(sorted(meshes[mesh], key=lambda one: (one.product.name, one.product.shape)))
+        for mesh in sorted(meshes, key=_order)
+    ]
 
 
 _GROUPS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
