@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from textwrap import indent
 from typing import Any
@@ -26,7 +26,7 @@ from frobdecay.gradient.graphs import is_capturing
 from frobdecay.gradient.likeness import Likeness, check_writable
 from frobdecay.gradient.placement import check_targets, part_of
 from frobdecay.gradient.sharded import Exchange, exchanges, localized
-from frobdecay.product.factor import TABLE, is_sharded, place_of
+from frobdecay.product.factor import TABLE, Factor, is_sharded, place_of
 from frobdecay.product.product import Product, as_products, check_product, squared_norm
 
 _GRAD = operator.attrgetter("grad")
@@ -58,14 +58,17 @@ class Accumulator:
     def _plan(self) -> None:
         for product in self.products:
             check_product(product)  # factors may have been changed to what no longer fits
-        self._parts = [localized(product) for product in self.products]
-        here = {k: part for k, part in enumerate(self._parts) if part is not None}
+        parts = {k: localized(product) for k, product in enumerate(self.products)}
+        here = {k: part for k, part in parts.items() if part is not None}
         self.choices = select(here, self.backend)
-        factors = [factor for product in self.products for factor in product.factors]
+        self._factors = [(p, factor) for p in self.products for factor in p.factors]
+        factors = [factor for _, factor in self._factors]
         stops = list(itertools.accumulate(len(product.factors) for product in self.products))
         self._rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
         jobs = {}
+        self._viewers: list[Factor | None] = [None] * len(factors)
         for k, part in here.items():
+            self._viewers[self._rows[k]] = part.factors
             # Detached, for torch swaps no parameter that has views which autograd knows.
             views = tuple(v.detach() if v._is_view() else v for v in part.views())
             jobs[k] = Job(views, part.batch, part.structure, self._rows[k])
@@ -87,23 +90,12 @@ class Accumulator:
             for exchange in self._exchanges
         ]
         self._devices = {factor.param.device.type for factor in factors}
-        self._squared_scales = [p.scale**2 for p in self.products for _ in p.factors]
-        self._plain = all(
-            factor.pattern is None and factor.index is None and not is_sharded(factor.param)
-            for factor in factors
-        )
+        self._squared_scales = [product.scale**2 for product, _ in self._factors]
         self._unscaled = all(scale == 1 for scale in self._squared_scales)
         self._scaled: tuple[Sequence[Coefficient], list[Coefficient]] = (), []
-        self._viewers = [
-            None if part is None else factor
-            for part, product in zip(self._parts, self.products, strict=True)
-            for factor in (product if part is None else part).factors
-        ]
-        self._axes_apart = [product.batch for product in self.products for _ in product.factors]
         places = [place_of(factor) for factor in factors]
         self._owners, self._keys = [one for one, _ in places], [name for _, name in places]
         self._params = [factor.param for factor in factors]
-        self._names = [(p.name, factor.attribute) for p in self.products for factor in p.factors]
         self._likeness = Likeness(self._params)
         self._addresses = list(map(Tensor.data_ptr, self._params))
         self._known: tuple[list[bool] | None, Likeness] | None = None  # of targets
@@ -112,6 +104,8 @@ class Accumulator:
             for factor in factors
             if is_sharded(factor.param)
         ]
+        plain = all(factor.pattern is None and factor.index is None for factor in factors)
+        self._plain = plain and not self._watched_parts
 
     def refresh(self) -> list[Tensor]:
         """Plan anew if a parameter is not the tensor, or does not lie in memory, as it was.
@@ -209,9 +203,9 @@ class Accumulator:
         wanted = [target for target in targets if target is not None]
         absent = None if len(wanted) == len(targets) else [target is None for target in targets]
         if self._known is None or self._known[0] != absent or not self._known[1].of(wanted):
-            for where, target, param in zip(self._names, targets, self._params, strict=True):
+            for (product, factor), target in zip(self._factors, targets, strict=True):
                 if target is not None:
-                    check_writable(*where, target, param.shape)
+                    check_writable(product.name, factor.attribute, target, factor.param.shape)
             self._known = absent, Likeness(wanted)
         return self._known[1]
 
@@ -237,29 +231,26 @@ class Accumulator:
         return [part_of(p) if viewer is None else viewer.view(part_of(p)) for viewer, p in pairs]
 
     @torch.no_grad()
-    def grams(self, parts: Sequence[Tensor | None], known: Grams | None = None) -> Grams:
+    def grams(self, parts: Mapping[int, Tensor], known: Grams | None = None) -> Grams:
         """The Grams of the factors of chains, or of what has their shapes.
 
         Of what is exchanged the sums over all processes, which all of them have to call for.
 
         Args:
-            parts: as ``held`` gives them, or other numbers in the same places; None for none.
+            parts: by the number of a factor, as ``held`` gives them, or other numbers in the
+                same places.
             known: those that are there already.
         """
         found = {} if known is None else known
         with self._full_precision():
             if not self._sent.keys() <= found.keys():
                 for exchange in self._exchanges:
-                    exchange.start(parts)
+                    exchange.start([parts.get(k) for k in range(len(self._params))])
                 for exchange in self._exchanges:
                     exchange.wait()
                     found.update(exchange.grams())
-            left = {
-                k: (part, self._axes_apart[k])
-                for k, part in enumerate(parts)
-                if part is not None and k not in found
-            }
-            found.update(zip(left, grams_of([*left.values()]), strict=True))
+            left = {k: (parts[k], self._factors[k][0].batch) for k in parts if k not in found}
+            found.update(grams_of(left))
         return found
 
     def spread(self, k: int, numbers: Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.lowering import matrix_gram, times_rows
+from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.algebra.precision import common_dtype
 from frobdecay.gradient.bucketed import (
     Coefs,
@@ -35,7 +35,7 @@ from frobdecay.gradient.bucketed import (
     Targets,
     prepare_bucketed,
 )
-from frobdecay.gradient.flat import batches
+from frobdecay.gradient.flat import stacked
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.refusals import refusals
 from frobdecay.product.product import BUCKET_BYTES, Product
@@ -86,7 +86,7 @@ def _add_in_place(
     into = targets[job.row]
     if all(target is None for target in into):
         return
-    pair = [gram_of(view) for view in job.views]
+    pair = [gram_of(view, job.batch) for view in job.views]
     for view, gram, target, coef in zip(job.views, pair[::-1], into, coefs[job.row], strict=True):
         if target is None:
             continue
@@ -117,8 +117,8 @@ def _prepare_per_product(jobs: Sequence[Job]) -> list[Runner]:
     return runners
 
 
-def gram_of(view: Tensor) -> Tensor:
-    """VᵀV of a factor without summed axes; the tall ones' rows are split between threads.
+def gram_of(view: Tensor, batch: int = 0) -> Tensor:
+    """VᵀV of a factor; the tall ones' rows are split between threads.
 
     A matrix product is split between threads along its result, which is too small here: the
     Grams of a few stacks of rows are formed side by side, and added up.
@@ -126,33 +126,30 @@ def gram_of(view: Tensor) -> Tensor:
     stacks = 2 * torch.get_num_threads()
     tall = view.device.type == "cpu" and view.ndim == 2 and view.shape[0] >= TALL and stacks > 2
     if not tall or view.shape[0] % stacks or not NARROW[0] <= view.shape[1] <= NARROW[1]:
-        return times_rows(view, view)
+        return matrix_gram(view, batch)
     rows = view.view(stacks, -1, view.shape[1])
     return (rows.mT @ rows).sum(0)
 
 
-def grams_of(views: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    """The Grams of factors, with their numbers of batch axes: (*batch, r, r) each.
+def grams_of(views: Mapping[int, tuple[Tensor, int]]) -> Grams:
+    """The Grams of factors, by any number, with their numbers of batch axes: (*batch, r, r) each.
 
     Small ones of one shape are multiplied together, on an accelerator large ones, too.
     """
-    alike: dict[object, list[int]] = defaultdict(list)
-    for k, (view, batch) in enumerate(views):
-        large = view.device.type == "cpu" and view.numel() * view.element_size() > BUCKET_BYTES
-        alike[k if large else (view.shape, batch)].append(k)
-    found: dict[int, Tensor] = {}
-    for members in alike.values():
-        for chunk in batches([views[k][0] for k in members]):
-            chosen = [members[i] for i in chunk]
-            view, batch = views[chosen[0]]
-            dtype = common_dtype([view])
-            if len(chosen) == 1:
-                own = view.to(dtype)
-                found[chosen[0]] = gram_of(own) if view.ndim == 2 else matrix_gram(own, batch)
-                continue
-            stack = torch.stack([views[k][0] for k in chosen]).to(dtype)
-            found.update(zip(chosen, matrix_gram(stack, batch + 1).unbind(), strict=True))
-    return [found[k] for k in range(len(views))]
+    found: Grams = {}
+    small: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
+    for k, (view, batch) in views.items():
+        if view.device.type == "cpu" and view.numel() * view.element_size() > BUCKET_BYTES:
+            found[k] = gram_of(view.to(common_dtype([view])), batch)
+        else:
+            small[batch][k] = view
+    for batch, alike in small.items():
+        found.update(stacked(partial(_matrix_grams, batch=batch + 1), alike))
+    return found
+
+
+def _matrix_grams(stack: Tensor, batch: int) -> Tensor:
+    return matrix_gram(stack.to(common_dtype([stack])), batch)
 
 
 def _why_not_triton(products: Sequence[Product]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -20,16 +21,22 @@ _BATCH = 1 << 22  # entries in one buffer: bounds the temporaries of rounding to
 _ALIGNED = 8  # entries between starts of views: 16 bytes in half precision, for wide accesses
 
 
-def batches(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Divide tensors into batches of one device and dtype that are worth one buffer.
+def batches(
+    tensors: Mapping[int, Tensor], about: Callable[[Tensor], object] = attrgetter("device", "dtype")
+) -> list[list[int]]:
+    """Divide tensors into batches of those alike that are worth one buffer.
+
+    Args:
+        tensors: by any number.
+        about: what has to be equal in a batch.
 
     Returns:
         Their numbers, in order in each batch; of more than 2²² entries only where one tensor has.
     """
-    found: defaultdict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(list)
-    entries: Counter[tuple[torch.device, torch.dtype]] = Counter()
-    for k, tensor in enumerate(tensors):
-        kind, size = (tensor.device, tensor.dtype), tensor.numel()
+    found: defaultdict[object, list[list[int]]] = defaultdict(list)
+    entries: Counter[object] = Counter()
+    for k, tensor in tensors.items():
+        kind, size = about(tensor), tensor.numel()
         if not found[kind] or entries[kind] + size > _BATCH:
             found[kind].append([])
             entries[kind] = 0
@@ -44,18 +51,15 @@ def stacked(
     """A function of one tensor, called with a stack of all that are of one shape and kind.
 
     Args:
-        function: (stack, …) -> (stack, …), of each entry what it would be of that alone.
+        function: (stack, …) -> (stack, …), of each entry what it would be of that alone; a new
+            tensor, for what it gets may be a view of the only one.
         tensors: what it is called with, by any number.
     """
-    alike: defaultdict[object, list[int]] = defaultdict(list)
-    for k, tensor in tensors.items():
-        alike[tensor.shape, tensor.dtype, tensor.device].append(k)
     found: dict[int, Tensor] = {}
-    for members in alike.values():
-        for batch in batches([tensors[k] for k in members]):
-            chosen = [members[i] for i in batch]
-            made = function(torch.stack([tensors[k] for k in chosen]))
-            found.update(zip(chosen, made.unbind(), strict=True))
+    for batch in batches(tensors, attrgetter("shape", "dtype", "device")):
+        alike = [tensors[k] for k in batch]
+        made = function(torch.stack(alike) if len(alike) > 1 else alike[0][None])
+        found.update(zip(batch, made.unbind(), strict=True))
     return found
 
 
@@ -110,6 +114,6 @@ class Batched:
         """Numbers of the tensors in each batch, and their layout in a buffer of it."""
         if self._likeness is None or not self._likeness.of(tensors):
             self._likeness = Likeness(tensors)
-            divided = batches(tensors)
+            divided = batches(dict(enumerate(tensors)))
             self._made = [(batch, Layout([tensors[k] for k in batch])) for batch in divided]
         return self._made

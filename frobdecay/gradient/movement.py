@@ -6,13 +6,12 @@ new + (old − new) has nothing left of old.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from frobdecay.algebra.precision import HALF
+from frobdecay.algebra.precision import common_dtype
 from frobdecay.algebra.sharpness import norms_above
 from frobdecay.gradient.bucketed import Grams
 from frobdecay.gradient.flat import Batched, stacked
@@ -23,40 +22,33 @@ class Movement:
 
     Args:
         held: what this process has of every factor.
-        moving: of every factor, whether it may move.
+        moving: the numbers of those that may move.
         batched: kept from step to step.
+
+    Attributes:
+        copies: of those that may move, by their numbers.
     """
 
     @torch.no_grad()
-    def __init__(self, held: Sequence[Tensor], moving: Sequence[bool], batched: Batched) -> None:
-        self._factors = len(held)
-        chosen = [k for k, moves in enumerate(moving) if moves]
-        self._copies: dict[int, Tensor] = {}
-        for batch, layout in batched.of([held[k] for k in chosen]):
-            members = [chosen[i] for i in batch]
+    def __init__(self, held: Sequence[Tensor], moving: Sequence[int], batched: Batched) -> None:
+        self.copies: dict[int, Tensor] = {}
+        self._batches: list[tuple[list[int], list[Tensor]]] = []
+        for batch, layout in batched.of([held[k] for k in moving]):
+            members = [moving[i] for i in batch]
             tensors = [held[k] for k in members]
-            first = tensors[0]
-            dtype = torch.float32 if first.dtype in HALF else first.dtype
-            buffer = torch.empty(layout.entries, dtype=dtype, device=first.device)
-            views = layout.views(buffer)
+            dtype, device = common_dtype(tensors), tensors[0].device
+            views = layout.views(torch.empty(layout.entries, dtype=dtype, device=device))
             torch._foreach_copy_(views, tensors)
-            self._copies.update(zip(members, views, strict=True))
-
-    def copies(self) -> list[Tensor | None]:
-        """The copy of every factor, None of those that may not move."""
-        return [self._copies.get(k) for k in range(self._factors)]
+            self._batches.append((members, views))
+            self.copies.update(zip(members, views, strict=True))
 
     @torch.no_grad()
-    def steps(self, held: Sequence[Tensor]) -> list[Tensor | None]:
-        """New − old of every factor, as the copies are; None of those that may not move."""
-        alike: dict[object, list[int]] = defaultdict(list)
-        for k, copy in self._copies.items():
-            alike[copy.device, held[k].dtype].append(k)
-        found: list[Tensor | None] = [None] * self._factors
-        for members in alike.values():
-            now, then = [held[k] for k in members], [self._copies[k] for k in members]
-            for k, step in zip(members, torch._foreach_sub(now, then), strict=True):
-                found[k] = step
+    def steps(self, held: Sequence[Tensor]) -> dict[int, Tensor]:
+        """New − old, as the copies are."""
+        found: dict[int, Tensor] = {}
+        for members, then in self._batches:
+            now = [held[k] for k in members]
+            found.update(zip(members, torch._foreach_sub(now, then), strict=True))
         return found
 
 

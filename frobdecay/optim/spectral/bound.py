@@ -63,20 +63,14 @@ class StepBound:
         self._accumulator, self._limits = accumulator, limits
         products = accumulator.products
         self._product = [k for k, product in enumerate(products) for _ in product.factors]
-        bounded = [limits[k] is not None for k in self._product]
-        chosen = [moves and has for moves, has in zip(moving, bounded, strict=True)]
         self._held = accumulator.held()
-        self._bounded = [k for k, has in enumerate(bounded) if has]
-        self._movement = Movement(self._held, chosen, batched)
+        self._bounded = [k for k, p in enumerate(self._product) if limits[p] is not None]
+        self._movement = Movement(self._held, [k for k in self._bounded if moving[k]], batched)
         self.grams: Grams = {}
 
     def measure(self) -> None:
         """Take the norms of the factors as they were when this was made."""
-        copies = self._movement.copies()
-        parts: list[Tensor | None] = [None] * len(copies)
-        for k in self._bounded:
-            copy = copies[k]
-            parts[k] = self._held[k] if copy is None else copy
+        parts = {k: self._movement.copies.get(k, self._held[k]) for k in self._bounded}
         self._norms = norms_of(self._accumulator.grams(parts, self.grams), self._bounded)
 
     @torch.no_grad()
@@ -85,18 +79,16 @@ class StepBound:
         accumulator = self._accumulator
         params = accumulator.refresh()  # the base may have put other memory in their place
         held = accumulator.held()
-        copies = self._movement.copies()
-        moves = [k for k, copy in enumerate(copies) if copy is not None]
-        moved = norms_of(accumulator.grams(self._movement.steps(held)), moves)
+        copies = self._movement.copies
+        moved = norms_of(accumulator.grams(self._movement.steps(held)), copies)
         norms, steps = (
-            accumulator.rows([known.get(k) for k in range(len(copies))])
+            accumulator.rows([known.get(k) for k in range(len(held))])
             for known in (self._norms, moved)
         )
         found = shares(accumulator.products, norms, steps, self._limits)
         half: list[tuple[Tensor, Tensor]] = []
-        for k in moves:
-            old, share = copies[k], found[self._product[k]]
-            assert old is not None
+        for k, old in copies.items():
+            share = found[self._product[k]]
             assert share is not None
             # Not where it is no number: what the base has made of it stays.
             share = torch.where(share < 1, share, 1.0)

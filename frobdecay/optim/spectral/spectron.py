@@ -181,10 +181,9 @@ class Spectron(Optimizer):
         held, seen = engine.held(), engine.seen(like)
         moves = [id(param) in momenta for param in params]
         moving = [k for k, has in enumerate(moves) if has]
-        directions = [part if has else None for part, has in zip(seen, moves, strict=True)]
-        norms = norms_of(engine.grams(held), range(len(params)))
+        norms = norms_of(engine.grams(dict(enumerate(held))), range(len(params)))
         rates = self._rates(norms, moves, group)
-        grams = engine.grams(directions)
+        grams = engine.grams({k: seen[k] for k in moving})
         with full_precision(params[0].device.type):
             polynomials = stacked(
                 partial(orthogonalizers, steps=group["ns_steps"]), {k: grams[k] for k in moving}
