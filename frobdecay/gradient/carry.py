@@ -27,29 +27,12 @@ from torch.optim import Optimizer
 from frobdecay.product.holding import lists_of
 from frobdecay.product.names import naming
 
-_ADAM = {"step": "copy", "exp_avg": "linear", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
-RULES: Mapping[str, Mapping[str, str]] = {
-    "SGD": {"momentum_buffer": "linear"},
-    "Muon": {"momentum_buffer": "linear"},
-    "Adam": _ADAM,
-    "AdamW": _ADAM,
-    "RAdam": _ADAM,
-    "NAdam": {**_ADAM, "mu_product": "copy"},
-    "Adagrad": {"step": "copy", "sum": "square"},
-    "RMSprop": {
-        "step": "copy",
-        "square_avg": "square",
-        "grad_avg": "forget",
-        "momentum_buffer": "forget",
-    },
-}
-"""Optimizer of ``torch.optim`` -> key in its state -> what it is, as above."""
-
-
 Optimizers = Optimizer | Iterable[Optimizer] | None
 Place = tuple[str, nn.Module, str]
 Made = Callable[..., Tensor]
 """Factors -> the weight: a parametrization."""
+Rule = Callable[[Any, Made, Sequence[Tensor]], Iterator[Any]]
+"""What is kept of the weight, factors -> what is kept of each of them."""
 
 
 class Carried:
@@ -69,16 +52,15 @@ class Carried:
         self._optimizers = [several] if isinstance(several, Optimizer) else list(several)
         self._moves: list[tuple[Optimizer, Tensor, list[Tensor], list[dict[str, Any]]]] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
-        # The parameters as they were: modules hold the factors by the time that these are mapped.
-        before = [(place, getattr(place[1], place[2])) for place in places if several]
         for optimizer in self._optimizers:
             _check_optimizer(optimizer)
         held = [(one, _held(one)) for one in self._optimizers]
-        self._before = [
-            (place, dense, [one for one, params in held if id(dense) in params])
-            for place, dense in before
-        ]
-        for (name, _, _), dense, holders in self._before:
+        # The parameters as they were: modules hold the factors by the time that these are mapped.
+        self._before: list[tuple[Place, Tensor, list[Optimizer]]] = []
+        for place in places if self._optimizers else ():
+            name, dense = place[0], getattr(place[1], place[2])
+            holders = [one for one, params in held if id(dense) in params]
+            self._before.append((place, dense, holders))
             for optimizer in self._optimizers:
                 _check_state(optimizer, name, dense, optimizer in holders)
             if not holders and dense.requires_grad:
@@ -179,7 +161,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _rules(optimizer: Optimizer) -> Mapping[str, str]:
+def _rules(optimizer: Optimizer) -> Mapping[str, Rule]:
     """Of torch's own classes: others may keep something else by the same name."""
     kind = type(optimizer)
     own = getattr(torch.optim, kind.__name__, None) is kind
@@ -196,7 +178,7 @@ def _mapped(
     """The state of every factor, from that of the dense weight."""
     states: list[dict[str, Any]] = [{} for _ in factors]
     for key, value in optimizer.state.get(dense, {}).items():
-        parts = _MAPS[_rules(optimizer)[key]](value, made, factors)
+        parts = _rules(optimizer)[key](value, made, factors)
         for state, part in zip(states, parts, strict=True):
             state[key] = part
     for state in states:
@@ -230,12 +212,23 @@ def _forget(value: Any, made: Made, factors: Sequence[Tensor]) -> Iterator[Any]:
     yield from (torch.zeros_like(factor, requires_grad=False) for factor in factors)
 
 
-_MAPS: Mapping[str, Callable[..., Iterator[Any]]] = {
-    "linear": _linear,
-    "square": _square,
-    "copy": _copy,
-    "forget": _forget,
+_ADAM = {"step": _copy, "exp_avg": _linear, "exp_avg_sq": _square, "max_exp_avg_sq": _square}
+RULES: Mapping[str, Mapping[str, Rule]] = {
+    "SGD": {"momentum_buffer": _linear},
+    "Muon": {"momentum_buffer": _linear},
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "RAdam": _ADAM,
+    "NAdam": {**_ADAM, "mu_product": _copy},
+    "Adagrad": {"step": _copy, "sum": _square},
+    "RMSprop": {
+        "step": _copy,
+        "square_avg": _square,
+        "grad_avg": _forget,
+        "momentum_buffer": _forget,
+    },
 }
+"""Optimizer of ``torch.optim`` -> key in its state -> what it is, as above."""
 
 
 def _replace(

@@ -116,14 +116,14 @@ def test_every_key_is_mapped_by_what_it_is(kind, reading):
     assert optimizer.param_groups[0]["params"] == factors
     assert dense not in optimizer.state
     for key, value in before.items():
-        rule, found = RULES[kind][key], [optimizer.state[f][key] for f in factors]
+        rule, found = RULES[kind][key].__name__, [optimizer.state[f][key] for f in factors]
         expected = {
-            "linear": lambda v=value: backward(v),
-            "square": lambda v=value: squared_jacobian(
+            "_linear": lambda v=value: backward(v),
+            "_square": lambda v=value: squared_jacobian(
                 model[0].parametrizations.weight[0], factors, v
             ),
-            "copy": lambda v=value: [v] * len(factors),
-            "forget": lambda: [torch.zeros_like(f) for f in factors],
+            "_copy": lambda v=value: [v] * len(factors),
+            "_forget": lambda: [torch.zeros_like(f) for f in factors],
         }[rule]()
         if key in ("exp_avg_sq", "max_exp_avg_sq"):
             least = backward(before["exp_avg"])
