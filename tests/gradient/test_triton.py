@@ -33,8 +33,7 @@ from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.gradient.triton import executor
 from frobdecay.gradient.triton.executor import Grouped
 from frobdecay.gradient.triton.refusals import refusals
-from frobdecay.gradient.triton.sheets import sheets
-from frobdecay.gradient.triton.tables import Slot, gram_table, pieces
+from frobdecay.gradient.triton.tables import Slot, gram_table, pieces, sheets
 from frobdecay.gradient.triton.tiles import Tile, tile_for
 from frobdecay.product.product import Product
 
@@ -513,7 +512,7 @@ def test_overlapping_memory_is_found():
     groups = overlapping(views)
     assert groups[0] == groups[1] != groups[2]
     found = sheets([100, 200, 300], [torch.float32] * 3, groups)
-    assert [[bool(a) for a in sheet.addresses] for sheet in found] == [
+    assert [[bool(a) for a in addresses] for _, addresses in found] == [
         [True, False, True],
         [False, True, False],
     ]

@@ -31,13 +31,15 @@ from frobdecay.algebra.precision import Coefficient
 from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets, overlapping
 from frobdecay.gradient.graphs import is_capturing
 from frobdecay.gradient.triton.refusals import load_kernels
-from frobdecay.gradient.triton.sheets import Form, sheets
-from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, update_table
+from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, sheets, update_table
 from frobdecay.gradient.triton.tiles import Tile, capability_of, programs_for, tile_for
 
 if TYPE_CHECKING:
     from frobdecay.gradient.triton.launches import Launch
 
+
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""Of a target: dtype, strides."""
 
 _COLD = (
     "expected a call with targets of the same dtypes, strides and alignment before each capture in "
@@ -302,14 +304,13 @@ class Grouped:
         """Which launches B targets in these places need, and a row of addresses for each."""
         dtypes = [torch.float32 if form is None else form[0] for form in self._forms]
         self._addresses, self._updates = [], []
-        for row, sheet in enumerate(sheets(places, dtypes, self._overlapping)):
-            self._addresses.append(sheet.addresses)
+        for row, (dtype, addresses) in enumerate(sheets(places, dtypes, self._overlapping)):
+            self._addresses.append(addresses)
             for part in self._parts:
-                if any(sheet.addresses[slot.number] for slot in part.slots):
-                    in_place = any(sheet.addresses[s.number] == s.address for s in part.slots)
-                    table, layouts = self._update_table(part, sheet.dtype, in_place)
-                    update = _Update(part, sheet.dtype, table, layouts, row, in_place)
-                    self._updates.append(update)
+                if any(addresses[slot.number] for slot in part.slots):
+                    in_place = any(addresses[slot.number] == slot.address for slot in part.slots)
+                    table, layouts = self._update_table(part, dtype, in_place)
+                    self._updates.append(_Update(part, dtype, table, layouts, row, in_place))
 
     def _update_table(self, part: _Part, dtype: torch.dtype, in_place: bool) -> tuple[Tensor, int]:
         key = part.dtype, dtype, in_place

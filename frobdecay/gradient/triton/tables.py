@@ -30,7 +30,10 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from frobdecay.gradient.bucketed import turns
 
 MAX_STRIDE = 2**31 // 512
 """Of rows and columns: places in a tile, of up to 256 rows and 256 columns, have 32 bits."""
@@ -290,3 +293,29 @@ def update_table(
                 about = [gram, slot.leading, slot.number, place, *steps, layout]
                 table.append([*row[:5], *about])
     return table, _layouts(table)
+
+
+def sheets(
+    places: Sequence[int], dtypes: Sequence[torch.dtype], groups: Sequence[int]
+) -> list[tuple[torch.dtype, list[int]]]:
+    """Distribute targets over launches, so that no two programs of one write the same numbers.
+
+    Usually there is one. A second dtype among the targets makes another one, and so does a
+    parameter that is a factor twice: its updates are added one after the other, in the order of
+    the products. Atomic additions would need no second launch, but their sums differ from run to
+    run.
+
+    Args:
+        places: addresses of the targets, one a slot; 0 for none.
+        dtypes: of the targets, one a slot; any for none.
+        groups: from ``overlapping``.
+
+    Returns:
+        For each launch the dtype of its targets and their addresses, one a slot, 0 for none.
+    """
+    wanted = [slot for slot, place in enumerate(places) if place]
+    order = turns([places[slot] for slot in wanted], [groups[slot] for slot in wanted])
+    found: dict[tuple[int, torch.dtype], list[int]] = {}
+    for turn, slot in zip(order, wanted, strict=True):
+        found.setdefault((turn, dtypes[slot]), [0] * len(places))[slot] = places[slot]
+    return [(dtype, addresses) for (_, dtype), addresses in found.items()]
