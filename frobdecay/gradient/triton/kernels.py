@@ -77,13 +77,26 @@ def _multiple(number, LAYOUT: tl.constexpr, WANTED: tl.constexpr, VECTOR: tl.con
 
 
 @triton.jit
-def _halves(x, UPCAST: tl.constexpr):
-    """Two bf16 numbers that sum to a float32 one, to 2⁻¹⁷ of it."""
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    if UPCAST:
-        high, low = high.to(tl.float32), low.to(tl.float32)
-    return high, low
+def _terms(x, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """TERMS matrices that sum to a float32 one, or that as it is for TERMS 0.
+
+    They are bf16, two of which sum to 2⁻¹⁷ of it, or TF32 where PRECISION says so: a factor has
+    no more digits than they have.
+    """
+    terms = ()
+    if TERMS == 0:
+        terms = terms + (x,)
+    for _ in tl.static_range(TERMS):
+        if PRECISION == "tf32":  # cut off, not rounded: a NaN stays one
+            term = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            x = x - term
+        else:
+            term = x.to(tl.bfloat16)
+            x = x - term.to(tl.float32)
+            if UPCAST:
+                term = term.to(tl.float32)
+        terms = terms + (term,)
+    return terms
 
 
 @triton.jit
@@ -141,8 +154,8 @@ def _gram_tile(
         a, b = _panels(
             x, rows, left, right, inside, rank, row_stride, column_stride, LAYOUT, SINGLE, UPCAST
         )
-        a_high, a_low = _halves(a, UPCAST)
-        b_high, b_low = _halves(b, UPCAST)
+        a_high, a_low = _terms(a, 2, PRECISION, UPCAST)
+        b_high, b_low = _terms(b, 2, PRECISION, UPCAST)
         for start in range(STEP, row_count + STEP, STEP):
             x += step
             inside = (start + rows < row_count)[:, None]
@@ -153,8 +166,8 @@ def _gram_tile(
             gram = tl.dot(tl.trans(a_high), b_high, gram)
             gram = tl.dot(tl.trans(a_high), b_low, gram)
             gram = tl.dot(tl.trans(a_low), b_high, gram)
-            a_high, a_low = _halves(a, UPCAST)
-            b_high, b_low = _halves(b, UPCAST)
+            a_high, a_low = _terms(a, 2, PRECISION, UPCAST)
+            b_high, b_low = _terms(b, 2, PRECISION, UPCAST)
     else:
         for start in range(0, row_count, STEP):
             inside = (start + rows < row_count)[:, None]
@@ -215,28 +228,6 @@ def gram_kernel(
                 first += BLOCK * BLOCK
             _store_gram(record, grams, total, BLOCK)
             tl.store(counter, 0)  # for the next launch
-
-
-@triton.jit
-def _terms(gram, TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """TERMS matrices that sum to a Gram, or the Gram as it is for TERMS 0.
-
-    They are bf16, or TF32 where PRECISION says so: a factor has no more digits than they have.
-    """
-    terms = ()
-    if TERMS == 0:
-        terms = terms + (gram,)
-    for _ in tl.static_range(TERMS):
-        if PRECISION == "tf32":  # cut off, not rounded: a NaN stays one
-            term = (gram.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-            gram = gram - term
-        else:
-            term = gram.to(tl.bfloat16)
-            gram = gram - term.to(tl.float32)
-            if UPCAST:
-                term = term.to(tl.float32)
-        terms = terms + (term,)
-    return terms
 
 
 @triton.jit
