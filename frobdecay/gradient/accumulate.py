@@ -169,8 +169,7 @@ class Accumulator:
             grams: by the number of a factor, receives those that were formed on the way.
         """
         if self._watched_parts:
-            for product, one in zip(self.products, self.rows(targets), strict=True):
-                check_targets(product, one)
+            check_targets(self._factors, targets)
         form = self._checked(targets)
         if not self._plain:
             pairs = zip(self._viewers, targets, strict=True)

@@ -60,6 +60,12 @@ class Placed:
         first = sum(at * stride for at, stride in zip(self._corner, part.stride(), strict=True))
         return part.as_strided(sizes, strides, part.storage_offset() + first)
 
+    def part(self, seen: Tensor) -> Tensor:
+        """This process' part of what is seen as the whole factor; 0 where the factor is not."""
+        full = seen.new_zeros(self.factor.param.shape)
+        self.factor.view(full).copy_(seen)
+        return full[self.box]
+
     def slices(self, axes: int) -> tuple[slice, ...]:
         """The block along the first axes of the view."""
         assert self._own is not None
@@ -130,13 +136,13 @@ def refuse_unfit(product: Product) -> None:
             )
 
 
-def check_targets(product: Product, targets: Sequence[Any]) -> None:
+def check_targets(factors: Sequence[tuple[Product, Factor]], targets: Sequence[Any]) -> None:
     """Refuse gradients that are divided in another way than their parameters.
 
     Raises:
         ValueError: names the product and the factor.
     """
-    for factor, target in zip(product.factors, targets, strict=True):
+    for (product, factor), target in zip(factors, targets, strict=True):
         param: Any = factor.param
         if target is None or not is_sharded(param):
             continue

@@ -149,9 +149,7 @@ class Sent:
                 around = gradient[placed.slices(batch)]
                 placed.view(part).add_(self.network.times(k, view, around, batch))
             else:
-                full = gradient.new_zeros(placed.factor.param.shape)
-                placed.factor.view(full).copy_(gradient)
-                part.add_(full[placed.box])
+                part.add_(placed.part(gradient))
 
     def _summed(self) -> list[Tensor]:
         """Grams of the factors summed by rows, views of the others."""
@@ -171,11 +169,8 @@ class Sent:
         """A number for each entry of the batch, over this process' part of factor k of all."""
         if not numbers.ndim:
             return numbers
-        placed = self.placed[k - self.row.start]
-        full = numbers.new_empty(placed.factor.param.shape)
-        view = placed.factor.view(full)
-        view.copy_(in_front(numbers, view))
-        return full[placed.box]
+        placed: Placed = self.placed[k - self.row.start]
+        return placed.part(in_front(numbers, placed.factor.outline()))
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
         """This process' part of a tensor like factor k of all, times (*batch, r, r)."""
@@ -188,9 +183,7 @@ class Sent:
             placed.view(found).copy_(rows)
             return found
         view = placed.factor.view(whole(tensor))
-        full = view.new_empty(placed.factor.param.shape)
-        placed.factor.view(full).copy_(view @ beside(matrix, view))
-        return full[placed.box]
+        return placed.part(view @ beside(matrix, view))
 
     def squared_norm(self) -> Tensor:
         """‖W‖_F², the same on every process."""
