@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import frobdecay
 from frobdecay.gradient.accumulate import Accumulator
 from frobdecay.gradient.sharded import check_replicas
+from frobdecay.product.factor import Factor
 from frobdecay.product.product import Product, squared_norm
 
 PLACEMENTS = {
@@ -153,6 +154,26 @@ def bounded_layouts(rank, world):
         counts = {str(op): n for op, n in comm.get_comm_counts().items()}
         report.append((name, error, far, counts, bool(sent)))
     return report
+
+
+def bounded_parts(rank, world):
+    """The error of a bounded step of factors that are some rows of one sharded parameter."""
+    generator = torch.Generator().manual_seed(3)
+    weight, grad = torch.randn(2, 9, 3, generator=generator, dtype=torch.float64)
+    steps = []
+    for put in (torch.clone, lambda rows: distribute_tensor(rows, _mesh(world), [Shard(0)])):
+        packed = nn.ParameterDict({"rows": nn.Parameter(put(weight))})
+        packed["rows"].grad = put(grad)
+        factors = tuple(Factor(packed, "rows", index=part) for part in ((0, 3), (3, 7)))
+        frobdecay.FrobeniusDecay(
+            torch.optim.SGD(packed.parameters(), lr=0.5),
+            Product("packed", factors),
+            decay=1e-4,
+            bound=0.2,
+        ).step()
+        steps.append(packed["rows"])
+    alone, sharded = steps
+    return _largest_error(sharded.full_tensor(), alone)
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -703,7 +724,7 @@ def from_meta(rank, world):
 
 def everything(rank, world):
     """All of the above that makes sense for so many processes."""
-    both = (layouts, bounded_layouts, runs, other_orders)
+    both = (layouts, bounded_layouts, bounded_parts, runs, other_orders)
     two = (collectives, precision, ordinary, missing_gradients, not_a_number, order_of_work)
     two += (measured, other_structures)
     chosen = [*both, *(two if world == 2 else ()), refusals, from_meta]

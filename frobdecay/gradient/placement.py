@@ -60,9 +60,9 @@ class Placed:
         first = sum(at * stride for at, stride in zip(self._corner, part.stride(), strict=True))
         return part.as_strided(sizes, strides, part.storage_offset() + first)
 
-    def part(self, seen: Tensor) -> Tensor:
-        """This process' part of what is seen as the whole factor; 0 where the factor is not."""
-        full = seen.new_zeros(self.factor.param.shape)
+    def part(self, seen: Tensor, rest: float = 0.0) -> Tensor:
+        """This process' part of what is seen as the whole factor, with ``rest`` beside that."""
+        full = seen.new_full(self.factor.param.shape, rest)
         self.factor.view(full).copy_(seen)
         return full[self.box]
 

@@ -166,11 +166,14 @@ class Sent:
         return [found if rows else matrix_gram(found, self.product.batch) for rows, found in pairs]
 
     def spread(self, k: int, numbers: Tensor) -> Tensor:
-        """A number for each entry of the batch, over this process' part of factor k of all."""
-        if not numbers.ndim:
-            return numbers
+        """A number for each entry of the batch, over this process' part of factor k of all.
+
+        Where the parameter is more than the factor, 1: what is multiplied there is not its own.
+        """
         placed: Placed = self.placed[k - self.row.start]
-        return placed.part(in_front(numbers, placed.factor.outline()))
+        if not numbers.ndim and prod(placed.sizes) == placed.factor.param.numel():
+            return numbers
+        return placed.part(in_front(numbers, placed.factor.outline()), 1.0)
 
     def times(self, k: int, tensor: Tensor, matrix: Tensor) -> Tensor:
         """This process' part of a tensor like factor k of all, times (*batch, r, r)."""

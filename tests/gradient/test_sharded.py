@@ -54,6 +54,12 @@ def test_a_bounded_step_of_every_layout_is_exact(world):
             assert counts == ({"c10d.allreduce_": 2} if sends else {}), name
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_bound_holds_the_rows_of_its_factor_alone(world):
+    """Not those of another factor in the same sharded parameter, nor what is of none."""
+    assert all(error < 1e-12 for error in of(world, "bounded_parts"))
+
+
 @pytest.mark.covers("C14")
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_training_is_that_of_one_process(world):
