@@ -36,7 +36,7 @@ FILES = {
 
 # What is not yet as it should be: each entry may shrink, and goes when it is within the limit.
 CODE_LINES = (
-    14_283  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
+    13_637  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
 )
 CHAIN = 13  # files, each importing the next; 10 would be good
 LONG_FUNCTIONS = {
@@ -45,8 +45,6 @@ LONG_FUNCTIONS = {
 }
 MANY_IMPORTS = {
     "models.factorize": 14,
-    "optim.frobenius": 11,
-    "weights.tensorized": 11,
 }
 PATTERN_READERS = {
     "algebra.reading": 2,

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frobdecay.product.find import VERSION
-from frobdecay.product.holding import copied_class, lists_of
+from frobdecay.product.holding import VERSION, copied_class, lists_of
 from frobdecay.product.replaced import remember
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.registration import put_factors

@@ -23,8 +23,8 @@ from frobdecay.optim.conventions import (
 from frobdecay.optim.division import Division, plan_division
 from frobdecay.optim.proxy import OptimizerProxy, decayed_before
 from frobdecay.optim.rates import DECAY, Group, check_bound, has_weight_decay, is_zero, known_value
-from frobdecay.product.find import VERSION
 from frobdecay.product.find import products as products_of
+from frobdecay.product.holding import VERSION
 from frobdecay.product.names import factor_name
 from frobdecay.product.partitions import refusal_of_division, refusal_of_optimizer
 from frobdecay.product.product import Product, as_products

@@ -20,19 +20,6 @@ from frobdecay.product.product import Product, as_products
 from frobdecay.product.toward import Toward
 from frobdecay.product.toward import toward as decaying_toward
 
-
-class Version:
-    """A counter that moves whenever a weight is factorized, merged or unrolled.
-
-    It lets an optimizer that was built earlier notice cheaply that it may hold stale parameters.
-    """
-
-    value = 0
-
-
-VERSION = Version()
-
-
 Provider = Callable[[nn.Module, str], Iterable[Product | LeftAlone]]
 
 _OWN: dict[type | str, Provider] = {**ATTENTION}

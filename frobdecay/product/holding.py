@@ -17,6 +17,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 _LISTS = "parametrizations"
 
 
+class Version:
+    """A counter that moves whenever a weight is factorized, merged or unrolled.
+
+    It lets an optimizer that was built earlier notice cheaply that it may hold stale parameters.
+    """
+
+    value = 0
+
+
+VERSION = Version()
+
+
 def check_module(model: object) -> None:
     """Refuse what is no model.
 

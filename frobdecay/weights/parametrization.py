@@ -24,7 +24,7 @@ from frobdecay.algebra.reading import Matricization, plain_axes
 from frobdecay.algebra.scaling import check_not_zero, check_weight
 from frobdecay.algebra.tensorize import Tensorization
 from frobdecay.product.factor import Factor
-from frobdecay.product.find import VERSION
+from frobdecay.product.holding import VERSION
 from frobdecay.product.product import Product
 
 Shapes = tuple[tuple[int, ...], ...]

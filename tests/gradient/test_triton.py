@@ -28,7 +28,8 @@ from benchmarks.measure import no_waiting, precision
 from frobdecay.algebra.lowering import matrix_gram
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.accumulate import Accumulator
-from frobdecay.gradient.bucketed import Job, overlapping
+from frobdecay.gradient.bucketed import Job
+from frobdecay.gradient.overlaps import overlapping
 from frobdecay.gradient.penalty import add_penalty_grad_, explain
 from frobdecay.gradient.triton import executor
 from frobdecay.gradient.triton.executor import Grouped

@@ -17,7 +17,8 @@ from frobdecay.models.ranks import plan_ranks
 from frobdecay.models.surgery import transaction
 from frobdecay.product import find
 from frobdecay.product.factor import Factor
-from frobdecay.product.find import VERSION, products, register_products
+from frobdecay.product.find import products, register_products
+from frobdecay.product.holding import VERSION
 from frobdecay.product.product import Product
 from frobdecay.weights.lowrank import LowRank
 

@@ -15,7 +15,8 @@ import frobdecay
 from frobdecay import CP, TensorTrain, Tucker
 from frobdecay.models.factorize import factorize
 from frobdecay.models.merge import merge, unroll
-from frobdecay.product.find import VERSION, products
+from frobdecay.product.find import products
+from frobdecay.product.holding import VERSION
 from frobdecay.weights.factored import FactoredTensor
 from frobdecay.weights.lowrank import LowRank
 

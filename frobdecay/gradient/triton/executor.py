@@ -28,8 +28,9 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from frobdecay.algebra.precision import Coefficient
-from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets, overlapping
+from frobdecay.gradient.bucketed import Coefs, Grams, Job, Targets
 from frobdecay.gradient.graphs import is_capturing
+from frobdecay.gradient.overlaps import overlapping
 from frobdecay.gradient.triton.refusals import load_kernels
 from frobdecay.gradient.triton.tables import MAX_STRIDE, Slot, gram_table, sheets, update_table
 from frobdecay.gradient.triton.tiles import Tile, capability_of, programs_for, tile_for

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from frobdecay.gradient.bucketed import turns
+from frobdecay.gradient.overlaps import turns
 
 MAX_STRIDE = 2**31 // 512
 """Of rows and columns: places in a tile, of up to 256 rows and 256 columns, have 32 bits."""

@@ -37,8 +37,7 @@ from frobdecay.models.surgery import (
 )
 from frobdecay.models.ties import forget_ties, other_ties
 from frobdecay.product.factor import is_sharded
-from frobdecay.product.find import VERSION
-from frobdecay.product.holding import dense_type, factorized, lists_of
+from frobdecay.product.holding import VERSION, dense_type, factorized, lists_of
 from frobdecay.product.names import naming
 
 
