@@ -157,23 +157,27 @@ def bounded_layouts(rank, world):
 
 
 def bounded_parts(rank, world):
-    """The error of a bounded step of factors that are some rows of one sharded parameter."""
+    """Errors of steps on factors that are some rows of one sharded parameter, by optimizer."""
     generator = torch.Generator().manual_seed(3)
     weight, grad = torch.randn(2, 9, 3, generator=generator, dtype=torch.float64)
-    steps = []
-    for put in (torch.clone, lambda rows: distribute_tensor(rows, _mesh(world), [Shard(0)])):
-        packed = nn.ParameterDict({"rows": nn.Parameter(put(weight))})
-        packed["rows"].grad = put(grad)
-        factors = tuple(Factor(packed, "rows", index=part) for part in ((0, 3), (3, 7)))
-        frobdecay.FrobeniusDecay(
-            torch.optim.SGD(packed.parameters(), lr=0.5),
-            Product("packed", factors),
-            decay=1e-4,
-            bound=0.2,
-        ).step()
-        steps.append(packed["rows"])
-    alone, sharded = steps
-    return _largest_error(sharded.full_tensor(), alone)
+    makes = {
+        "bound": lambda params, product: frobdecay.FrobeniusDecay(
+            torch.optim.SGD(params, lr=0.5), product, decay=1e-4, bound=0.2
+        ),
+        "spectron": lambda _, product: frobdecay.Spectron(product, lr=0.5, weight_decay=0.2),
+    }
+    report = {}
+    for name, make in makes.items():
+        steps = []
+        for put in (torch.clone, lambda rows: distribute_tensor(rows, _mesh(world), [Shard(0)])):
+            packed = nn.ParameterDict({"rows": nn.Parameter(put(weight))})
+            packed["rows"].grad = put(grad)
+            factors = tuple(Factor(packed, "rows", index=part) for part in ((0, 3), (3, 7)))
+            make(packed.parameters(), Product("packed", factors)).step()
+            steps.append(packed["rows"])
+        alone, sharded = steps
+        report[name] = _largest_error(sharded.full_tensor(), alone)
+    return report
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from frobdecay.gradient.flat import stacked
 from frobdecay.gradient.movement import norms_of
 from frobdecay.gradient.placement import part_of
 from frobdecay.optim.checks import find_products
-from frobdecay.optim.rates import Group, known_value
+from frobdecay.optim.rates import Group, is_zero, known_value
 from frobdecay.optim.spectral.bound import check_bounded, reach
 from frobdecay.product.product import Product
 
@@ -191,7 +191,9 @@ class Spectron(Optimizer):
             updates = {k: engine.times(k, like[k], polynomials[k]) for k in moving}
         keep = 1 - known_value(group["lr"]) * known_value(group["weight_decay"])
         for k, update in updates.items():
-            held[k].mul_(keep).sub_(update.mul_(engine.spread(k, rates[k], update)))
+            if not is_zero(group["weight_decay"]):  # of this factor, not of what lies beside it
+                held[k].mul_(engine.spread(k, torch.ones_like(rates[k]) * keep, update))
+            held[k].sub_(update.mul_(engine.spread(k, rates[k], update)))
         return loss
 
     def _momenta(self, group: Group) -> dict[int, Tensor]:
