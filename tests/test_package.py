@@ -36,7 +36,7 @@ FILES = {
 
 # What is not yet as it should be: each entry may shrink, and goes when it is within the limit.
 CODE_LINES = (
-    13_639  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
+    13_636  # 10,365 before calibration, allocation, a bounded step, transformers and their kin
 )
 CHAIN = 13  # files, each importing the next; 10 would be good
 LONG_FUNCTIONS = {

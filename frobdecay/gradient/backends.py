@@ -87,43 +87,40 @@ def _add_in_place(
     if all(target is None for target in into):
         return
     pair = [gram_of(view, job.batch) for view in job.views]
+    # What is read of the factors has to be read before one of them is written.
+    are_read = {v.data_ptr() for v in job.views} & {t.data_ptr() for t in into if t is not None}
+    found: list[tuple[Tensor, Tensor]] = []
     for view, gram, target, coef in zip(job.views, pair[::-1], into, coefs[job.row], strict=True):
         if target is None:
             continue
-        # A target that is the factor itself would be read while it is written.
-        if target.dtype != view.dtype or target.data_ptr() == view.data_ptr():
-            target.add_(view @ (gram * coef))
+        if are_read or target.dtype != view.dtype:
+            found.append((target, view @ (gram * coef)))
         elif job.batch:
             target.baddbmm_(view, gram * coef)
         elif isinstance(coef, Tensor):
             target.addmm_(view, gram * coef)
         else:
             target.addmm_(view, gram, alpha=coef)
+    for target, gradient in found:
+        target.add_(gradient)
     if grams is not None:
         grams.update(enumerate(pair, job.row.start))
 
 
-def _prepare_reference(jobs: Sequence[Job]) -> list[Runner]:
-    return [partial(_add_formed, job) for job in jobs]
-
-
-def _prepare_per_product(jobs: Sequence[Job]) -> list[Runner]:
+def _per_product(job: Job) -> Runner:
     """Tell the pairs that can be added in place."""
-    runners: list[Runner] = []
-    for job in jobs:
-        alike = all(view.dtype == job.dtype for view in job.views)
-        in_place = job.is_gram_pair and job.batch <= 1 and alike
-        runners.append(partial(_add_in_place if in_place else _add_formed, job))
-    return runners
+    alike = all(view.dtype == job.dtype for view in job.views)
+    in_place = job.is_gram_pair and job.batch <= 1 and alike
+    return partial(_add_in_place if in_place else _add_formed, job)
 
 
 def gram_of(view: Tensor, batch: int = 0) -> Tensor:
-    """VᵀV of a factor; the tall ones' rows are split between threads.
+    """VᵀV of a factor, at least float32; the tall ones' rows are split between threads.
 
     A matrix product is split between threads along its result, which is too small here: the
     Grams of a few stacks of rows are formed side by side, and added up.
     """
-    stacks = 2 * torch.get_num_threads()
+    stacks, view = 2 * torch.get_num_threads(), view.to(common_dtype([view]))
     tall = view.device.type == "cpu" and view.ndim == 2 and view.shape[0] >= TALL and stacks > 2
     if not tall or view.shape[0] % stacks or not NARROW[0] <= view.shape[1] <= NARROW[1]:
         return matrix_gram(view, batch)
@@ -140,16 +137,12 @@ def grams_of(views: Mapping[int, tuple[Tensor, int]]) -> Grams:
     small: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
     for k, (view, batch) in views.items():
         if view.device.type == "cpu" and view.numel() * view.element_size() > BUCKET_BYTES:
-            found[k] = gram_of(view.to(common_dtype([view])), batch)
+            found[k] = gram_of(view, batch)
         else:
             small[batch][k] = view
     for batch, alike in small.items():
-        found.update(stacked(partial(_matrix_grams, batch=batch + 1), alike))
+        found.update(stacked(partial(gram_of, batch=batch + 1), alike))
     return found
-
-
-def _matrix_grams(stack: Tensor, batch: int) -> Tensor:
-    return matrix_gram(stack.to(common_dtype([stack])), batch)
 
 
 def _why_not_triton(products: Sequence[Product]) -> list[str]:
@@ -165,8 +158,8 @@ def _why_not_triton(products: Sequence[Product]) -> list[str]:
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "bucketed": Backend(_why_not, prepare_bucketed),
-        "per_product": Backend(_why_not, _prepare_per_product),
-        "reference": Backend(_why_not, _prepare_reference),
+        "per_product": Backend(_why_not, lambda jobs: list(map(_per_product, jobs))),
+        "reference": Backend(_why_not, lambda jobs: [partial(_add_formed, job) for job in jobs]),
         "triton": Backend(_why_not_triton, lambda jobs: [Grouped(jobs)]),
     }
 )

@@ -248,6 +248,21 @@ def test_updates_are_simultaneous(backend, kind):
 
 
 @NAMES
+@pytest.mark.parametrize("places", [(0, 0), (0, 6), (0, 12)], ids=["twice", "overlapping", "two"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_updates_of_factors_that_share_memory_are_simultaneous(backend, places, swapped):
+    """Also where both are one parameter, or parts of it, and where a target is the other factor."""
+    buffer = torch.randn(24, dtype=torch.float64)
+    U, V = (buffer[place : place + 12].view(6, 2) for place in places)
+    product, order = Product.of(U, V), (1, -1)[swapped]
+    expected = buffer.clone()
+    for place, gradient in zip(places[::order], gradients(product), strict=True):
+        expected[place : place + 12] -= 0.1 * gradient.flatten()
+    Accumulator([product], backend).accumulate([[U, V][::order]], [[-0.1, -0.1]])
+    assert close(buffer, expected, 1e-12)
+
+
+@NAMES
 def test_a_shared_factor_gets_the_sum(backend):
     """A parameter in several products gets each one's gradient, in any order of products."""
     shared = nn.Parameter(torch.randn(6, 2, dtype=torch.float64))
