@@ -20,6 +20,7 @@ from frobdecay.algebra.shifted import Shifted
 from frobdecay.gradient import accumulate
 from frobdecay.gradient.backends import BACKENDS
 from frobdecay.optim.rates import BOUND
+from frobdecay.optim.spectral.spectron import orthogonalizers
 
 CHAINS = [
     name
@@ -203,6 +204,24 @@ def test_norms_are_never_below(r, dtype):
     found = norms_above(X.mT @ X).double()
     assert (found >= exact * (1 - 4 * r * torch.finfo(dtype).eps)).all()
     assert (found <= exact * 1.05).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "orthogonalized", "least", "most"),
+    [
+        (768, False, 1.03, 1.05),
+        (3072, False, 1.05, 1.07),
+        (768, True, 1.09, 1.12),
+        (3072, True, 1.1, 1.12),
+    ],
+)
+def test_norms_are_as_near_as_the_page_says(rows, orthogonalized, least, most):
+    """Of random factors of rank 192, and of what Spectron makes of them."""
+    X = torch.randn(3, rows, 192, generator=seeded(0), dtype=torch.float64)
+    X = X @ orthogonalizers(X.mT @ X, steps=5) if orthogonalized else X
+    excess = norms_above(X.mT @ X) / torch.linalg.matrix_norm(X, 2)
+    assert (excess > least).all()
+    assert (excess < most).all()
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1.0, 1e19, 1e30, 1e38])
